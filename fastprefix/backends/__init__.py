@@ -1,0 +1,1 @@
+"""One module a backend, each three plain functions: ``unsupported``, ``fwd``, ``bwd``."""

@@ -1,0 +1,26 @@
+"""The algebra of partial attention states: ``lse = logaddexp(a, b)``, ``o = exp(lse_a - lse) o_a + exp(lse_b - lse) o_b``.
+
+Chunked-softmax merging as in FlashAttention (Dao et al. 2022) and in DESIGN section 2. A part that sees nothing has
+``lse = -inf`` and any finite ``o``.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def merge(o_a: Tensor, lse_a: Tensor, o_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
+    """Merge two states. ``o_a [B, H, S, D_v]`` is overwritten in fp32/fp64; ``lse [B, H, S]``."""
+    lse = torch.logaddexp(lse_a, lse_b)
+    # A row that sees nothing in either part keeps lse = -inf; shifting by 0 there leaves weight 0 instead of nan.
+    mass_b = torch.exp(lse_b - lse.masked_fill(lse == float("-inf"), 0.0)).unsqueeze(-1)  # [B, H, S, 1]
+    if o_a.dtype == mass_b.dtype:
+        return o_a.lerp_(o_b, mass_b), lse
+    return torch.lerp(o_a.to(mass_b.dtype), o_b.to(mass_b.dtype), mass_b).to(o_a.dtype), lse
+
+
+def add_sink(o: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
+    """Merge with attention sinks: a part with ``o = 0`` and ``lse = sinks [H]``. ``o`` is overwritten."""
+    total = torch.logaddexp(lse, sinks.to(lse.dtype)[None, :, None])
+    return o.mul_(torch.exp(lse - total).unsqueeze(-1).to(o.dtype)), total

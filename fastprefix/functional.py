@@ -1,0 +1,188 @@
+"""``prefix_attention``: attention over a shared prefix and each sample's own content, as one softmax."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import replace
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor
+
+from fastprefix import dispatch, ops, validation
+from fastprefix.types import AttentionArgs
+
+
+def _default_backend(backend: str) -> str:
+    """``auto`` may be overruled for a whole program by FASTPREFIX_BACKEND."""
+    return os.environ.get("FASTPREFIX_BACKEND", "auto") if backend == "auto" else backend
+
+
+@overload
+def prefix_attention(
+    q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor, *, return_lse: Literal[False] = ..., **kw: Any
+) -> Tensor: ...
+
+
+@overload
+def prefix_attention(
+    q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor, *, return_lse: Literal[True], **kw: Any
+) -> tuple[Tensor, Tensor]: ...
+
+
+def prefix_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prefix_k: Tensor,
+    prefix_v: Tensor,
+    *,
+    causal: bool = True,
+    scale: float | None = None,
+    key_padding_mask: Tensor | None = None,
+    segment_ids: Tensor | None = None,
+    q_start: int | Tensor | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    bias: Tensor | None = None,
+    gate: Tensor | None = None,
+    prefix_ids: Tensor | None = None,
+    prefix_lens: Tensor | None = None,
+    dropout_p: float = 0.0,
+    return_lse: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention of ``q`` over ``[prefix ; content]`` (prefix tuning, Li & Liang 2021), the prefix shared by the batch.
+
+    Equivalent to, without the copies and with gradients for the one prefix::
+
+        k = torch.cat([prefix_k.expand(B, -1, -1, -1), k], 2); v = ...
+        o = scaled_dot_product_attention(q, k, v, attn_mask=<causal on the content, all True on the prefix>)
+
+    Args:
+        q: ``[B, H, S, D]`` fp16, bf16, fp32 or fp64, any strides.
+        k, v: ``[B, H_kv, T, D]`` and ``[B, H_kv, T, D_v]`` in q's dtype; ``H % H_kv == 0``, never repeated.
+        prefix_k, prefix_v: ``[H_kv, P, D]`` and ``[H_kv, P, D_v]``, always visible; with ``prefix_ids`` a bank
+            ``[N, H_kv, P, D]``. Any float dtype: they are read in q's and their gradients return in their own.
+        causal: query row i sees content key j only if ``j <= q_start + i``.
+        scale: multiplies ``q k^T``; default ``1 / sqrt(D)``.
+        key_padding_mask: ``[B, T]`` bool, True = attend. A row without any visible key gives o = 0, lse = -inf.
+        segment_ids: ``[B, T]`` int, packed documents: content sees its own segment, everything sees the prefix.
+        q_start: content position of the first query row; default ``T - S``. An int tensor ``[]`` or ``[B]`` serves
+            static caches, where T is the capacity.
+        window: a query at position p sees content keys ``p - window < j <= p``; needs ``causal``.
+        softcap: scores become ``softcap * tanh(score / softcap)`` before bias and masks (Gemma 2).
+        sinks: ``[H]`` extra logit of each head's softmax (gpt-oss); differentiable.
+        bias: broadcastable to ``[B, H, S, T]``, added to content scores (T5, ALiBi); 0 on the prefix. Values of
+            -1e37 and below, and False in a bool bias, hide the key.
+        gate: ``[H]``; ``o = o_content + gate * o_prefix`` with two softmaxes (LLaMA-Adapter, Zhang et al. 2023).
+        prefix_ids: ``[B]`` or ``[B, S]`` int, the row's prefix in the bank, -1 = none.
+        prefix_lens: ``[N]`` int, tokens of each prefix in the bank.
+        dropout_p: probability of dropping an attention weight.
+        return_lse: also return the log-sum-exp.
+        backend: ``auto``, or a name: that backend or an error, never another.
+
+    Returns:
+        ``o [B, H, S, D_v]`` in q's dtype and, on request, ``lse [B, H, S]`` (natural log; fp32, fp64 for fp64) of the
+        merged softmax - with ``gate``, of the content's. ``lse`` carries no gradient.
+
+    Raises:
+        ValueError: an argument does not fit; the message names it, what came and what was expected.
+        UnsupportedError: the backend asked for by name has reasons against the call.
+    """
+    named = dict(locals())
+    backend, gate, return_lse = _default_backend(named.pop("backend")), named.pop("gate"), named.pop("return_lse")
+    args = _validated(gate=gate, **named)
+    dispatch.check_name(backend)
+    if gate is None:
+        o, lse = _call(args, backend)
+    else:
+        o, lse = _gated(args, gate, backend)
+    return (o, lse.detach()) if return_lse else o
+
+
+def _validated(*, gate: Tensor | None, **named: Any) -> AttentionArgs:
+    """Check everything, apply autocast, fill in the defaults."""
+    q, k, v = (_autocast(named[x]) for x in ("q", "k", "v"))
+    prefix_k, prefix_v, scale, bias = named["prefix_k"], named["prefix_v"], named["scale"], named["bias"]
+    validation.check_content(q, k, v)
+    validation.check_prefix(q, v, prefix_k, prefix_v, bank=named["prefix_ids"] is not None)
+    validation.check_masks(q, k, *(named[x] for x in ("causal", "key_padding_mask", "segment_ids", "q_start", "window")))
+    validation.check_extras(q, k, named["sinks"], bias, gate, named["softcap"])
+    validation.check_bank(q, prefix_k, named["prefix_ids"], named["prefix_lens"])
+    validation.check_scalars(scale, named["dropout_p"], named["causal"])
+    seed = None
+    if named["dropout_p"] > 0.0:
+        # Drawn from torch's generator, so that recomputation under checkpointing draws the same.
+        seed = torch.randint(2**62, (), device=q.device)
+    named.update(
+        q=q,
+        k=k,
+        v=v,
+        scale=1.0 / math.sqrt(q.shape[3]) if scale is None else float(scale),
+        dropout_seed=seed,
+        bias_grad=bias is not None and bias.requires_grad and torch.is_grad_enabled(),
+    )
+    return AttentionArgs(**named)
+
+
+def _autocast(x: Any) -> Any:
+    """What autocast does to scaled_dot_product_attention's inputs."""
+    if not isinstance(x, Tensor) or not x.is_floating_point() or x.dtype == torch.float64:
+        return x
+    device = x.device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return x
+    return x.to(torch.get_autocast_dtype(device))
+
+
+def _call(args: AttentionArgs, backend: str) -> tuple[Tensor, Tensor]:
+    start = args.q_start if isinstance(args.q_start, Tensor) else None
+    tensors = (args.q, args.k, args.v, args.prefix_k, args.prefix_v, args.sinks, args.bias, args.key_padding_mask)
+    more = (args.segment_ids, start, args.prefix_ids, args.prefix_lens, args.dropout_seed)
+    number = None if start is not None else args.q_start
+    scalars = (args.causal, args.scale, args.window, args.softcap, args.dropout_p, args.bias_grad, backend)
+    o, lse = ops.prefix_attn_fwd(*tensors, *more, number, *scalars)
+    return o, lse
+
+
+def _gated(args: AttentionArgs, gate: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+    """Two softmaxes: the content alone, and the prefix alone, added through the gate ``[H]``."""
+    no_prefix_k, no_prefix_v = (x[..., :0, :] for x in (args.prefix_k, args.prefix_v))
+    content = replace(args, prefix_k=no_prefix_k, prefix_v=no_prefix_v, prefix_ids=None, prefix_lens=None)
+    if args.prefix_k.dim() == 4:
+        content = replace(content, prefix_k=no_prefix_k[0], prefix_v=no_prefix_v[0])
+    prefix = replace(
+        args,
+        k=args.k[:, :, :0],
+        v=args.v[:, :, :0],
+        causal=False,
+        key_padding_mask=None,
+        segment_ids=None,
+        q_start=None,
+        window=None,
+        sinks=None,
+        bias=None,
+        bias_grad=False,
+    )
+    o_content, lse = _call(content, backend)
+    o_prefix, _ = _call(prefix, backend)
+    return o_content + gate.to(o_prefix.dtype)[:, None, None] * o_prefix, lse
+
+
+def explain(q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor, **kwargs: Any) -> str:
+    """What every backend says to a call of :func:`prefix_attention` with these arguments, a line each."""
+    defaults = dict.fromkeys(
+        ("scale", "key_padding_mask", "segment_ids", "q_start", "window", "softcap", "sinks", "bias", "gate")
+    )
+    named: dict[str, Any] = {**defaults, "prefix_ids": None, "prefix_lens": None, "causal": True, "dropout_p": 0.0}
+    kwargs.pop("return_lse", None)
+    backend = kwargs.pop("backend", "auto")
+    unknown = set(kwargs) - set(named)
+    if unknown:
+        raise TypeError(f"explain: unknown arguments {sorted(unknown)}")
+    args = _validated(**{**named, **kwargs, "q": q, "k": k, "v": v, "prefix_k": prefix_k, "prefix_v": prefix_v})
+    dispatch.check_name(backend)
+    return dispatch.explain(args)

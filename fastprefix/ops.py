@@ -1,0 +1,119 @@
+"""The operator as torch sees it: two schemas, their fakes and the one autograd formula.
+
+Registered when this module is imported, from torch alone. Layouts are part of the schema: ``o`` and the gradients of
+q, k and v lie in [B, S, H, D] storage, as models hold them; ``lse`` and the gradients of the prefix are contiguous.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastprefix import dispatch
+from fastprefix.types import AttentionArgs, Grads, Needs, lse_dtype
+
+# q_start comes as a number or as a tensor; neither means T - S.
+_INPUTS = (
+    "Tensor q, Tensor k, Tensor v, Tensor prefix_k, Tensor prefix_v, Tensor? sinks, Tensor? bias, "
+    "Tensor? key_padding_mask, Tensor? segment_ids, Tensor? q_start_tensor, Tensor? prefix_ids, Tensor? prefix_lens, "
+    "Tensor? dropout_seed, SymInt? q_start, bool causal, float scale, SymInt? window, float? softcap, "
+    "float dropout_p, bool bias_grad, str backend"
+)
+_NAMES = tuple(part.split()[-1] for part in _INPUTS.split(", "))
+_TENSORS = 13  # of these inputs come first and are tensors
+_SINKS = _NAMES.index("sinks")
+
+_lib = torch.library.Library("fastprefix", "DEF")
+_lib.define(f"prefix_attn_fwd({_INPUTS}) -> (Tensor o, Tensor lse)")
+# One tensor for each True in needs, which has the order of Needs.
+_lib.define(f"prefix_attn_bwd({_INPUTS}, Tensor o, Tensor lse, Tensor do, bool[] needs) -> Tensor[]")
+
+
+def _args(values: tuple[Any, ...]) -> tuple[AttentionArgs, str]:
+    named = dict(zip(_NAMES, values, strict=True))
+    backend = named.pop("backend")
+    start = named.pop("q_start_tensor")
+    named["q_start"] = named["q_start"] if start is None else start
+    return AttentionArgs(**named), backend
+
+
+def _bshd(x: Tensor) -> Tensor:
+    """``[B, H, S, D]`` in [B, S, H, D] storage; free when it already is."""
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def _fwd(*values: Any) -> tuple[Tensor, Tensor]:
+    args, backend = _args(values)
+    o, lse = dispatch.choose(args, backend).fwd(args)
+    return _bshd(o), lse.contiguous()
+
+
+def _bwd(*values: Any) -> list[Tensor]:
+    *inputs, o, lse, do, needs = values
+    args, backend = _args(tuple(inputs))
+    grads: Grads = dispatch.choose(args, backend).bwd(args, o, lse, do, Needs(*needs))
+    layout = (_bshd, _bshd, _bshd, Tensor.contiguous, Tensor.contiguous, Tensor.contiguous)
+    return [place(grad) for place, grad, need in zip(layout, grads, needs, strict=True) if need and grad is not None]
+
+
+def _fake_fwd(*values: Any) -> tuple[Tensor, Tensor]:
+    q, v = values[0], values[2]
+    batch, heads, seq, _ = q.shape
+    o = q.new_empty(batch, seq, heads, v.shape[3]).transpose(1, 2)
+    return o, q.new_empty(batch, heads, seq, dtype=lse_dtype(q.dtype))
+
+
+def _fake_bwd(*values: Any) -> list[Tensor]:
+    inputs, needs = values[: len(_NAMES)], values[-1]
+    content = [x.new_empty(x.shape[0], x.shape[2], x.shape[1], x.shape[3]).transpose(1, 2) for x in inputs[:3]]
+    rest = [None if x is None else x.new_empty(x.shape) for x in (inputs[3], inputs[4], inputs[6])]
+    return [grad for grad, need in zip([*content, *rest], needs, strict=True) if need and grad is not None]
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs[:_TENSORS], *output)
+    ctx.scalars = inputs[_TENSORS:]
+
+
+def _autograd(ctx: Any, do: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The gradients of the inputs; ``lse`` is not differentiable, ``dlse`` plays no part."""
+    *tensors, o, lse = ctx.saved_tensors
+    grads: list[Tensor | None] = [None] * len(_NAMES)
+    if do is None:
+        return tuple(grads)
+    wanted = ctx.needs_input_grad
+    order = (*range(5), _NAMES.index("bias"))  # of Needs
+    needs = [bool(wanted[i]) for i in order]
+    if any(needs):
+        found = torch.ops.fastprefix.prefix_attn_bwd(*tensors, *ctx.scalars, o, lse, do, needs)
+        for i, grad in zip([i for i, need in zip(order, needs, strict=True) if need], found, strict=True):
+            grads[i] = grad
+    if wanted[_SINKS]:
+        # A sink is a key whose value is 0: its score's gradient is -A_sink * delta.
+        sinks = tensors[_SINKS]
+        delta = (do.to(lse.dtype) * o.to(lse.dtype)).sum(-1)  # [B, H, S]
+        mass = torch.exp(sinks.to(lse.dtype)[None, :, None] - lse)
+        grads[_SINKS] = -(mass * delta).sum((0, 2)).to(sinks.dtype)
+    return tuple(grads)
+
+
+def _no_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    pass
+
+
+def _no_double_backward(ctx: Any, *grads: Any) -> Any:
+    raise RuntimeError("fastprefix: prefix_attention has no second derivative (double backward is not offered)")
+
+
+for _name, _impl, _fake, _backward, _context in (
+    ("prefix_attn_fwd", _fwd, _fake_fwd, _autograd, _setup),
+    ("prefix_attn_bwd", _bwd, _fake_bwd, _no_double_backward, _no_setup),
+):
+    _lib.impl(_name, _impl, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fastprefix::{_name}", _fake, lib=_lib)
+    torch.library.register_autograd(f"fastprefix::{_name}", _backward, setup_context=_context, lib=_lib)
+
+prefix_attn_fwd = torch.ops.fastprefix.prefix_attn_fwd

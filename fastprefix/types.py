@@ -1,0 +1,94 @@
+"""What every floor above speaks of: the operator's arguments, its gradients and the names of the backends.
+
+Dims: ``B`` batch, ``H`` query heads, ``H_kv`` key/value heads, ``G = H // H_kv``, ``S`` query tokens, ``T`` content
+keys, ``P`` prefix tokens, ``N`` prefixes in a bank, ``D`` head dim of q/k, ``D_v`` head dim of v.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+BackendName = Literal["reference", "aten"]
+BACKENDS: tuple[BackendName, ...] = get_args(BackendName)
+
+# A bias at or below this means "not visible". transformers writes finfo.min, others -inf: neither is a number that a
+# score could be added to, and a softmax over a row of either must be empty instead of uniform.
+MASKED_BIAS = -1e37
+
+
+@dataclass(frozen=True)
+class AttentionArgs:
+    """One call of the operator, validated. Shapes are those of :func:`fastprefix.prefix_attention`.
+
+    ``gate`` is not among them: two softmaxes are two calls (see ``functional.py``).
+    """
+
+    q: Tensor  # [B, H, S, D]
+    k: Tensor  # [B, H_kv, T, D]
+    v: Tensor  # [B, H_kv, T, D_v]
+    prefix_k: Tensor  # [H_kv, P, D], or a bank [N, H_kv, P, D]
+    prefix_v: Tensor  # [H_kv, P, D_v], or a bank [N, H_kv, P, D_v]
+    scale: float
+    causal: bool = True
+    key_padding_mask: Tensor | None = None  # [B, T] bool
+    segment_ids: Tensor | None = None  # [B, T] int
+    q_start: int | Tensor | None = None  # int, [] or [B]; None is T - S
+    window: int | None = None
+    softcap: float | None = None
+    sinks: Tensor | None = None  # [H]
+    bias: Tensor | None = None  # broadcastable to [B, H, S, T]; float, or bool with True = visible
+    bias_grad: bool = False  # whether the backward will be asked for dbias
+    prefix_ids: Tensor | None = None  # [B] or [B, S]
+    prefix_lens: Tensor | None = None  # [N]
+    dropout_p: float = 0.0
+    dropout_seed: Tensor | None = None  # [] int64, present when dropout_p > 0
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        return self.prefix_k.shape[-2]
+
+    @property
+    def groups(self) -> int:
+        """Query heads that share one key/value head."""
+        return self.q.shape[1] // self.prefix_k.shape[-3]
+
+
+class Needs(NamedTuple):
+    """Which gradients the backward has to produce. What is False is not computed."""
+
+    q: bool
+    k: bool
+    v: bool
+    prefix_k: bool
+    prefix_v: bool
+    bias: bool = False
+
+    @property
+    def content(self) -> bool:
+        """Whether the content part has any work at all."""
+        return self.q or self.k or self.v or self.bias
+
+    @property
+    def prefix(self) -> bool:
+        """Whether the prefix part has any work at all."""
+        return self.q or self.prefix_k or self.prefix_v
+
+
+class Grads(NamedTuple):
+    """Gradients in the order of :class:`Needs`; None where it says so."""
+
+    q: Tensor | None
+    k: Tensor | None
+    v: Tensor | None
+    prefix_k: Tensor | None
+    prefix_v: Tensor | None
+    bias: Tensor | None = None
+
+
+def lse_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The log-sum-exp is kept in fp32, in fp64 for fp64 inputs."""
+    return torch.float64 if dtype == torch.float64 else torch.float32

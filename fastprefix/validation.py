@@ -1,0 +1,150 @@
+"""Shapes, dtypes and devices of the operator's arguments: one place, and every error names the argument."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+INTS = (torch.int32, torch.int64)
+
+
+def fail(name: str, got: object, expected: str) -> ValueError:
+    """The one form of every complaint: the argument, what came, what was expected."""
+    return ValueError(f"{name}: got {got}, expected {expected}")
+
+
+def _tensor(name: str, x: object, dims: str, rank: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> Tensor:
+    if not isinstance(x, Tensor):
+        raise fail(name, type(x).__name__, f"a tensor {dims}")
+    if x.dim() not in rank:
+        raise fail(name, f"shape {list(x.shape)}", dims)
+    if x.dtype not in dtypes:
+        raise fail(name, f"dtype {x.dtype}", " or ".join(str(d) for d in dtypes))
+    return x
+
+
+def _shape(name: str, x: Tensor, dims: str, want: list[int | None]) -> None:
+    """``want`` holds sizes; None leaves a dimension free."""
+    for have, need in zip(x.shape, want, strict=True):
+        if need is not None and have != need:
+            sizes = ", ".join("any" if n is None else str(n) for n in want)
+            raise fail(name, f"shape {list(x.shape)}", f"{dims} = [{sizes}]")
+
+
+def check_content(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """q, k and v agree with each other."""
+    _tensor("q", q, "[B, H, S, D]", (4,), FLOATS)
+    _tensor("k", k, "[B, H_kv, T, D]", (4,), FLOATS)
+    _tensor("v", v, "[B, H_kv, T, D_v]", (4,), FLOATS)
+    for name, x in (("k", k), ("v", v)):
+        if x.dtype != q.dtype:
+            raise fail(name, f"dtype {x.dtype}", f"q's dtype {q.dtype}")
+        if x.device != q.device:
+            raise fail(name, f"device {x.device}", f"q's device {q.device}")
+    _shape("k", k, "[B, H_kv, T, D]", [q.shape[0], None, None, q.shape[3]])
+    if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
+        raise fail("k", f"{k.shape[1]} heads", f"a number that divides q's {q.shape[1]} heads")
+    if q.shape[3] == 0 or v.shape[3] == 0:
+        name, x = ("q", q) if q.shape[3] == 0 else ("v", v)
+        raise fail(name, f"shape {list(x.shape)}", "a head dim of at least 1")
+    _shape("v", v, "[B, H_kv, T, D_v]", [q.shape[0], k.shape[1], k.shape[2], None])
+
+
+def check_prefix(q: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor, bank: bool) -> None:
+    """The prefix (a bank when ``bank``) fits q and v; its dtype is its own."""
+    lead, rank = ("[N, H_kv, P, ", 4) if bank else ("[H_kv, P, ", 3)
+    hint = "" if bank else " (a bank [N, H_kv, P, D] needs prefix_ids)"
+    _tensor("prefix_k", prefix_k, f"{lead}D]{hint}", (rank,), FLOATS)
+    _tensor("prefix_v", prefix_v, f"{lead}D_v]{hint}", (rank,), FLOATS)
+    if prefix_v.dtype != prefix_k.dtype:
+        raise fail("prefix_v", f"dtype {prefix_v.dtype}", f"prefix_k's dtype {prefix_k.dtype}")
+    for name, x in (("prefix_k", prefix_k), ("prefix_v", prefix_v)):
+        if x.device != q.device:
+            raise fail(name, f"device {x.device}", f"q's device {q.device}")
+    free: list[int | None] = [None] if bank else []
+    _shape("prefix_k", prefix_k, f"{lead}D]", [*free, v.shape[1], None, q.shape[3]])
+    lead_v = [prefix_k.shape[0]] if bank else []
+    _shape("prefix_v", prefix_v, f"{lead}D_v]", [*lead_v, v.shape[1], prefix_k.shape[-2], v.shape[3]])
+    if bank and prefix_k.shape[0] == 0:
+        raise fail("prefix_k", f"shape {list(prefix_k.shape)}", "a bank of at least one prefix")
+
+
+def _optional(q: Tensor, name: str, x: object, dims: str, want: list[int | None], dtypes: Any) -> None:
+    if x is None:
+        return
+    t = _tensor(name, x, f"{dims} = {want}", (len(want),), dtypes)
+    _shape(name, t, dims, want)
+    if t.device != q.device:
+        raise fail(name, f"device {t.device}", f"q's device {q.device}")
+
+
+def check_masks(
+    q: Tensor, k: Tensor, causal: bool, key_padding_mask: object, segment_ids: object, q_start: object, window: object
+) -> None:
+    """Everything that hides content keys."""
+    batch, keys = q.shape[0], k.shape[2]
+    _optional(q, "key_padding_mask", key_padding_mask, "[B, T]", [batch, keys], (torch.bool,))
+    _optional(q, "segment_ids", segment_ids, "[B, T]", [batch, keys], INTS)
+    if isinstance(q_start, Tensor):
+        if q_start.dim() == 0:
+            _optional(q, "q_start", q_start, "[]", [], INTS)
+        else:
+            _optional(q, "q_start", q_start, "[B]", [batch], INTS)
+    elif q_start is not None and (isinstance(q_start, bool) or not isinstance(q_start, (int, torch.SymInt))):
+        raise fail("q_start", type(q_start).__name__, "an int, an int tensor [] or [B], or None")
+    if window is None:
+        return
+    if isinstance(window, bool) or not isinstance(window, (int, torch.SymInt)) or window < 1:
+        raise fail("window", repr(window), "an int of at least 1, or None")
+    if not causal:
+        raise fail("window", "a window with causal=False", "causal=True (a row sees the last `window` keys up to itself)")
+
+
+def check_extras(q: Tensor, k: Tensor, sinks: object, bias: object, gate: object, softcap: object) -> None:
+    """What changes scores or the mix of the two parts."""
+    batch, heads, seq, keys = *q.shape[:3], k.shape[2]
+    _optional(q, "sinks", sinks, "[H]", [heads], FLOATS)
+    _optional(q, "gate", gate, "[H]", [heads], FLOATS)
+    if bias is not None:
+        dims = f"a tensor broadcastable to [B, H, S, T] = {[batch, heads, seq, keys]}"
+        b = _tensor("bias", bias, dims, (0, 1, 2, 3, 4), (*FLOATS, torch.bool))
+        for have, need in zip(reversed(b.shape), (keys, seq, heads, batch), strict=False):
+            if have not in (1, need):
+                raise fail("bias", f"shape {list(b.shape)}", dims)
+        if b.device != q.device:
+            raise fail("bias", f"device {b.device}", f"q's device {q.device}")
+    if softcap is not None and not (isinstance(softcap, (int, float)) and softcap > 0):
+        raise fail("softcap", repr(softcap), "a positive number, or None")
+
+
+def check_bank(q: Tensor, prefix_k: Tensor, prefix_ids: object, prefix_lens: object) -> None:
+    """Ids choose rows of the bank. Their values are checked on the CPU only: reading them elsewhere would synchronise."""
+    if prefix_ids is None:
+        if prefix_lens is not None:
+            raise fail("prefix_lens", "lengths without prefix_ids", "prefix_ids, which make a bank of the prefix")
+        return
+    batch, seq = q.shape[0], q.shape[2]
+    per_row = isinstance(prefix_ids, Tensor) and prefix_ids.dim() == 2
+    dims, want = ("[B, S]", [batch, seq]) if per_row else ("[B] or [B, S]", [batch])
+    _optional(q, "prefix_ids", prefix_ids, dims, list(want), INTS)
+    _optional(q, "prefix_lens", prefix_lens, "[N]", [prefix_k.shape[0]], INTS)
+    if torch.compiler.is_compiling() or q.device.type != "cpu":
+        return
+    assert isinstance(prefix_ids, Tensor)
+    if prefix_ids.numel() and (prefix_ids.max() >= prefix_k.shape[0] or prefix_ids.min() < -1):
+        raise fail("prefix_ids", f"{int(prefix_ids.min())}..{int(prefix_ids.max())}", f"-1..{prefix_k.shape[0] - 1}")
+    if isinstance(prefix_lens, Tensor) and (prefix_lens.max() > prefix_k.shape[-2] or prefix_lens.min() < 0):
+        raise fail("prefix_lens", prefix_lens.tolist(), f"lengths within 0..{prefix_k.shape[-2]}")
+
+
+def check_scalars(scale: object, dropout_p: object, causal: object) -> None:
+    """Plain numbers."""
+    if not isinstance(causal, bool):
+        raise fail("causal", repr(causal), "True or False")
+    if scale is not None and (isinstance(scale, bool) or not isinstance(scale, (int, float))):
+        raise fail("scale", type(scale).__name__, "a number, or None for 1 / sqrt(D)")
+    if not isinstance(dropout_p, (int, float)) or not 0.0 <= dropout_p < 1.0:
+        raise fail("dropout_p", repr(dropout_p), "a probability in [0, 1)")

@@ -1,0 +1,217 @@
+"""Random calls of the operator, the fp64 truth, the same-dtype eager error and the rule that compares them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastprefix import prefix_attention
+from fastprefix.dispatch import UnsupportedError
+
+
+@dataclass
+class Call:
+    """Leaves and options of one ``prefix_attention`` call."""
+
+    leaves: dict[str, Tensor]
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def to(self, dtype: torch.dtype) -> Call:
+        """The same numbers in another dtype, as new leaves."""
+
+        def cast(x: Any) -> Any:
+            if isinstance(x, Tensor) and x.is_floating_point():
+                return x.detach().to(dtype).requires_grad_(x.requires_grad)
+            return x
+
+        return Call({n: cast(x) for n, x in self.leaves.items()}, {n: cast(x) for n, x in self.options.items()})
+
+    def trained(self) -> dict[str, Tensor]:
+        """Every leaf and option that requires a gradient."""
+        return {n: x for n, x in {**self.leaves, **self.options}.items() if isinstance(x, Tensor) and x.requires_grad}
+
+
+def make_call(
+    B: int = 2,
+    H: int = 6,
+    H_kv: int = 2,
+    S: int = 5,
+    T: int | None = None,
+    P: int = 7,
+    D: int = 16,
+    D_v: int | None = None,
+    N: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    **options: Any,
+) -> Call:
+    """Random leaves in [B, S, H, D] storage, as models have them; ``N`` makes the prefix a bank."""
+    T, D_v = S if T is None else T, D_v or D
+
+    def bshd(heads: int, length: int, dim: int) -> Tensor:
+        return torch.randn(B, length, heads, dim, dtype=torch.float64).transpose(1, 2)
+
+    lead = () if N is None else (N,)
+    values = {
+        "q": bshd(H, S, D),
+        "k": bshd(H_kv, T, D),
+        "v": bshd(H_kv, T, D_v),
+        "prefix_k": torch.randn(*lead, H_kv, P, D, dtype=torch.float64),
+        "prefix_v": torch.randn(*lead, H_kv, P, D_v, dtype=torch.float64),
+    }
+    return Call({n: x.to(dtype).requires_grad_() for n, x in values.items()}, options)
+
+
+def run(call: Call, backend: str) -> dict[str, Tensor]:
+    """o, lse and the gradient of every trained input, for a fixed output gradient; skips with a backend's reasons."""
+    try:
+        o, lse = prefix_attention(**call.leaves, **call.options, return_lse=True, backend=backend)
+    except UnsupportedError as error:
+        pytest.skip(str(error))
+    return {"o": o.detach(), "lse": lse, **gradients(o, call)}
+
+
+def gradients(o: Tensor, call: Call) -> dict[str, Tensor]:
+    """Gradients named d<input>."""
+    trained = call.trained()
+    if not trained:
+        return {}
+    weight = torch.sin(torch.arange(o.numel(), dtype=torch.float64) * 0.7).view(o.shape).to(o.dtype)
+    grads = torch.autograd.grad(o, list(trained.values()), weight, materialize_grads=True)
+    return {f"d{name}": grad for name, grad in zip(trained, grads, strict=True)}
+
+
+def brute_force(call: Call) -> dict[str, Tensor]:
+    """The truth, written row by row from the operator's description alone: fp64, loops, autograd."""
+    leaves, opt = call.leaves, call.options
+    q, k, v, pk, pv = (leaves[n] for n in ("q", "k", "v", "prefix_k", "prefix_v"))
+    B, H, S, D = q.shape
+    T, groups = k.shape[2], H // k.shape[1]
+    scale = opt.get("scale") or D**-0.5
+    start = opt.get("q_start")
+    start = T - S if start is None else start
+    causal, window, softcap = opt.get("causal", True), opt.get("window"), opt.get("softcap")
+    padding, segments = opt.get("key_padding_mask"), opt.get("segment_ids")
+    sinks, bias, gate = opt.get("sinks"), opt.get("bias"), opt.get("gate")
+    ids, lens = opt.get("prefix_ids"), opt.get("prefix_lens")
+    if bias is not None:
+        bias = bias.expand(B, H, S, T)
+
+    def score(row: Tensor, keys: Tensor) -> Tensor:
+        s = keys @ row * scale
+        return s if softcap is None else softcap * torch.tanh(s / softcap)
+
+    rows, lses = [], []
+    for b in range(B):
+        first = int(start.reshape(-1)[b if start.numel() > 1 else 0]) if isinstance(start, Tensor) else start
+        for h in range(H):
+            for i in range(S):
+                p = first + i
+                seen = [
+                    j
+                    for j in range(T)
+                    if (not causal or j <= p)
+                    and (window is None or p - window < j)
+                    and (padding is None or bool(padding[b, j]))
+                    and (segments is None or int(segments[b, j]) == int(segments[b, min(max(p, 0), T - 1)]))
+                    and (bias is None or (bool(bias[b, h, i, j]) if bias.dtype == torch.bool else bias[b, h, i, j] > -1e37))
+                ]
+                content = score(q[b, h, i], k[b, h // groups, seen])
+                if bias is not None and bias.dtype != torch.bool:
+                    content = content + bias[b, h, i, seen]
+                my_k, my_v = pk, pv
+                if ids is not None:
+                    n = int(ids[b] if ids.dim() == 1 else ids[b, i])
+                    length = 0 if n < 0 else (int(lens[n]) if lens is not None else pk.shape[2])
+                    my_k, my_v = pk[n, :, :length], pv[n, :, :length]
+                prefix = score(q[b, h, i], my_k[h // groups])
+                extra = [] if sinks is None else [sinks[h : h + 1]]
+                values_c, values_p = v[b, h // groups, seen], my_v[h // groups]
+                if gate is not None:
+                    row, lse = _softmax(torch.cat([content, *extra]), values_c)
+                    row = row + gate[h] * _softmax(prefix, values_p)[0]
+                else:
+                    row, lse = _softmax(torch.cat([prefix, content, *extra]), torch.cat([values_p, values_c]))
+                rows.append(row)
+                lses.append(lse)
+    o = torch.stack(rows).view(B, H, S, -1)
+    return {"o": o.detach(), "lse": torch.stack(lses).view(B, H, S).detach(), **gradients(o, call)}
+
+
+def _softmax(scores: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """One row; a score without a value is a sink."""
+    if scores.numel() == 0:
+        return values.sum(0), scores.new_full((), float("-inf"))
+    return torch.softmax(scores, 0)[: values.shape[0]] @ values, torch.logsumexp(scores, 0)
+
+
+def truth(call: Call) -> dict[str, Tensor]:
+    """The reference in fp64 on the call's own numbers."""
+    return run(call.to(torch.float64), "reference")
+
+
+def eager(call: Call) -> dict[str, Tensor]:
+    """Concatenate, matmul, softmax, matmul, every step in the call's own dtype: the error that dtype is entitled to.
+
+    Content masks come from the library (``tests/test_masks.py`` holds them to brute force); plain prefixes only.
+    """
+    from fastprefix.masks import additive_bias, visible_keys
+    from fastprefix.types import AttentionArgs
+
+    leaves, opt = call.leaves, {n: x for n, x in call.options.items() if n != "scale"}
+    q, k, v, pk, pv = (leaves[n] for n in ("q", "k", "v", "prefix_k", "prefix_v"))
+    B, H, S, D = q.shape
+    args = AttentionArgs(**leaves, scale=call.options.get("scale") or D**-0.5, **opt)
+    keys = torch.cat([pk.to(q.dtype).expand(B, -1, -1, -1), k], 2).repeat_interleave(args.groups, 1)
+    values = torch.cat([pv.to(q.dtype).expand(B, -1, -1, -1), v], 2).repeat_interleave(args.groups, 1)
+    s = q @ keys.transpose(-1, -2) * args.scale
+    if args.softcap is not None:
+        s = args.softcap * torch.tanh(s / args.softcap)
+    visible, bias = visible_keys(args), additive_bias(args)
+    P = pk.shape[1]
+    if bias is not None:
+        s = s + torch.nn.functional.pad(bias.to(s.dtype).expand(*bias.shape[:-1], k.shape[2]), (P, 0))
+    if visible is not None:
+        full = torch.nn.functional.pad(visible.expand(*visible.shape[:-1], k.shape[2]), (P, 0), value=True)
+        s = s.masked_fill(~full, float("-inf"))
+    if args.sinks is not None:
+        s = torch.cat([s, args.sinks.to(s.dtype)[None, :, None, None].expand(B, H, S, 1)], -1)
+    o = torch.softmax(s, -1)[..., : values.shape[2]] @ values
+    return {"o": o.detach(), "lse": torch.logsumexp(s, -1).detach(), **gradients(o, call)}
+
+
+def assert_within_rule(got: dict[str, Tensor], call: Call, tiny: float = 1e-6) -> None:
+    """DESIGN section 7: ``err(ours) <= 2 * err(eager in the same dtype) + tiny``, both against fp64 truth.
+
+    ``tiny`` is, as in flash-attention's own rule, twice the rounding of storing the largest entry; the prefix's
+    gradients are sums over all rows, whose rounding grows like a random walk in any order but eager's pairwise one.
+    """
+    want, peer = truth(call), eager(call)
+    for name, x in got.items():
+        assert torch.equal(x.isinf(), want[name].isinf()), f"{name}: infinities differ"
+        mine, theirs = (
+            (y.double() - want[name]).nan_to_num(nan=float("nan"), posinf=0.0, neginf=0.0).abs().max().item()
+            if y.numel()
+            else 0.0
+            for y in (x, peer[name])
+        )
+        scale = want[name].nan_to_num(neginf=0.0).abs().max().item() if x.numel() else 0.0
+        floor = max(tiny, torch.finfo(x.dtype).eps) * max(1.0, scale)
+        if name.startswith("dprefix"):
+            floor *= max(1.0, 0.1 * got["lse"].numel() ** 0.5)
+        assert mine <= 2 * theirs + floor, f"{name}: error {mine:.3e}, eager's {theirs:.3e}"
+
+
+def assert_close(got: dict[str, Tensor], want: dict[str, Tensor], tol: float) -> None:
+    """Same names, same infinities, everything else within ``tol`` of the largest entry."""
+    assert set(got) == set(want)
+    for name, x in got.items():
+        y = want[name].to(x.dtype)
+        assert x.shape == y.shape, name
+        assert torch.equal(x.isinf(), y.isinf()), f"{name}: infinities differ"
+        error = (x - y).masked_fill(x.isinf(), 0.0).abs().max().item() if x.numel() else 0.0
+        bound = tol * max(1.0, y.masked_fill(y.isinf(), 0.0).abs().max().item() if y.numel() else 1.0)
+        assert error <= bound, f"{name}: error {error:.3e} > {bound:.3e}"

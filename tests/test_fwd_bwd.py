@@ -1,0 +1,131 @@
+"""Every backend against truth: o, lse and all gradients, over every argument, dtype and awkward shape."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from fastprefix import prefix_attention
+from tests.cases import CASES, EAGER
+from tests.helpers import assert_close, assert_within_rule, make_call, run, truth
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_fp64(case: str, backend: str) -> None:
+    call = CASES[case]().to(torch.float64)
+    assert_close(run(call, backend), truth(call), 1e-10)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("case", EAGER)
+def test_error_rule(case: str, dtype: torch.dtype, backend: str) -> None:
+    call = CASES[case]().to(dtype)
+    assert_within_rule(run(call, backend), call)
+
+
+# Each value of each axis of DESIGN section 7 appears; the product would be 5 * 5 * 5 * 3 calls.
+GRID = list(zip(*(itertools.islice(itertools.cycle(x), 15) for x in (
+    (1, 63, 128, 200), (0, 1, 7, 16, 129), (32, 64, 80, 128, 256), (1, 3, 8), (1, 2, 5))), strict=True))  # fmt: skip
+
+
+@pytest.mark.parametrize(("S", "P", "D", "group", "B"), GRID)
+def test_odd_shapes(S: int, P: int, D: int, group: int, B: int, backend: str) -> None:
+    call = make_call(B=B, H=2 * group, H_kv=2, S=S, P=P, D=D)
+    assert_within_rule(run(call, backend), call)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_a_thousand_rows(dtype: torch.dtype, backend: str) -> None:
+    call = make_call(B=2, H=8, H_kv=1, S=1000, P=129, D=64, dtype=dtype)
+    assert_within_rule(run(call, backend), call)
+
+
+@pytest.mark.parametrize("case", ["plain", "left_padding", "bank_ragged", "sinks", "with_a_cache"])
+def test_gradcheck(case: str, backend: str) -> None:
+    call = CASES[case]().to(torch.float64)
+    run(call, backend)
+    names = list(call.leaves)
+
+    def f(*leaves: torch.Tensor) -> torch.Tensor:
+        return prefix_attention(**dict(zip(names, leaves, strict=True)), **call.options, backend=backend)
+
+    assert torch.autograd.gradcheck(f, tuple(call.leaves.values()), fast_mode=True)
+
+
+@pytest.mark.parametrize("prefix_dtype", [torch.float32, torch.float16, torch.float64])
+def test_the_prefix_keeps_its_own_dtype(prefix_dtype: torch.dtype, backend: str) -> None:
+    call = make_call(dtype=torch.bfloat16)
+    for name in ("prefix_k", "prefix_v"):
+        call.leaves[name] = call.leaves[name].detach().to(prefix_dtype).requires_grad_()
+    got = run(call, backend)
+    assert got["o"].dtype == torch.bfloat16
+    assert got["dprefix_k"].dtype == got["dprefix_v"].dtype == prefix_dtype
+    same = call.to(torch.bfloat16)
+    for name, x in run(same, backend).items():
+        torch.testing.assert_close(got[name].float(), x.float(), rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("layout", ["bhsd", "bshd", "every_other", "last_dim_strided"])
+def test_any_strides(layout: str, backend: str) -> None:
+    call = make_call(S=40, dtype=torch.float64)
+    want = run(call, backend)
+
+    def lay(x: torch.Tensor) -> torch.Tensor:
+        x = x.detach()
+        match layout:
+            case "bhsd":
+                y = x.contiguous()
+            case "bshd":
+                y = x.transpose(1, 2).contiguous().transpose(1, 2)
+            case "every_other":
+                y = torch.stack([x, torch.full_like(x, float("nan"))], 3).flatten(2, 3)[:, :, ::2]
+            case _:
+                y = x.transpose(2, 3).contiguous().transpose(2, 3)
+        return y.requires_grad_()
+
+    for name in ("q", "k", "v"):
+        call.leaves[name] = lay(call.leaves[name])
+    assert_close(run(call, backend), want, 1e-12)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("case", ["plain", "long_rows", "left_padding", "batch_of_one", "window"])
+def test_one_sample_never_reaches_another(bad: float, case: str, backend: str) -> None:
+    call = CASES[case]().to(torch.float32)
+    clean = run(call, backend)["o"]
+    with torch.no_grad():
+        for name in ("q", "k", "v"):
+            call.leaves[name][-1, :, -1] = bad
+    dirty = run(call, backend)["o"]
+    torch.testing.assert_close(dirty[:-1], clean[:-1], rtol=0, atol=0)
+
+
+def test_a_prefix_of_the_bank_never_reaches_another_sample(backend: str) -> None:
+    call = make_call(B=3, N=3, prefix_ids=torch.tensor([2, 0, -1]), prefix_lens=torch.tensor([5, 7, 7]))
+    clean = run(call, backend)
+    with torch.no_grad():
+        for name in ("prefix_k", "prefix_v"):
+            call.leaves[name][1] = float("nan")
+            call.leaves[name][0, :, 5:] = float("nan")
+    for name, x in run(call, backend).items():
+        torch.testing.assert_close(x, clean[name], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("case", ["plain", "sinks", "left_padding"])
+def test_large_scores_stay_finite(case: str, backend: str) -> None:
+    call = CASES[case]().to(torch.float32)
+    with torch.no_grad():
+        for x in call.leaves.values():
+            x.mul_(100.0)
+    for name, x in run(call, backend).items():
+        assert x.isfinite().all(), name
+
+
+@pytest.mark.parametrize("case", ["plain", "left_padding", "bank_ragged", "window"])
+def test_two_runs_are_bit_equal(case: str, backend: str) -> None:
+    first, second = (run(CASES[case]().to(torch.float32), backend) for _ in range(2) if torch.manual_seed(0))
+    for name, x in first.items():
+        assert torch.equal(x, second[name]), name
