@@ -1,6 +1,25 @@
 """fastprefix: prefix tuning and its family at the cost of the frozen model. See README.md."""
 
-from fastprefix.functional import explain, prefix_attention
+from typing import TYPE_CHECKING, Any
+
+from fastprefix import init
+from fastprefix.explain import explain
+from fastprefix.functional import prefix_attention
+from fastprefix.prefixes.config import PrefixConfig
+
+if TYPE_CHECKING:
+    from fastprefix.hf.api import attach, detach, load, save, set_prefix
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "explain", "prefix_attention"]
+__all__ = ["PrefixConfig", "__version__", "attach", "detach", "explain", "init", "load", "prefix_attention", "save", "set_prefix"]
+
+_HF = ("attach", "detach", "load", "save", "set_prefix")
+
+
+def __getattr__(name: str) -> Any:
+    # transformers takes seconds to import and is needed for none of the above.
+    if name in _HF:
+        from fastprefix.hf import api
+
+        return getattr(api, name)
+    raise AttributeError(f"module 'fastprefix' has no attribute {name!r}")

@@ -1,0 +1,26 @@
+"""``explain``: which backend a call takes and why, for the operator and for a whole model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from fastprefix import functional
+
+
+def explain(first: Any, *args: Any, **kwargs: Any) -> str:
+    """Explain a call of ``prefix_attention`` (its arguments), or a model with a prefix attached.
+
+    Returns:
+        For a call: a line a backend - chosen, available, or its reasons against. For a model: its prefixes, then per
+        attention layer what the active prefix adds there and which backend takes a short forward.
+
+    Raises:
+        ValueError: as ``prefix_attention``; or nothing is attached to the model.
+    """
+    if isinstance(first, nn.Module):
+        from fastprefix.hf.explain import explain_model
+
+        return explain_model(first, *args, **kwargs)
+    return functional.explain(first, *args, **kwargs)

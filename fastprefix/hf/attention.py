@@ -1,0 +1,115 @@
+"""The attention function that transformers calls in every layer of an attached model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastprefix.functional import prefix_attention
+from fastprefix.prefixes.prefix import LayerSlot
+
+NAME = "fastprefix"
+SLOT = "fastprefix"  # the child of an attention module that holds its prefixes
+
+
+class AttentionCall(NamedTuple):
+    """What one layer handed to the operator."""
+
+    module: nn.Module
+    tensors: dict[str, Tensor]  # q, k, v, prefix_k, prefix_v
+    options: dict[str, Any]
+
+
+_recorders: list[list[AttentionCall]] = []
+
+
+@contextmanager
+def recording() -> Iterator[list[AttentionCall]]:
+    """Collect every call of the attention function inside the block, in order."""
+    calls: list[AttentionCall] = []
+    _recorders.append(calls)
+    try:
+        yield calls
+    finally:
+        _recorders.remove(calls)
+
+
+def attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None = None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention of one layer over its prefix, if it has one, and its content.
+
+    Args:
+        module: the attention module; its child ``fastprefix`` holds the prefixes.
+        query: ``[B, H, S, D]``; key, value: ``[B, H_kv, T, D]``, ``[B, H_kv, T, D_v]``.
+        attention_mask: what :func:`fastprefix.hf.masks.mask_function` returned, or a 4-D mask of the user's own.
+
+    Returns:
+        ``([B, S, H, D_v], None)``: attention weights are never materialised.
+    """
+    if kwargs.get("cache") is not None:
+        raise ValueError("cache: got a paged cache, expected none: continuous batching cannot run with a prefix attached")
+    prefix_k, prefix_v = _prefix(module, query, key, value)
+    causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+    options: dict[str, Any] = {"scale": scaling, "dropout_p": dropout, "sinks": kwargs.get("s_aux")}
+    if kwargs.get("softcap") is not None:
+        options["softcap"] = float(kwargs["softcap"])
+    options.update(_mask_options(attention_mask, causal, query.shape[2], key.shape[2]))
+    _add_position_bias(options, kwargs.get("position_bias"))
+    tensors = {"q": query, "k": key, "v": value, "prefix_k": prefix_k, "prefix_v": prefix_v}
+    if _recorders and not torch.compiler.is_compiling():
+        _recorders[-1].append(AttentionCall(module, tensors, options))
+    o = prefix_attention(**tensors, **options)
+    return o.transpose(1, 2), None
+
+
+def _prefix(module: nn.Module, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    slot = module._modules.get(SLOT)
+    if isinstance(slot, LayerSlot):
+        slot.ran = True
+        kv = slot()
+        if kv is not None:
+            return kv[0].to(query.device), kv[1].to(query.device)
+    heads = key.shape[1]
+    return query.new_empty(heads, 0, query.shape[3]), query.new_empty(heads, 0, value.shape[3])
+
+
+def _mask_options(mask: Tensor | None, causal: bool, rows: int, keys: int) -> dict[str, Any]:
+    """The operator's arguments for one of the mask's four forms (see ``masks.py``)."""
+    if mask is None:
+        return {"causal": causal}
+    if mask.dim() != 4 or mask.shape[-1] < keys:
+        raise ValueError(f"attention_mask: got shape {list(mask.shape)}, expected [B, 1 or H, S, T] with T >= {keys}")
+    mask = mask[..., :keys]
+    if mask.dtype == torch.bool and mask.shape[1] == 1:
+        batch_mask = mask[:, 0, 0]  # [B, T]
+        if mask.shape[2] == 1:
+            # One row: the mask is the whole truth. Several: padding beside the layer's own causality.
+            return {"causal": causal and rows > 1, "key_padding_mask": batch_mask}
+        if mask.stride(2) == 0:
+            return {"causal": False, "key_padding_mask": batch_mask}
+    return {"causal": False, "bias": mask}
+
+
+def _add_position_bias(options: dict[str, Any], position_bias: Tensor | None) -> None:
+    if position_bias is None:
+        return
+    mask = options.get("bias")
+    if mask is None:
+        options["bias"] = position_bias
+    elif mask.dtype == torch.bool:
+        options["bias"] = position_bias.masked_fill(~mask, float("-inf"))
+    else:
+        options["bias"] = position_bias + mask

@@ -1,0 +1,232 @@
+"""``attach``, ``detach``, ``set_prefix``: a prefix in a transformers model, and the model as it was afterwards."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastprefix.hf import probe
+from fastprefix.hf.attention import NAME, SLOT
+from fastprefix.hf.hooks import ForwardHooks
+from fastprefix.prefixes.config import LayerShape, PrefixConfig
+from fastprefix.prefixes.kv import PrefixEncoder
+from fastprefix.prefixes.prefix import LayerSlot, Prefix
+from fastprefix.validation import fail
+
+_STATE = "_fastprefix"
+_ENCODERS = "fastprefix_encoders"
+
+
+class Installation:
+    """Everything fastprefix put into one model, and what it needs to take it out again."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.prefixes: dict[str, Prefix] = {}
+        self.active: str | None = None
+        self.trainable = [(p, p.requires_grad) for p in model.parameters()]
+        self.configs = _own_configs(model)
+        try:
+            self.switch(on=True)
+            self.layers = probe.find_layers(model)
+        except BaseException:
+            self.restore_configs()
+            raise
+        for module in self.layers.modules:
+            module.add_module(SLOT, LayerSlot())
+        self.hooks = ForwardHooks(self)
+
+    def switch(self, on: bool) -> None:
+        """Let the model's attention run through fastprefix, or as it did before."""
+        for _, config, before in self.configs:
+            config._attn_implementation = NAME if on else before
+
+    def restore_configs(self) -> None:
+        """Give every module its original config object back."""
+        back = {id(config): original for original, config, _ in self.configs}
+        for module in self.model.modules():
+            if id(module.__dict__.get("config")) in back:
+                module.config = back[id(module.config)]
+
+    @property
+    def slots(self) -> list[LayerSlot]:
+        """One per attention layer, in order."""
+        slots = [getattr(module, SLOT) for module in self.layers.modules]
+        assert all(isinstance(slot, LayerSlot) for slot in slots)
+        return slots
+
+    def place(self, name: str, prefix: Prefix) -> None:
+        """Make a prefix's modules children of the model."""
+        for module, slot in zip(self.layers.modules, self.slots, strict=True):
+            slot.prefixes.train(module.training)
+        for position, index in enumerate(prefix.layer_indices):
+            self.slots[index].prefixes[name] = prefix.layers[position]
+        encoders = self.layers.owner._modules.get(_ENCODERS)
+        if prefix.encoder is not None:
+            if encoders is None:
+                encoders = nn.ModuleDict()
+                self.layers.owner.add_module(_ENCODERS, encoders)
+            assert isinstance(encoders, nn.ModuleDict)
+            encoders[name] = prefix.encoder
+        elif isinstance(encoders, nn.ModuleDict) and name in encoders:
+            del encoders[name]
+
+    def activate(self, name: str | None) -> None:
+        """Use one prefix, or none: then the model runs exactly what it ran before."""
+        if name is not None and name not in self.prefixes:
+            raise fail("name", repr(name), f"None or one of {sorted(self.prefixes)}")
+        self.active = name
+        for slot in self.slots:
+            slot.active = name
+        self.switch(on=name is not None)
+
+    def remove(self) -> None:
+        """Undo everything."""
+        self.hooks.remove()
+        for module in self.layers.modules:
+            del module._modules[SLOT]
+        self.layers.owner._modules.pop(_ENCODERS, None)
+        self.restore_configs()
+        for parameter, requires_grad in self.trainable:
+            parameter.requires_grad_(requires_grad)
+
+
+def _own_configs(model: Any) -> list[tuple[Any, Any, str]]:
+    """Give the model its own copies of its config objects, so that another model built from one is left alone.
+
+    Returns ``(original, copy, attention implementation)`` for each.
+    """
+    memo: dict[int, Any] = {}
+    originals: dict[int, Any] = {}
+    for module in model.modules():
+        config = module.__dict__.get("config")
+        if config is not None and hasattr(config, "_attn_implementation"):
+            originals[id(config)] = config
+            module.config = copy.deepcopy(config, memo)
+    return [(config, memo[key], config._attn_implementation) for key, config in originals.items()]
+
+
+def installation(model: Any) -> Installation:
+    """What is attached to a model; raises ValueError when nothing is."""
+    found = getattr(model, _STATE, None)
+    if not isinstance(found, Installation):
+        raise fail("model", f"{type(model).__name__} without a prefix", "a model that fastprefix.attach was called on")
+    return found
+
+
+def attach(
+    model: Any, config: PrefixConfig, name: str = "default", *, weights: Callable[[Prefix], None] | None = None
+) -> Prefix:
+    """Give every attention layer of a transformers model a trained prefix, and freeze the rest of the model.
+
+    Args:
+        model: a decoder or encoder whose attention goes through transformers' attention interface.
+        config: what to train and where to start.
+        name: of this prefix; several can be attached, the last one is active (see :func:`set_prefix`).
+        weights: called on the new prefix before it is placed in the model, to fill it from elsewhere.
+
+    Returns:
+        The trainable :class:`Prefix`; its parameters are fp32, on their layers' devices.
+
+    Raises:
+        ValueError: the model cannot carry a prefix (its class is named), a name is taken or a config field is off.
+    """
+    if not isinstance(config, PrefixConfig):
+        raise fail("config", type(config).__name__, "a fastprefix.PrefixConfig")
+    if not isinstance(name, str) or not re.fullmatch(r"\w[\w-]*", name) or hasattr(nn.ModuleDict, name):
+        raise fail("name", repr(name), "letters, digits, '_' and '-'")
+    fresh = getattr(model, _STATE, None) is None
+    if fresh:
+        probe.check_model(model)
+        object.__setattr__(model, _STATE, Installation(model))
+    state = installation(model)
+    try:
+        if name in state.prefixes:
+            raise fail("name", repr(name), f"a new one: {sorted(state.prefixes)} are attached")
+        prefix = _build(state, config)
+        if weights is not None:
+            weights(prefix)
+    except BaseException:
+        if fresh:
+            detach(model)
+        raise
+    for parameter in model.parameters():
+        if not any(parameter is p for other in state.prefixes.values() for p in other.parameters()):
+            parameter.requires_grad_(False)
+    state.prefixes[name] = prefix
+    prefix.on_bake(partial(state.place, name, prefix))
+    state.place(name, prefix)
+    state.activate(name)
+    return prefix
+
+
+def _build(state: Installation, config: PrefixConfig) -> Prefix:
+    layers = state.layers
+    indices = config.active_layers(len(layers.modules))
+    shapes = [layers.shapes[i] for i in indices]
+    devices = [layers.devices[i] for i in indices]
+    prefix = Prefix(config, shapes, indices)
+    start = _start(state, config, indices)
+    if config.prefix_projection:
+        hidden_size = state.model.config.get_text_config().hidden_size
+        encoder = PrefixEncoder(config.num_virtual_tokens, hidden_size, config.encoder_hidden_size or hidden_size, shapes)
+        encoder.to(devices[0])
+        prefix.set_encoder(encoder)
+        if start is not None:
+            prefix.check(*start)
+            encoder.fit(*([x.to(devices[0]) for x in part] for part in start))
+        return prefix
+    if start is None:
+        start = _random(config, shapes)
+    keys, values = ([x.float().to(d) for x, d in zip(part, devices, strict=True)] for part in start)
+    prefix.set_direct(keys, values)
+    return prefix
+
+
+def _random(config: PrefixConfig, shapes: list[LayerShape]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    P, std = config.num_virtual_tokens, config.init.std
+    keys = [torch.randn(s.num_kv_heads, P, s.head_dim) * std for s in shapes]
+    return keys, [torch.randn(s.num_kv_heads, P, s.value_dim) * std for s in shapes]
+
+
+def _start(
+    state: Installation, config: PrefixConfig, indices: list[int]
+) -> tuple[list[torch.Tensor], list[torch.Tensor]] | None:
+    """The keys and values to start from; None for a random start."""
+    init = config.init
+    if init.keys is not None and init.values is not None:
+        return list(init.keys), list(init.values)
+    if init.ids is None:
+        return None
+    active = state.active
+    state.switch(on=True)
+    for slot in state.slots:
+        slot.active = None
+    state.hooks.paused = True
+    try:
+        modules = [state.layers.modules[i] for i in indices]
+        return probe.key_values(state.model, init.tokens(config.num_virtual_tokens), modules)
+    finally:
+        state.hooks.paused = False
+        state.activate(active)
+
+
+def detach(model: Any) -> None:
+    """Take every prefix out; the model is bit for bit what it was, its parameters trainable where they were."""
+    installation(model).remove()
+    object.__delattr__(model, _STATE) if _STATE in model.__dict__ else None
+
+
+def set_prefix(model: Any, name: str | None) -> None:
+    """Make an attached prefix the active one; None runs the bare model.
+
+    Raises:
+        ValueError: nothing is attached, or not under this name.
+    """
+    installation(model).activate(name)

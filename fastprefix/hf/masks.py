@@ -1,0 +1,90 @@
+"""The mask function that transformers calls once per forward and mask type; its result reaches every layer.
+
+A prefix is always visible, so masks speak of content only. What is returned, and what the attention function reads:
+
+* ``None``: causal as the layer is, rows aligned with the last keys;
+* ``[B, 1, 1, T]`` bool: padding, beside the layer's causality;
+* ``[B, 1, S, T]`` bool with stride 0 over S: padding, everything else visible (encoders);
+* ``[B, 1, S, T]`` bool: the whole truth (windows shorter than the text, packing, static caches, overlays).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import masking_utils
+
+Index = int | Tensor
+
+
+def mask_function(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: Index = 0,
+    kv_offset: Index = 0,
+    mask_function: Callable[..., Tensor] = masking_utils.causal_mask_function,
+    attention_mask: Tensor | None = None,
+    local_size: int | None = None,
+    allow_is_causal_skip: bool = True,
+    allow_is_bidirectional_skip: bool = False,
+    **kwargs: Any,
+) -> Tensor | None:
+    """The content mask in the cheapest of the forms above.
+
+    Args:
+        batch_size, q_length, kv_length: B, S and T (a static cache's capacity).
+        q_offset: position of the first query, kv_offset: of the first key; a tensor under static caches.
+        mask_function: transformers' predicate on (batch, head, query, key) positions.
+        attention_mask: ``[B, tokens so far]`` bool padding.
+        local_size: window or chunk of a local layer.
+    """
+    padding = _padding(attention_mask, kv_length, kv_offset)
+    aligned = _is_aligned(q_length, kv_length, q_offset, kv_offset)
+    plain_causal = mask_function is masking_utils.causal_mask_function
+    if not plain_causal and aligned and allow_is_causal_skip and local_size is not None:
+        # A window or chunk that the text has not outgrown hides nothing.
+        plain_causal = q_offset + q_length <= local_size
+    if plain_causal and aligned:
+        return None if padding is None else padding[:, None, None, :]
+    if mask_function is masking_utils.bidirectional_mask_function:
+        if padding is None and allow_is_bidirectional_skip:
+            return None
+        if padding is not None:
+            return padding[:, None, None, :].expand(-1, -1, q_length, -1)
+    return masking_utils.sdpa_mask(
+        batch_size=batch_size,
+        q_length=q_length,
+        kv_length=kv_length,
+        q_offset=q_offset,
+        kv_offset=kv_offset,
+        mask_function=mask_function,
+        attention_mask=attention_mask,
+        local_size=local_size,
+        allow_is_causal_skip=False,
+        allow_is_bidirectional_skip=False,
+        **kwargs,
+    )
+
+
+def _is_aligned(q_length: int, kv_length: int, q_offset: Index, kv_offset: Index) -> bool:
+    """Whether the last query stands at the last key, as without a static cache it does."""
+    if isinstance(q_offset, Tensor) or isinstance(kv_offset, Tensor):
+        return False
+    return bool(q_offset + q_length == kv_offset + kv_length)
+
+
+def _padding(attention_mask: Tensor | None, kv_length: int, kv_offset: Index) -> Tensor | None:
+    """``[B, T]`` bool over the keys at hand, or None when it hides nothing."""
+    if attention_mask is None or isinstance(kv_offset, Tensor):
+        return None
+    padding = attention_mask[:, kv_offset : kv_offset + kv_length].bool()
+    if padding.shape[1] < kv_length:
+        padding = torch.nn.functional.pad(padding, (0, kv_length - padding.shape[1]))
+    # Reading the values would break a graph under torch.compile, where a mask of ones is simply kept.
+    if not torch.compiler.is_compiling() and bool(padding.all()):
+        return None
+    return padding

@@ -1,0 +1,66 @@
+"""Position ids of the content beside a prefix: equal in training and in generation, padded or not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastprefix.validation import fail
+
+
+def learned_table(owner: nn.Module) -> nn.Embedding | None:
+    """The model's learned absolute positions, if it has them."""
+    for name, module in owner.named_modules():
+        if isinstance(module, nn.Embedding) and name.rsplit(".", 1)[-1] in ("position_embeddings", "wpe", "embed_positions"):
+            return module
+    return None
+
+
+def content_positions(kwargs: dict[str, Any], offset: int, causal: bool, table: nn.Embedding | None) -> Tensor:
+    """``[B or 1, S]`` position ids for a forward's keyword arguments, P = ``offset`` tokens after its prefix.
+
+    Given ids are shifted. Otherwise causal models count the tokens that are not padding, as ``generate`` does, so
+    that a left-padded row means the same in training; encoders keep the model's own counting.
+    """
+    position_ids = kwargs.get("position_ids")
+    if position_ids is None:
+        position_ids = _default_positions(kwargs, causal, None if table is None else table.padding_idx)
+    position_ids = position_ids + offset
+    if table is not None and not torch.compiler.is_compiling():
+        last = table.num_embeddings - 1 - getattr(table, "offset", 0)
+        if position_ids.device.type == "cpu" and position_ids.numel() and int(position_ids.max()) > last:
+            expected = f"at most {last}, the model's last learned position (position_offset='none' frees {offset})"
+            raise fail("position_ids", int(position_ids.max()), expected)
+    return position_ids
+
+
+def _default_positions(kwargs: dict[str, Any], causal: bool, padding_idx: int | None) -> Tensor:
+    input_ids, embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
+    source = input_ids if input_ids is not None else embeds
+    if source is None:
+        raise fail("input_ids", "neither input_ids nor inputs_embeds", "one of them")
+    batch, seq = source.shape[:2]
+    if padding_idx is not None:
+        # RoBERTa's convention: real tokens count from padding_idx + 1, padding stays at padding_idx.
+        if input_ids is None:
+            return torch.arange(seq, device=source.device).unsqueeze(0) + padding_idx + 1
+        real = input_ids.ne(padding_idx).long()
+        return real.cumsum(1) * real + padding_idx
+    mask = kwargs.get("attention_mask")
+    if causal and isinstance(mask, Tensor) and mask.dim() == 2:
+        return (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -seq:].to(source.device)
+    past = kwargs.get("past_key_values")
+    start = 0 if past is None else past.get_seq_length()
+    return (torch.arange(seq, device=source.device) + start).unsqueeze(0)
+
+
+def is_packed(kwargs: dict[str, Any]) -> bool:
+    """Whether a row holds several documents: its position ids jump, and neither a mask nor a cache says otherwise."""
+    ids = kwargs.get("position_ids")
+    if ids is None or kwargs.get("attention_mask") is not None or kwargs.get("past_key_values") is not None:
+        return False
+    if torch.compiler.is_compiling():
+        return False
+    return bool((ids.diff(dim=-1) != 1).any())

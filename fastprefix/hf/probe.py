@@ -1,0 +1,130 @@
+"""Find a model's attention layers by running one of its forwards: what dispatches is what can carry a prefix."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastprefix.hf.attention import AttentionCall, recording
+from fastprefix.prefixes.config import LayerShape
+from fastprefix.validation import fail
+
+
+@dataclass(frozen=True)
+class Layers:
+    """The attention layers of a model, in execution order."""
+
+    modules: tuple[nn.Module, ...]
+    shapes: tuple[LayerShape, ...]
+    devices: tuple[torch.device, ...]
+    causal: bool
+    owner: nn.Module  # the module whose forward makes positions and masks
+    owner_arguments: tuple[str, ...]  # of its forward, without self
+
+
+def check_model(model: Any) -> None:
+    """Raise unless ``model`` is a transformers model of a kind that can carry a prefix."""
+    from transformers import PreTrainedModel
+
+    if not isinstance(model, PreTrainedModel):
+        hint = "; a PeftModel holds one: model.get_base_model()" if hasattr(model, "get_base_model") else ""
+        raise fail("model", type(model).__name__, f"a transformers PreTrainedModel{hint}")
+    name = type(model).__name__
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise fail("model", f"{name}, an encoder-decoder", "a decoder or an encoder")
+    if model.main_input_name != "input_ids":
+        raise fail("model", f"{name}, which reads {model.main_input_name}", "a model of input_ids")
+    if any(p.device.type == "meta" for p in model.parameters()):
+        raise fail("model", f"{name} with parameters on the meta device", "a model with its weights in memory")
+    if not model._can_set_attn_implementation():
+        raise _does_not_dispatch(model)
+
+
+def _does_not_dispatch(model: nn.Module, detail: str = "") -> ValueError:
+    return fail(
+        "model",
+        f"{type(model).__name__}, whose attention does not go through transformers' attention interface{detail}",
+        "a model whose every attention layer does: elsewhere a prefix would be silently ignored",
+    )
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def run_tokens(model: nn.Module, ids: Tensor) -> list[AttentionCall]:
+    """Every layer's attention call in a forward of token ids ``[1, n]``, in eval mode without gradients."""
+    device = next(model.parameters()).device
+    with _evaluating(model), recording() as calls:
+        base: Any = model
+        base(input_ids=ids.to(device), use_cache=False) if _takes(model, "use_cache") else base(input_ids=ids.to(device))
+    return calls
+
+
+def _takes(model: nn.Module, name: str) -> bool:
+    return name in inspect.signature(model.forward).parameters
+
+
+def find_layers(model: nn.Module) -> Layers:
+    """Probe a model whose attention implementation is fastprefix's already; raises ValueError naming its class."""
+    try:
+        calls = run_tokens(model, torch.zeros(1, 2, dtype=torch.long))
+    except KeyError as error:  # models that look their classes up by the implementation's name
+        raise _does_not_dispatch(model, f" ({error})") from error
+    if not calls:
+        raise _does_not_dispatch(model)
+    modules = [call.module for call in calls]
+    if len({id(m) for m in modules}) != len(modules):
+        raise fail("model", f"{type(model).__name__}, whose layers share an attention module", "one module per layer")
+    config: Any = getattr(model.config, "get_text_config", lambda: model.config)()
+    expected = getattr(config, "num_hidden_layers", None)
+    if expected is not None and len(modules) != expected:
+        raise _does_not_dispatch(model, f" in {expected - len(modules)} of {expected} layers")
+    owner = _owner(model, modules)
+    arguments = tuple(inspect.signature(owner.forward).parameters)
+    if "position_ids" not in arguments:
+        raise fail("model", f"{type(owner).__name__}, whose forward takes no position_ids", "one that does")
+    return Layers(
+        modules=tuple(modules),
+        shapes=tuple(_shape(call) for call in calls),
+        devices=tuple(call.tensors["q"].device for call in calls),
+        causal=bool(calls[0].options["causal"]),
+        owner=owner,
+        owner_arguments=arguments,
+    )
+
+
+def _shape(call: AttentionCall) -> LayerShape:
+    key, value = call.tensors["k"], call.tensors["v"]
+    return LayerShape(key.shape[1], key.shape[3], value.shape[3])
+
+
+def _owner(model: nn.Module, attention: Sequence[nn.Module]) -> nn.Module:
+    """The innermost module around all attention layers that takes ``input_ids``: heads may call it directly."""
+    found = model
+    wanted = {id(m) for m in attention}
+    for module in model.modules():
+        if "input_ids" in inspect.signature(module.forward).parameters and wanted <= {id(m) for m in module.modules()}:
+            found = module
+    return found
+
+
+def key_values(model: nn.Module, ids: Tensor, layers: Sequence[nn.Module]) -> tuple[list[Tensor], list[Tensor]]:
+    """The model's own keys ``[H_kv, n, D]`` and values of token ids ``[n]`` in each attention module, positions 0..n-1."""
+    calls = {id(call.module): call.tensors for call in run_tokens(model, ids.reshape(1, -1))}
+    found = [calls[id(module)] for module in layers]
+    return [x["k"][0].clone() for x in found], [x["v"][0].clone() for x in found]

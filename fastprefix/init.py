@@ -1,0 +1,5 @@
+"""``fastprefix.init``: where a prefix starts. See :mod:`fastprefix.prefixes.init`."""
+
+from fastprefix.prefixes.init import Init, kv, normal, text, token_ids
+
+__all__ = ["Init", "kv", "normal", "text", "token_ids"]

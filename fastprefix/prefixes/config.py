@@ -1,0 +1,95 @@
+"""``PrefixConfig``: what a user decides about a prefix."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+from fastprefix.prefixes.init import Init, normal
+from fastprefix.validation import fail
+
+PositionOffset = Literal["after_prefix", "none"]
+
+
+class LayerShape(NamedTuple):
+    """One attention layer's key/value geometry."""
+
+    num_kv_heads: int  # H_kv
+    head_dim: int  # D
+    value_dim: int  # D_v
+
+    @property
+    def numel(self) -> int:
+        """Numbers that one prefix token takes in this layer."""
+        return self.num_kv_heads * (self.head_dim + self.value_dim)
+
+
+@dataclass
+class PrefixConfig:
+    """A trained prefix of keys and values in every attention layer (prefix tuning, Li & Liang 2021).
+
+    Args:
+        num_virtual_tokens: prefix tokens P, at least 1.
+        prefix_projection: train ``embedding -> Linear -> tanh -> Linear`` in place of the keys and values themselves.
+        encoder_hidden_size: width of that MLP; default the model's hidden size.
+        init: where training starts: ``fastprefix.init.normal(std)`` (default), ``.text(text, tokenizer)``,
+            ``.token_ids(ids)`` (the model's own keys and values of them; fitted by least squares through the MLP) or
+            ``.kv(keys, values)``.
+        layers: indices of the attention layers that get a prefix, in execution order; default all.
+        position_offset: ``"after_prefix"``: content starts at position P, as PEFT has it; ``"none"``: at 0.
+        num_frozen_tokens: leading prefix tokens that are not trained (the attention sink of Cartridges,
+            arXiv:2506.06266).
+
+    Raises:
+        ValueError: a field is out of range or two contradict each other; the message names the field.
+    """
+
+    num_virtual_tokens: int
+    prefix_projection: bool = False
+    encoder_hidden_size: int | None = None
+    init: Init = field(default_factory=normal)
+    layers: Sequence[int] | None = None
+    position_offset: PositionOffset = "after_prefix"
+    num_frozen_tokens: int = 0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.num_virtual_tokens, int) or self.num_virtual_tokens < 1:
+            raise fail("num_virtual_tokens", repr(self.num_virtual_tokens), "an int of at least 1")
+        if self.encoder_hidden_size is not None and not self.prefix_projection:
+            raise fail("encoder_hidden_size", self.encoder_hidden_size, "None, or prefix_projection=True beside it")
+        if self.encoder_hidden_size is not None and self.encoder_hidden_size < 1:
+            raise fail("encoder_hidden_size", self.encoder_hidden_size, "an int of at least 1")
+        if not isinstance(self.init, Init):
+            raise fail("init", repr(self.init), "what fastprefix.init.normal, text, token_ids or kv return")
+        if self.position_offset not in ("after_prefix", "none"):
+            raise fail("position_offset", repr(self.position_offset), "'after_prefix' or 'none'")
+        if not 0 <= self.num_frozen_tokens <= self.num_virtual_tokens:
+            raise fail("num_frozen_tokens", self.num_frozen_tokens, f"0..num_virtual_tokens = {self.num_virtual_tokens}")
+        if self.num_frozen_tokens and self.prefix_projection:
+            raise fail("num_frozen_tokens", self.num_frozen_tokens, "0 with prefix_projection: an MLP has no frozen rows")
+        if self.layers is not None:
+            self.layers = tuple(self.layers)
+            if not self.layers or len(set(self.layers)) != len(self.layers):
+                raise fail("layers", list(self.layers), "distinct layer indices, at least one, or None for all")
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data; ``init`` is kept as its name, as what it gave is in the weights."""
+        return {
+            "num_virtual_tokens": self.num_virtual_tokens,
+            "prefix_projection": self.prefix_projection,
+            "encoder_hidden_size": self.encoder_hidden_size,
+            "init": self.init.name,
+            "layers": None if self.layers is None else list(self.layers),
+            "position_offset": self.position_offset,
+            "num_frozen_tokens": self.num_frozen_tokens,
+        }
+
+    def active_layers(self, num_layers: int) -> list[int]:
+        """The layers that get a prefix, sorted; raises ValueError for one that the model does not have."""
+        if self.layers is None:
+            return list(range(num_layers))
+        for i in self.layers:
+            if not 0 <= i < num_layers:
+                raise fail("layers", i, f"an index in 0..{num_layers - 1}, the model's attention layers")
+        return sorted(self.layers)

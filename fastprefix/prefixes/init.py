@@ -1,0 +1,76 @@
+"""Where a prefix starts: at random, at the model's own keys and values of some text, or at given ones.
+
+Initialisation is the largest lever in prefix tuning at low data (Li & Liang 2021, section 7.4; PEFT's MetaMathQA
+comparison), which is why text is one call away.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastprefix.validation import fail
+
+
+@dataclass(frozen=True)
+class Init:
+    """One way to start. Made by the functions below."""
+
+    name: str
+    std: float = 0.02
+    ids: tuple[int, ...] | None = None
+    keys: tuple[Tensor, ...] | None = None
+    values: tuple[Tensor, ...] | None = None
+
+    def tokens(self, num_virtual_tokens: int) -> Tensor:
+        """``[P]`` token ids: cut to P, or repeated from the start until there are P."""
+        assert self.ids is not None
+        ids = torch.tensor(self.ids, dtype=torch.long)
+        return ids.repeat(-(-num_virtual_tokens // len(ids)))[:num_virtual_tokens]
+
+
+def normal(std: float = 0.02) -> Init:
+    """Independent ``N(0, std^2)`` entries. Not zero: identical rows would get identical gradients for ever."""
+    if not std > 0:
+        raise fail("std", std, "a positive number")
+    return Init("normal", std=std)
+
+
+def token_ids(ids: Sequence[int] | Tensor) -> Init:
+    """The model's own keys and values of these tokens, cut or repeated to P."""
+    flat = tuple(int(i) for i in torch.as_tensor(ids).reshape(-1).tolist())
+    if not flat:
+        raise fail("ids", "no tokens", "at least one token id")
+    return Init("token_ids", ids=flat)
+
+
+def text(prompt: str, tokenizer: Any) -> Init:
+    """The model's own keys and values of a text, cut or repeated to P tokens. ``tokenizer``: any that is callable."""
+    ids = tokenizer(prompt)["input_ids"]
+    if not ids:
+        raise fail("prompt", repr(prompt), "a text of at least one token")
+    return token_ids(ids)
+
+
+def kv(keys: Sequence[Tensor] | Any, values: Sequence[Tensor] | None = None) -> Init:
+    """Given keys ``[H_kv, P, D]`` and values ``[H_kv, P, D_v]``, one of each per layer.
+
+    ``keys`` alone may be a transformers cache of batch size 1, such as a prefill's ``past_key_values``.
+    """
+    if values is None:
+        if not hasattr(keys, "layers"):
+            raise fail("keys", type(keys).__name__, "a transformers Cache, or keys and values per layer")
+        keys, values = [layer.keys for layer in keys.layers], [layer.values for layer in keys.layers]
+    pairs = []
+    for name, tensors in (("keys", keys), ("values", values)):
+        squeezed = [x.squeeze(0) if isinstance(x, Tensor) and x.dim() == 4 else x for x in tensors]
+        for x in squeezed:
+            if not isinstance(x, Tensor) or x.dim() != 3:
+                got = f"shape {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+                raise fail(name, got, "tensors [H_kv, P, D] (or [1, H_kv, P, D]), one per layer")
+        pairs.append(tuple(x.detach().clone() for x in squeezed))
+    return Init("kv", keys=pairs[0], values=pairs[1])

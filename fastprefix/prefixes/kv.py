@@ -1,0 +1,100 @@
+"""The two parameterisations of a layer's prefix: its keys and values themselves, or an MLP's output."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from fastprefix.prefixes.config import LayerShape
+
+
+class DirectKV(nn.Module):
+    """Trained keys ``[H_kv, P - F, D]`` and values behind F frozen ones; ``forward`` gives all P."""
+
+    frozen_k: Tensor
+    frozen_v: Tensor
+
+    def __init__(self, key: Tensor, value: Tensor, num_frozen_tokens: int = 0) -> None:
+        super().__init__()
+        frozen = num_frozen_tokens
+        self.num_frozen_tokens = frozen
+        self.k = nn.Parameter(key[:, frozen:].detach().clone())
+        self.v = nn.Parameter(value[:, frozen:].detach().clone())
+        if frozen:
+            self.register_buffer("frozen_k", key[:, :frozen].detach().clone())
+            self.register_buffer("frozen_v", value[:, :frozen].detach().clone())
+
+    def forward(self) -> tuple[Tensor, Tensor]:
+        """``[H_kv, P, D]`` and ``[H_kv, P, D_v]``."""
+        if not self.num_frozen_tokens:
+            return self.k, self.v
+        return torch.cat([self.frozen_k, self.k], 1), torch.cat([self.frozen_v, self.v], 1)
+
+
+class PrefixEncoder(nn.Module):
+    """The MLP reparameterisation (Li & Liang 2021, section 4.3): ``[P, d] -> tanh -> every layer's keys and values``.
+
+    All layers share it. A layer can be computed alone, from parameters only, so that recomputation under gradient
+    checkpointing is exact in both modes; :meth:`share` computes all of them at once for a forward without it.
+    """
+
+    def __init__(self, num_virtual_tokens: int, token_dim: int, hidden: int, shapes: Sequence[LayerShape]) -> None:
+        super().__init__()
+        self.shapes = tuple(shapes)
+        self.embedding = nn.Parameter(torch.randn(num_virtual_tokens, token_dim))
+        self.down = nn.Linear(token_dim, hidden)
+        self.up = nn.Linear(hidden, sum(s.numel for s in shapes))
+        self._shared: list[tuple[Tensor, Tensor]] | None = None
+
+    def share(self) -> None:
+        """Compute every layer now; :meth:`layer` hands them out until :meth:`unshare`."""
+        hidden = torch.tanh(self.down(self.embedding))
+        flat = self.up(hidden).split([s.numel for s in self.shapes], dim=-1)
+        self._shared = [self._split(x, s) for x, s in zip(flat, self.shapes, strict=True)]
+
+    def unshare(self) -> None:
+        """Forget what :meth:`share` computed."""
+        self._shared = None
+
+    def layer(self, index: int) -> tuple[Tensor, Tensor]:
+        """Keys ``[H_kv, P, D]`` and values ``[H_kv, P, D_v]`` of the prefix's index-th layer."""
+        if self._shared is not None:
+            return self._shared[index]
+        first = sum(s.numel for s in self.shapes[:index])
+        rows = slice(first, first + self.shapes[index].numel)
+        hidden = torch.tanh(self.down(self.embedding))
+        flat = nn.functional.linear(hidden, self.up.weight[rows], self.up.bias[rows])
+        return self._split(flat, self.shapes[index])
+
+    @staticmethod
+    def _split(flat: Tensor, shape: LayerShape) -> tuple[Tensor, Tensor]:
+        heads, head_dim, value_dim = shape
+        key, value = flat.split([heads * head_dim, heads * value_dim], dim=-1)  # [P, H_kv * D], [P, H_kv * D_v]
+        return key.unflatten(-1, (heads, head_dim)).transpose(0, 1), value.unflatten(-1, (heads, value_dim)).transpose(0, 1)
+
+    @torch.no_grad()
+    def fit(self, keys: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+        """Make the output these keys and values: least squares for the last layer, exact while P <= hidden."""
+        columns = [x.transpose(0, 1).flatten(1) for pair in zip(keys, values, strict=True) for x in pair]
+        target = torch.cat(columns, dim=-1).double()  # [P, sum numel]
+        hidden = torch.tanh(self.down(self.embedding)).double()  # [P, hidden]
+        mean = target.mean(0)
+        # gelsd's minimum-norm solution: tanh of a wide Gaussian is well conditioned, its tail need not be.
+        solution = torch.linalg.lstsq(hidden.cpu(), (target - mean).cpu(), driver="gelsd").solution
+        self.up.weight.copy_(solution.T)
+        self.up.bias.copy_(mean)
+
+
+class ProjectedKV(nn.Module):
+    """One layer's view of a shared :class:`PrefixEncoder`, which is registered elsewhere: no parameters here."""
+
+    def __init__(self, encoder: PrefixEncoder, index: int) -> None:
+        super().__init__()
+        self.index = index
+        self._encoder = (encoder,)  # in a tuple, so that it is not registered a second time
+
+    def forward(self) -> tuple[Tensor, Tensor]:
+        """``[H_kv, P, D]`` and ``[H_kv, P, D_v]``."""
+        return self._encoder[0].layer(self.index)
