@@ -11,7 +11,18 @@ if TYPE_CHECKING:
     from fastprefix.hf.api import attach, detach, load, save, set_prefix
 
 __version__ = "0.1.0"
-__all__ = ["PrefixConfig", "__version__", "attach", "detach", "explain", "init", "load", "prefix_attention", "save", "set_prefix"]
+__all__ = [
+    "PrefixConfig",
+    "__version__",
+    "attach",
+    "detach",
+    "explain",
+    "init",
+    "load",
+    "prefix_attention",
+    "save",
+    "set_prefix",
+]
 
 _HF = ("attach", "detach", "load", "save", "set_prefix")
 

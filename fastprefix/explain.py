@@ -9,7 +9,7 @@ from torch import nn
 from fastprefix import functional
 
 
-def explain(first: Any, *args: Any, **kwargs: Any) -> str:
+def explain(*args: Any, **kwargs: Any) -> str:
     """Explain a call of ``prefix_attention`` (its arguments), or a model with a prefix attached.
 
     Returns:
@@ -19,8 +19,8 @@ def explain(first: Any, *args: Any, **kwargs: Any) -> str:
     Raises:
         ValueError: as ``prefix_attention``; or nothing is attached to the model.
     """
-    if isinstance(first, nn.Module):
+    if args and isinstance(args[0], nn.Module):
         from fastprefix.hf.explain import explain_model
 
-        return explain_model(first, *args, **kwargs)
-    return functional.explain(first, *args, **kwargs)
+        return explain_model(*args, **kwargs)
+    return functional.explain(*args, **kwargs)

@@ -31,7 +31,7 @@ def prefix_attention(
 ) -> tuple[Tensor, Tensor]: ...
 
 
-def prefix_attention(
+def prefix_attention(  # type: ignore[misc]  # the overloads tell the return type apart, not the options
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -109,7 +109,9 @@ def _validated(*, gate: Tensor | None, **named: Any) -> AttentionArgs:
     prefix_k, prefix_v, scale, bias = named["prefix_k"], named["prefix_v"], named["scale"], named["bias"]
     validation.check_content(q, k, v)
     validation.check_prefix(q, v, prefix_k, prefix_v, bank=named["prefix_ids"] is not None)
-    validation.check_masks(q, k, *(named[x] for x in ("causal", "key_padding_mask", "segment_ids", "q_start", "window")))
+    validation.check_masks(
+        q, k, *(named[x] for x in ("causal", "key_padding_mask", "segment_ids", "q_start", "window"))
+    )
     validation.check_extras(q, k, named["sinks"], bias, gate, named["softcap"])
     validation.check_bank(q, prefix_k, named["prefix_ids"], named["prefix_lens"])
     validation.check_scalars(scale, named["dropout_p"], named["causal"])

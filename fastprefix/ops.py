@@ -54,8 +54,9 @@ def _bwd(*values: Any) -> list[Tensor]:
     *inputs, o, lse, do, needs = values
     args, backend = _args(tuple(inputs))
     grads: Grads = dispatch.choose(args, backend).bwd(args, o, lse, do, Needs(*needs))
-    layout = (_bshd, _bshd, _bshd, Tensor.contiguous, Tensor.contiguous, Tensor.contiguous)
-    return [place(grad) for place, grad, need in zip(layout, grads, needs, strict=True) if need and grad is not None]
+    found = [grad for grad, need in zip(grads, needs, strict=True) if need and grad is not None]
+    content = sum(needs[:3])  # q, k and v come first
+    return [_bshd(grad) if i < content else grad.contiguous() for i, grad in enumerate(found)]
 
 
 def _fake_fwd(*values: Any) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""The oracle: concatenate prefix and content, one softmax in fp32 (fp64 for fp64), its log-sum-exp. Takes every argument.
+"""The oracle: concatenate prefix and content, one softmax in fp32 (fp64 for fp64). Takes every argument.
 
 ``attention`` is plain differentiable torch: in fp64 it is the truth that every backend is judged by. ``fwd`` and
 ``bwd`` make a backend of it, with the backward written out (DESIGN: dS = A * (dA - delta), delta = rowsum(do * o)).
@@ -78,7 +78,7 @@ def _cap(args: AttentionArgs, scores: Tensor) -> Tensor:
 
 
 def _scores(args: AttentionArgs, x: _Dense) -> tuple[Tensor, Tensor]:
-    """Capped scores of the prefix ``[B, H, S, P]`` and of the content ``[B, H, S, T]``, hidden ones -inf, without bias."""
+    """Capped scores of prefix ``[B, H, S, P]`` and content ``[B, H, S, T]``; hidden prefix tokens -inf, no bias."""
     prefix = _cap(args, _per_row(args, x.q) @ x.prefix_k.transpose(-1, -2) * args.scale)
     if x.prefix_visible is not None:
         prefix = prefix.masked_fill(~x.prefix_visible, float("-inf"))

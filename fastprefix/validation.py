@@ -100,7 +100,9 @@ def check_masks(
     if isinstance(window, bool) or not isinstance(window, (int, torch.SymInt)) or window < 1:
         raise fail("window", repr(window), "an int of at least 1, or None")
     if not causal:
-        raise fail("window", "a window with causal=False", "causal=True (a row sees the last `window` keys up to itself)")
+        raise fail(
+            "window", "a window with causal=False", "causal=True (a row sees the last `window` keys up to itself)"
+        )
 
 
 def check_extras(q: Tensor, k: Tensor, sinks: object, bias: object, gate: object, softcap: object) -> None:
@@ -121,7 +123,7 @@ def check_extras(q: Tensor, k: Tensor, sinks: object, bias: object, gate: object
 
 
 def check_bank(q: Tensor, prefix_k: Tensor, prefix_ids: object, prefix_lens: object) -> None:
-    """Ids choose rows of the bank. Their values are checked on the CPU only: reading them elsewhere would synchronise."""
+    """Ids choose rows of the bank. Values are checked on the CPU only: reading them elsewhere would synchronise."""
     if prefix_ids is None:
         if prefix_lens is not None:
             raise fail("prefix_lens", "lengths without prefix_ids", "prefix_ids, which make a bank of the prefix")

@@ -58,16 +58,25 @@ CASES: dict[str, Callable[[], Call]] = {
     "bias_bidirectional": lambda: make_call(causal=False, bias=torch.randn(2, 1, 5, 5)),
     "bias_trained": lambda: make_call(bias=torch.randn(1, 6, 5, 5).requires_grad_()),
     "bias_bool": lambda: make_call(causal=False, bias=torch.rand(2, 1, 5, 5) > 0.5),
-    "bias_hides": lambda: make_call(bias=torch.zeros(2, 1, 1, 5).masked_fill(~padding(2, 5, "left")[:, None, None], -3e38)),
+    "bias_hides": lambda: make_call(
+        bias=torch.zeros(2, 1, 1, 5).masked_fill(~padding(2, 5, "left")[:, None, None], -3e38)
+    ),
     "gate": lambda: make_call(gate=torch.randn(6).requires_grad_()),
     "gate_and_padding": lambda: make_call(gate=torch.randn(6).requires_grad_(), key_padding_mask=padding(2, 5, "left")),
     "bank": lambda: make_call(B=4, N=3, prefix_ids=torch.tensor([2, -1, 0, 2])),
-    "bank_ragged": lambda: make_call(B=4, N=3, prefix_ids=torch.tensor([2, 1, 0, 2]), prefix_lens=torch.tensor([7, 0, 3])),
+    "bank_ragged": lambda: make_call(
+        B=4, N=3, prefix_ids=torch.tensor([2, 1, 0, 2]), prefix_lens=torch.tensor([7, 0, 3])
+    ),
     "bank_per_row": lambda: make_call(
-        N=3, S=6, prefix_ids=torch.tensor([[0, 0, 1, 1, -1, 2], [2, 2, 2, -1, 0, 0]]), prefix_lens=torch.tensor([7, 2, 3])
+        N=3,
+        S=6,
+        prefix_ids=torch.tensor([[0, 0, 1, 1, -1, 2], [2, 2, 2, -1, 0, 0]]),
+        prefix_lens=torch.tensor([7, 2, 3]),
     ),
     "bank_and_padding": lambda: make_call(
-        N=2, prefix_ids=torch.tensor([1, -1]), key_padding_mask=torch.tensor([[False] * 5, [False, True, True, True, True]])
+        N=2,
+        prefix_ids=torch.tensor([1, -1]),
+        key_padding_mask=torch.tensor([[False] * 5, [False, True, True, True, True]]),
     ),
     "bank_and_gate": lambda: make_call(N=2, prefix_ids=torch.tensor([1, 0]), gate=torch.randn(6).requires_grad_()),
     "everything": lambda: make_call(

@@ -117,7 +117,10 @@ def brute_force(call: Call) -> dict[str, Tensor]:
                     and (window is None or p - window < j)
                     and (padding is None or bool(padding[b, j]))
                     and (segments is None or int(segments[b, j]) == int(segments[b, min(max(p, 0), T - 1)]))
-                    and (bias is None or (bool(bias[b, h, i, j]) if bias.dtype == torch.bool else bias[b, h, i, j] > -1e37))
+                    and (
+                        bias is None
+                        or (bool(bias[b, h, i, j]) if bias.dtype == torch.bool else bias[b, h, i, j] > -1e37)
+                    )
                 ]
                 content = score(q[b, h, i], k[b, h // groups, seen])
                 if bias is not None and bias.dtype != torch.bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -10,6 +11,15 @@ import torch
 from fastprefix import prefix_attention
 from tests.cases import CASES, EAGER
 from tests.helpers import assert_close, assert_within_rule, make_call, run, truth
+
+
+@pytest.fixture(autouse=True)
+def _poison() -> Iterator[None]:
+    """Uninitialised memory is NaN: what a backend forgets to write is seen."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.parametrize("case", CASES)

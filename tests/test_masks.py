@@ -25,7 +25,9 @@ def test_entries(q_start: object, window: int | None, padded: bool) -> None:
         start = 4 if q_start is None else int(torch.as_tensor(q_start).reshape(-1)[-1 if b else 0])
         for i in range(4):
             for j in range(8):
-                want = j <= start + i and (window is None or j > start + i - window) and (mask is None or bool(mask[b, j]))
+                want = (
+                    j <= start + i and (window is None or j > start + i - window) and (mask is None or bool(mask[b, j]))
+                )
                 assert bool(full[b, 0, i, j]) == want, (b, i, j)
 
 

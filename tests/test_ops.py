@@ -1,4 +1,4 @@
-"""The operator as torch sees it: opcheck, compile, autocast, what is saved, what is not computed, no second derivative."""
+"""The operator as torch sees it: opcheck, compile, autocast, what is saved and computed, no second derivative."""
 
 from __future__ import annotations
 
@@ -26,7 +26,18 @@ def raw_inputs(call: Call, backend: str) -> tuple[Any, ...]:
 
 
 @pytest.mark.parametrize(
-    "case", ["plain", "no_prefix", "d_v_smaller", "left_padding", "q_start_scalar", "bank", "sinks", "bias_trained", "with_a_cache"]
+    "case",
+    [
+        "plain",
+        "no_prefix",
+        "d_v_smaller",
+        "left_padding",
+        "q_start_scalar",
+        "bank",
+        "sinks",
+        "bias_trained",
+        "with_a_cache",
+    ],
 )
 def test_opcheck(case: str, backend: str) -> None:
     inputs = raw_inputs(CASES[case]().to(torch.float32), backend)

@@ -14,22 +14,37 @@ from tests.helpers import make_call
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "rank": ({"q": torch.randn(6, 5, 16)}, r"q: got shape \[6, 5, 16\], expected \[B, H, S, D\]"),
     "not a tensor": ({"k": [1, 2]}, "k: got list, expected a tensor"),
-    "heads do not divide": ({"q": torch.randn(2, 5, 5, 16)}, "k: got 2 heads, expected a number that divides q's 5 heads"),
+    "heads do not divide": (
+        {"q": torch.randn(2, 5, 5, 16)},
+        "k: got 2 heads, expected a number that divides q's 5 heads",
+    ),
     "integers": ({"q": torch.ones(2, 6, 5, 16, dtype=torch.long)}, "q: got dtype torch.int64"),
-    "dtype mix": ({"v": torch.randn(2, 2, 5, 16).half()}, "v: got dtype torch.float16, expected q's dtype torch.float32"),
+    "dtype mix": (
+        {"v": torch.randn(2, 2, 5, 16).half()},
+        "v: got dtype torch.float16, expected q's dtype torch.float32",
+    ),
     "device mix": ({"k": torch.randn(2, 2, 5, 16, device="meta")}, "k: got device meta, expected q's device cpu"),
     "prefix device": ({"prefix_v": torch.randn(2, 7, 16, device="meta")}, "prefix_v: got device meta"),
     "batch": ({"v": torch.randn(3, 2, 5, 16)}, r"v: got shape \[3, 2, 5, 16\]"),
     "head dim of the prefix": ({"prefix_k": torch.randn(2, 7, 8)}, r"prefix_k: got shape \[2, 7, 8\]"),
-    "heads of the prefix": ({"prefix_k": torch.randn(6, 7, 16)}, r"prefix_k: got shape \[6, 7, 16\], expected .* \[2, any, 16\]"),
+    "heads of the prefix": (
+        {"prefix_k": torch.randn(6, 7, 16)},
+        r"prefix_k: got shape \[6, 7, 16\], expected .* \[2, any, 16\]",
+    ),
     "P mismatch": ({"prefix_v": torch.randn(2, 6, 16)}, r"prefix_v: got shape \[2, 6, 16\], expected .* \[2, 7, 16\]"),
-    "prefix dtypes": ({"prefix_v": torch.randn(2, 7, 16).half()}, "prefix_v: got dtype torch.float16, expected prefix_k's"),
+    "prefix dtypes": (
+        {"prefix_v": torch.randn(2, 7, 16).half()},
+        "prefix_v: got dtype torch.float16, expected prefix_k's",
+    ),
     "bank without ids": ({"prefix_k": torch.randn(3, 2, 7, 16)}, "prefix_k: .* needs prefix_ids"),
     "ids without bank": ({"prefix_ids": torch.tensor([0, 0])}, "prefix_k: got shape"),
     "lens without ids": ({"prefix_lens": torch.tensor([1])}, "prefix_lens: got lengths without prefix_ids"),
     "backend": ({"backend": "fastest"}, "backend: got 'fastest', expected 'auto' or 'reference'"),
     "padding dtype": ({"key_padding_mask": torch.ones(2, 5)}, "key_padding_mask: got dtype torch.float32"),
-    "padding shape": ({"key_padding_mask": torch.ones(2, 4, dtype=torch.bool)}, r"key_padding_mask: got shape \[2, 4\]"),
+    "padding shape": (
+        {"key_padding_mask": torch.ones(2, 4, dtype=torch.bool)},
+        r"key_padding_mask: got shape \[2, 4\]",
+    ),
     "segments": ({"segment_ids": torch.ones(2, 5)}, "segment_ids: got dtype"),
     "q_start": ({"q_start": 1.5}, "q_start: got float"),
     "q_start shape": ({"q_start": torch.tensor([1, 2, 3])}, r"q_start: got shape \[3\]"),
@@ -57,7 +72,11 @@ def test_wrong_call(what: str) -> None:
 
 @pytest.mark.parametrize(
     ("ids", "lens", "message"),
-    [([3, 0], None, "prefix_ids: got 0..3, expected -1..2"), ([-2, 0], None, "prefix_ids"), ([0, 1], [8, 1, 1], "prefix_lens")],
+    [
+        ([3, 0], None, "prefix_ids: got 0..3, expected -1..2"),
+        ([-2, 0], None, "prefix_ids"),
+        ([0, 1], [8, 1, 1], "prefix_lens"),
+    ],
 )
 def test_wrong_bank(ids: list[int], lens: list[int] | None, message: str) -> None:
     options = {"prefix_ids": torch.tensor(ids), "prefix_lens": None if lens is None else torch.tensor(lens)}

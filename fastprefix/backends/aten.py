@@ -42,7 +42,9 @@ def unsupported(args: AttentionArgs) -> list[str]:
             reasons.append("head dim: flash attention on cuda takes multiples of 8 up to 256")
         present = (args.key_padding_mask, args.segment_ids, args.window, args.bias)
         masks = ("key_padding_mask", "segment_ids", "window", "bias")
-        reasons += [f"{n}: flash attention on cuda takes no mask" for n, x in zip(masks, present, strict=True) if x is not None]
+        reasons += [
+            f"{n}: flash attention on cuda takes no mask" for n, x in zip(masks, present, strict=True) if x is not None
+        ]
         if _int_start(args) is None:
             reasons.append("q_start: a tensor needs a mask, which flash attention on cuda does not take")
         elif args.causal and _spill(args):
@@ -111,7 +113,9 @@ def _mask_dtype(args: AttentionArgs) -> torch.dtype:
 
 
 def _hide(visible: Tensor, args: AttentionArgs) -> Tensor:
-    return torch.zeros(visible.shape, dtype=_mask_dtype(args), device=visible.device).masked_fill_(~visible, vendor.MASK)
+    return torch.zeros(visible.shape, dtype=_mask_dtype(args), device=visible.device).masked_fill_(
+        ~visible, vendor.MASK
+    )
 
 
 def _dense_mask(args: AttentionArgs) -> Tensor | None:
@@ -133,7 +137,7 @@ class _Prefix(NamedTuple):
     k: Tensor  # [H_kv, P, D]
     v: Tensor  # [H_kv, P, D_v]
     rows: tuple[Tensor, Tensor] | None  # batch and query indices, [R] each
-    index: int | None  # in the bank
+    number: int | None  # in the bank
 
 
 def _prefixes(args: AttentionArgs) -> Iterator[_Prefix]:
@@ -165,7 +169,7 @@ def _fold(x: Tensor, prefix: _Prefix, heads: int) -> Tensor:
 
 
 def _unfold(x: Tensor, like: Tensor, prefix: _Prefix, fill: float) -> Tensor:
-    """The inverse of :func:`_fold`, ``[1, heads, rows, ...] -> [B, H, S, ...]``; rows of other prefixes get ``fill``."""
+    """The inverse of :func:`_fold`, ``[1, heads, rows, ...] -> [B, H, S, ...]``; other prefixes' rows get ``fill``."""
     batch, num_heads, seq = like.shape[:3]
     rows = x.squeeze(0).transpose(0, 1)  # [rows, heads, ...]
     if rows.shape[1] != num_heads:
@@ -271,6 +275,6 @@ def _prefix_bwd(args: AttentionArgs, o: Tensor, lse: Tensor, do: Tensor) -> tupl
         full = _unfold(part_dq, args.q, prefix, 0.0)
         dq = full if dq is None else dq.add_(full)
         for out, grad in ((dprefix_k, part_dk[0]), (dprefix_v, part_dv[0])):
-            target = out if prefix.index is None else out[prefix.index]
+            target = out if prefix.number is None else out[prefix.number]
             target[:, : grad.shape[1]] = grad
     return dq, dprefix_k, dprefix_v

@@ -1,4 +1,4 @@
-"""The algebra of partial attention states: ``lse = logaddexp(a, b)``, ``o = exp(lse_a - lse) o_a + exp(lse_b - lse) o_b``.
+"""Partial attention states: ``lse = logaddexp(lse_a, lse_b)``, ``o = exp(lse_a - lse) o_a + exp(lse_b - lse) o_b``.
 
 Chunked-softmax merging as in FlashAttention (Dao et al. 2022) and in DESIGN section 2. A part that sees nothing has
 ``lse = -inf`` and any finite ``o``.

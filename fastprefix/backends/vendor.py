@@ -16,9 +16,7 @@ MASK = torch.finfo(torch.float32).min / 2
 EMPTY_LSE = MASK / 2
 
 
-def fwd(
-    q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None, scale: float
-) -> tuple[Tensor, Tensor]:
+def fwd(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
     """``o [B, H, S, D_v]`` (in [B, S, H, D_v] storage) and ``lse [B, H, S]``, -inf where a row sees no key.
 
     ``k`` and ``v`` keep their own number of heads (grouped-query attention without repeating them). ``mask`` is

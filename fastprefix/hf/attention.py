@@ -60,7 +60,9 @@ def attention_forward(
         ``([B, S, H, D_v], None)``: attention weights are never materialised.
     """
     if kwargs.get("cache") is not None:
-        raise ValueError("cache: got a paged cache, expected none: continuous batching cannot run with a prefix attached")
+        raise ValueError(
+            "cache: got a paged cache, expected none: continuous batching cannot run with a prefix attached"
+        )
     prefix_k, prefix_v = _prefix(module, query, key, value)
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     options: dict[str, Any] = {"scale": scaling, "dropout_p": dropout, "sinks": kwargs.get("s_aux")}
@@ -71,7 +73,7 @@ def attention_forward(
     tensors = {"q": query, "k": key, "v": value, "prefix_k": prefix_k, "prefix_v": prefix_v}
     if _recorders and not torch.compiler.is_compiling():
         _recorders[-1].append(AttentionCall(module, tensors, options))
-    o = prefix_attention(**tensors, **options)
+    o = prefix_attention(query, key, value, prefix_k, prefix_v, **options)
     return o.transpose(1, 2), None
 
 

@@ -10,7 +10,7 @@ from fastprefix.hf.install import installation
 
 
 def explain_model(model: Any) -> str:
-    """A line a prefix, then a line an attention layer: shape, active prefix, the backend of a 2-token forward and why."""
+    """A line a prefix, then each attention layer: shape, prefix, the backend of a 2-token forward and why."""
     import torch
 
     state = installation(model)

@@ -1,4 +1,4 @@
-"""What runs around each forward of an attached model: positions, packing, the shared MLP, and the check that all ran."""
+"""What runs around each forward of an attached model: positions, packing, the shared MLP, a check that all ran."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from fastprefix.hf import positions
+from fastprefix.hf import masks, positions
 from fastprefix.validation import fail
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ class ForwardHooks:
         self.state = state
         self.paused = False
         self.checked = False
+        self.packed_at: int | None = None  # dense masks made before a forward of packed documents
         owner = state.layers.owner
         self.table = positions.learned_table(owner)
         self.checkpointed = [m for m in state.model.modules() if hasattr(m, "gradient_checkpointing")]
@@ -46,8 +47,11 @@ class ForwardHooks:
         if kwargs.get("output_attentions") or getattr(state.model.config, "output_attentions", False):
             raise fail("output_attentions", True, "False: fused attention never materialises its weights")
         kwargs["attention_mask"] = _whole_mask(kwargs)
+        self.packed_at = None
         if positions.is_packed(kwargs):
-            kwargs["use_cache"] = False  # transformers looks for documents only where there is no cache
+            if "use_cache" in state.layers.owner_arguments:
+                kwargs["use_cache"] = False  # transformers looks for documents only where there is no cache
+            self.packed_at = masks.dense_masks_made
         if prefix.config.position_offset == "after_prefix":
             offset = prefix.num_virtual_tokens
             kwargs["position_ids"] = positions.content_positions(kwargs, offset, state.layers.causal, self.table)
@@ -68,13 +72,20 @@ class ForwardHooks:
         prefix = state.prefixes[state.active]
         if prefix.encoder is not None:
             prefix.encoder.unshare()
-        if self.checked or output is None or torch.compiler.is_compiling():
+        if output is None or torch.compiler.is_compiling():
+            return
+        name = type(state.model).__name__
+        if self.packed_at == masks.dense_masks_made:
+            packed = "packed documents (they jump)"
+            raise fail("position_ids", packed, f"one document a row: {name} makes its mask without position ids")
+        if self.checked:
             return
         missed = [i for i in prefix.layer_indices if not state.slots[i].ran]
         skips_layers = owner.training and getattr(state.model.config, "layerdrop", 0.0) > 0.0
         if missed and not skips_layers:
-            name = type(state.model).__name__
-            raise RuntimeError(f"fastprefix: {name} ran without the attention hook of layers {missed}: the prefix was ignored there")
+            raise RuntimeError(
+                f"fastprefix: {name} ran without the attention hook of layers {missed}: the prefix was ignored there"
+            )
         self.checked = True
 
     def embedded(self, embedding: nn.Module, args: Any, output: Tensor) -> None:

@@ -76,6 +76,8 @@ class Installation:
             encoders[name] = prefix.encoder
         elif isinstance(encoders, nn.ModuleDict) and name in encoders:
             del encoders[name]
+            if not encoders:
+                del self.layers.owner._modules[_ENCODERS]
 
     def activate(self, name: str | None) -> None:
         """Use one prefix, or none: then the model runs exactly what it ran before."""
@@ -175,7 +177,9 @@ def _build(state: Installation, config: PrefixConfig) -> Prefix:
     start = _start(state, config, indices)
     if config.prefix_projection:
         hidden_size = state.model.config.get_text_config().hidden_size
-        encoder = PrefixEncoder(config.num_virtual_tokens, hidden_size, config.encoder_hidden_size or hidden_size, shapes)
+        encoder = PrefixEncoder(
+            config.num_virtual_tokens, hidden_size, config.encoder_hidden_size or hidden_size, shapes
+        )
         encoder.to(devices[0])
         prefix.set_encoder(encoder)
         if start is not None:

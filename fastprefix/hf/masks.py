@@ -19,6 +19,9 @@ from transformers import masking_utils
 
 Index = int | Tensor
 
+# How many dense masks have been made: a packed batch that makes none would let its documents see each other.
+dense_masks_made = 0
+
 
 def mask_function(
     batch_size: int,
@@ -47,7 +50,7 @@ def mask_function(
     plain_causal = mask_function is masking_utils.causal_mask_function
     if not plain_causal and aligned and allow_is_causal_skip and local_size is not None:
         # A window or chunk that the text has not outgrown hides nothing.
-        plain_causal = q_offset + q_length <= local_size
+        plain_causal = bool(q_offset + q_length <= local_size)
     if plain_causal and aligned:
         return None if padding is None else padding[:, None, None, :]
     if mask_function is masking_utils.bidirectional_mask_function:
@@ -55,6 +58,8 @@ def mask_function(
             return None
         if padding is not None:
             return padding[:, None, None, :].expand(-1, -1, q_length, -1)
+    global dense_masks_made
+    dense_masks_made += 1
     return masking_utils.sdpa_mask(
         batch_size=batch_size,
         q_length=q_length,

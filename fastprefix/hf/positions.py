@@ -13,7 +13,11 @@ from fastprefix.validation import fail
 def learned_table(owner: nn.Module) -> nn.Embedding | None:
     """The model's learned absolute positions, if it has them."""
     for name, module in owner.named_modules():
-        if isinstance(module, nn.Embedding) and name.rsplit(".", 1)[-1] in ("position_embeddings", "wpe", "embed_positions"):
+        if isinstance(module, nn.Embedding) and name.rsplit(".", 1)[-1] in (
+            "position_embeddings",
+            "wpe",
+            "embed_positions",
+        ):
             return module
     return None
 
@@ -41,7 +45,7 @@ def _default_positions(kwargs: dict[str, Any], causal: bool, padding_idx: int | 
     source = input_ids if input_ids is not None else embeds
     if source is None:
         raise fail("input_ids", "neither input_ids nor inputs_embeds", "one of them")
-    batch, seq = source.shape[:2]
+    _batch, seq = source.shape[:2]
     if padding_idx is not None:
         # RoBERTa's convention: real tokens count from padding_idx + 1, padding stays at padding_idx.
         if input_ids is None:
@@ -62,5 +66,6 @@ def is_packed(kwargs: dict[str, Any]) -> bool:
     if ids is None or kwargs.get("attention_mask") is not None or kwargs.get("past_key_values") is not None:
         return False
     if torch.compiler.is_compiling():
-        return False
+        # The values cannot be read: ids given without a cache being asked for are taken to be packed.
+        return kwargs.get("use_cache") is not True
     return bool((ids.diff(dim=-1) != 1).any())

@@ -71,7 +71,9 @@ def run_tokens(model: nn.Module, ids: Tensor) -> list[AttentionCall]:
     device = next(model.parameters()).device
     with _evaluating(model), recording() as calls:
         base: Any = model
-        base(input_ids=ids.to(device), use_cache=False) if _takes(model, "use_cache") else base(input_ids=ids.to(device))
+        base(input_ids=ids.to(device), use_cache=False) if _takes(model, "use_cache") else base(
+            input_ids=ids.to(device)
+        )
     return calls
 
 
@@ -124,7 +126,7 @@ def _owner(model: nn.Module, attention: Sequence[nn.Module]) -> nn.Module:
 
 
 def key_values(model: nn.Module, ids: Tensor, layers: Sequence[nn.Module]) -> tuple[list[Tensor], list[Tensor]]:
-    """The model's own keys ``[H_kv, n, D]`` and values of token ids ``[n]`` in each attention module, positions 0..n-1."""
+    """The model's own keys ``[H_kv, n, D]`` and values of token ids ``[n]``, at positions 0..n-1, layer by layer."""
     calls = {id(call.module): call.tensors for call in run_tokens(model, ids.reshape(1, -1))}
     found = [calls[id(module)] for module in layers]
     return [x["k"][0].clone() for x in found], [x["v"][0].clone() for x in found]

@@ -1,4 +1,4 @@
-"""Makes ``attn_implementation="fastprefix"`` known to transformers: the attention function and, beside it, the masks."""
+"""Makes ``attn_implementation="fastprefix"`` known to transformers: attention and, beside it, masks."""
 
 from transformers import AttentionInterface, AttentionMaskInterface
 

@@ -88,7 +88,11 @@ def save(model: Any, dir: str | os.PathLike[str], name: str = "default") -> None
         tensors = {EMBEDDINGS: pack(keys, values)}
         config = _peft_config(state.model, prefix)
     else:
-        tensors = {f"layers.{i}.{n}": x for i, kv in zip(prefix.layer_indices, pairs, strict=True) for n, x in zip("kv", kv, strict=True)}
+        tensors = {
+            f"layers.{i}.{n}": x
+            for i, kv in zip(prefix.layer_indices, pairs, strict=True)
+            for n, x in zip("kv", kv, strict=True)
+        }
         config = {"peft_type": "FASTPREFIX", "num_virtual_tokens": prefix.num_virtual_tokens}
     encoder = prefix.encoder
     if encoder is not None:
@@ -171,7 +175,9 @@ def load(model: Any, dir: str | os.PathLike[str], name: str = "default") -> Pref
     def weights(prefix: Prefix) -> None:
         keys, values = _key_values(tensors, prefix, folder / WEIGHTS)
         if encoder is None:
-            prefix.set_direct(*([x.float().to(d) for x, d in zip(part, prefix.devices(), strict=True)] for part in (keys, values)))
+            prefix.set_direct(
+                *([x.float().to(d) for x, d in zip(part, prefix.devices(), strict=True)] for part in (keys, values))
+            )
         elif prefix.encoder is not None:
             _load_encoder(prefix, encoder, folder / ENCODER)
 
@@ -179,7 +185,9 @@ def load(model: Any, dir: str | os.PathLike[str], name: str = "default") -> Pref
 
 
 def _own_config(own: dict[str, Any], path: Path) -> PrefixConfig:
-    fields = {n: own[n] for n in ("num_virtual_tokens", "layers", "position_offset", "num_frozen_tokens") if n in own}
+    fields: dict[str, Any] = {
+        n: own[n] for n in ("num_virtual_tokens", "layers", "position_offset", "num_frozen_tokens") if n in own
+    }
     if own.get("projected"):
         fields.update(prefix_projection=True, encoder_hidden_size=own.get("encoder_hidden_size"))
     try:
@@ -193,9 +201,13 @@ def _key_values(tensors: dict[str, Tensor], prefix: Prefix, path: Path) -> tuple
         embeddings, shapes = tensors[EMBEDDINGS], prefix.shapes
         want = [prefix.num_virtual_tokens, sum(s.numel for s in shapes)]
         if list(embeddings.shape) != want:
-            raise fail(f"{path}: {EMBEDDINGS}", f"shape {list(embeddings.shape)}", f"[P, 2*L*H_kv*D] = {want} of this model")
+            raise fail(
+                f"{path}: {EMBEDDINGS}", f"shape {list(embeddings.shape)}", f"[P, 2*L*H_kv*D] = {want} of this model"
+            )
         if len(set(shapes)) != 1 or shapes[0].head_dim != shapes[0].value_dim:
-            raise fail(f"{path}: {EMBEDDINGS}", "one tensor", "one tensor per layer: this model's layers differ in shape")
+            raise fail(
+                f"{path}: {EMBEDDINGS}", "one tensor", "one tensor per layer: this model's layers differ in shape"
+            )
         return unpack(embeddings, shapes)
     found: tuple[list[Tensor], list[Tensor]] = ([], [])
     for i, shape in zip(prefix.layer_indices, prefix.shapes, strict=True):
@@ -204,7 +216,9 @@ def _key_values(tensors: dict[str, Tensor], prefix: Prefix, path: Path) -> tuple
             if key not in tensors:
                 raise fail(f"{path}: {key}", "no such tensor", f"{EMBEDDINGS}, or keys and values of every layer")
             if list(tensors[key].shape) != want:
-                raise fail(f"{path}: {key}", f"shape {list(tensors[key].shape)}", f"[H_kv, P, D] = {want} of this model")
+                raise fail(
+                    f"{path}: {key}", f"shape {list(tensors[key].shape)}", f"[H_kv, P, D] = {want} of this model"
+                )
             out.append(tensors[key])
     return found
 

@@ -65,9 +65,13 @@ class PrefixConfig:
         if self.position_offset not in ("after_prefix", "none"):
             raise fail("position_offset", repr(self.position_offset), "'after_prefix' or 'none'")
         if not 0 <= self.num_frozen_tokens <= self.num_virtual_tokens:
-            raise fail("num_frozen_tokens", self.num_frozen_tokens, f"0..num_virtual_tokens = {self.num_virtual_tokens}")
+            raise fail(
+                "num_frozen_tokens", self.num_frozen_tokens, f"0..num_virtual_tokens = {self.num_virtual_tokens}"
+            )
         if self.num_frozen_tokens and self.prefix_projection:
-            raise fail("num_frozen_tokens", self.num_frozen_tokens, "0 with prefix_projection: an MLP has no frozen rows")
+            raise fail(
+                "num_frozen_tokens", self.num_frozen_tokens, "0 with prefix_projection: an MLP has no frozen rows"
+            )
         if self.layers is not None:
             self.layers = tuple(self.layers)
             if not self.layers or len(set(self.layers)) != len(self.layers):

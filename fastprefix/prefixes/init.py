@@ -56,7 +56,7 @@ def text(prompt: str, tokenizer: Any) -> Init:
     return token_ids(ids)
 
 
-def kv(keys: Sequence[Tensor] | Any, values: Sequence[Tensor] | None = None) -> Init:
+def kv(keys: Any, values: Sequence[Tensor] | None = None) -> Init:
     """Given keys ``[H_kv, P, D]`` and values ``[H_kv, P, D_v]``, one of each per layer.
 
     ``keys`` alone may be a transformers cache of batch size 1, such as a prefill's ``past_key_values``.
@@ -64,8 +64,9 @@ def kv(keys: Sequence[Tensor] | Any, values: Sequence[Tensor] | None = None) -> 
     if values is None:
         if not hasattr(keys, "layers"):
             raise fail("keys", type(keys).__name__, "a transformers Cache, or keys and values per layer")
-        keys, values = [layer.keys for layer in keys.layers], [layer.values for layer in keys.layers]
-    pairs = []
+        layers: Any = keys.layers
+        keys, values = [layer.keys for layer in layers], [layer.values for layer in layers]
+    pairs: list[tuple[Tensor, ...]] = []
     for name, tensors in (("keys", keys), ("values", values)):
         squeezed = [x.squeeze(0) if isinstance(x, Tensor) and x.dim() == 4 else x for x in tensors]
         for x in squeezed:

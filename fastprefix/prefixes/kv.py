@@ -72,7 +72,9 @@ class PrefixEncoder(nn.Module):
     def _split(flat: Tensor, shape: LayerShape) -> tuple[Tensor, Tensor]:
         heads, head_dim, value_dim = shape
         key, value = flat.split([heads * head_dim, heads * value_dim], dim=-1)  # [P, H_kv * D], [P, H_kv * D_v]
-        return key.unflatten(-1, (heads, head_dim)).transpose(0, 1), value.unflatten(-1, (heads, value_dim)).transpose(0, 1)
+        return key.unflatten(-1, (heads, head_dim)).transpose(0, 1), value.unflatten(-1, (heads, value_dim)).transpose(
+            0, 1
+        )
 
     @torch.no_grad()
     def fit(self, keys: Sequence[Tensor], values: Sequence[Tensor]) -> None:

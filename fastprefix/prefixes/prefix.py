@@ -76,7 +76,9 @@ class Prefix(nn.Module):
     def check(self, keys: Sequence[Tensor], values: Sequence[Tensor]) -> None:
         """Raise ValueError unless there are P keys and values of the right shape for every layer."""
         if len(keys) != len(self.shapes) or len(values) != len(self.shapes):
-            raise fail("init", f"{len(keys)} keys and {len(values)} values", f"one of each for {len(self.shapes)} layers")
+            raise fail(
+                "init", f"{len(keys)} keys and {len(values)} values", f"one of each for {len(self.shapes)} layers"
+            )
         P = self.num_virtual_tokens
         for i, (k, v, s) in enumerate(zip(keys, values, self.shapes, strict=True)):
             for name, x, dim in (("keys", k, s.head_dim), ("values", v, s.value_dim)):

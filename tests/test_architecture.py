@@ -1,0 +1,100 @@
+"""The floors of the house, read from the AST, and what ``import fastprefix`` needs, in a fresh process."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import fastprefix
+
+ROOT = Path(fastprefix.__file__).parent
+# A module imports from its own floor's package or from lower floors only.
+FLOORS = (
+    ("types",),
+    ("masks", "validation"),
+    ("reference", "backends"),
+    ("dispatch",),
+    ("ops",),
+    ("functional",),
+    ("prefixes",),
+    ("init", "hf"),
+    ("explain",),
+    ("assets", "data", "measure"),
+    ("train", "demo"),
+    ("cli",),
+)
+FLOOR = {name: level for level, names in enumerate(FLOORS) for name in names}
+FILES = sorted(p for p in ROOT.rglob("*.py") if p != ROOT / "__init__.py")
+
+
+def part(path: Path) -> str:
+    """The floor's name: the first folder or the file under the package."""
+    return path.relative_to(ROOT).parts[0].removesuffix(".py")
+
+
+def imports(path: Path) -> list[str]:
+    """Names of modules imported from within the package, ``fastprefix`` removed."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            assert node.level == 0, f"{path}: relative import"
+            names = (
+                [f"{node.module}.{alias.name}" for alias in node.names]
+                if node.module == "fastprefix"
+                else [node.module]
+            )
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        else:
+            continue
+        found += [name.removeprefix("fastprefix.") for name in names if name.startswith("fastprefix.")]
+    return found
+
+
+def test_every_file_has_a_floor() -> None:
+    assert {part(p) for p in FILES} == set(FLOOR)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_go_down(path: Path) -> None:
+    mine = part(path)
+    for name in imports(path):
+        other = name.split(".")[0]
+        if other in FLOOR:  # else a public name of the package itself, which only top floors may use
+            assert other == mine or FLOOR[other] < FLOOR[mine], f"{mine} imports {other}"
+        else:
+            assert FLOOR[mine] >= FLOOR["assets"], f"{mine} imports fastprefix.{name}"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "backends").glob("*.py")), ids=lambda p: p.name)
+def test_backends_know_neither_each_other_nor_the_reference(path: Path) -> None:
+    shared = {"backends.vendor", "backends.merge"}  # primitives, not backends
+    for name in imports(path):
+        assert name != "reference"
+        assert not name.startswith("backends") or name in {"backends", *shared}
+
+
+def test_import_needs_torch_alone() -> None:
+    code = (
+        "import sys, fastprefix; fastprefix.prefix_attention; fastprefix.PrefixConfig; fastprefix.init.normal();"
+        "print([m for m in ('triton', 'transformers', 'peft', 'safetensors', 'accelerate') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() in ("[]", "['triton']") and not done.stderr
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_small_files(path: Path) -> None:
+    assert len(path.read_text().splitlines()) <= 260
+
+
+def test_public_names() -> None:
+    for name in fastprefix.__all__:
+        assert getattr(fastprefix, name) is not None
+        assert name == "__version__" or getattr(fastprefix, name).__doc__
+    with pytest.raises(AttributeError, match="nonsense"):
+        _ = fastprefix.nonsense

@@ -1,0 +1,179 @@
+"""Every architecture of the table: equal to explicit concatenation, to PEFT where PEFT is right, and to itself."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastprefix
+from fastprefix import PrefixConfig
+from fastprefix.hf.install import installation
+from fastprefix.hf.storage import pack
+from fastprefix.prefixes.prefix import Prefix
+from tests.concat import run_concat
+from tests.models import REFUSED, ROWS, VOCAB
+
+P, S = 5, 9
+CAUSAL = [name for name, row in ROWS.items() if row.causal]
+
+
+def attached(name: str, dtype: torch.dtype = torch.float64, **options: Any) -> tuple[Any, Prefix]:
+    """A model with a random prefix in the model's dtype."""
+    model = ROWS[name].build(dtype)
+    prefix = fastprefix.attach(model, PrefixConfig(P, init=fastprefix.init.normal(0.6), **options))
+    return model, prefix.to(dtype)
+
+
+def inputs(name: str, padding: str) -> dict[str, Tensor]:
+    """Token ids ``[3, S]`` and a mask; sample 2 is never padded."""
+    torch.manual_seed(1)
+    ids = torch.randint(3, VOCAB, (3, S))
+    mask = torch.ones(3, S, dtype=torch.long)
+    for row, n in enumerate((4, 1)):
+        if padding == "left":
+            mask[row, :n] = 0
+        elif padding == "right":
+            mask[row, S - n :] = 0
+    ids = ids.masked_fill(mask == 0, 1 if name == "roberta" else 0)
+    return {"input_ids": ids} if padding == "none" else {"input_ids": ids, "attention_mask": mask}
+
+
+def positions(name: str, batch: dict[str, Tensor]) -> Tensor:
+    """What the ids of content are, said from scratch: P + (index among the real tokens), encoders by column."""
+    ids, mask = batch["input_ids"], batch.get("attention_mask")
+    if name == "roberta":
+        real = ids != 1
+        return torch.where(real, real.cumsum(1) + 1, 1) + P
+    if mask is None or not ROWS[name].causal:
+        return (torch.arange(S) + P).expand(ids.shape)
+    return (mask.cumsum(1) - 1).clamp(min=0) + P
+
+
+def output(result: Any, batch: dict[str, Tensor]) -> Tensor:
+    """Logits or hidden states of real tokens."""
+    x = result.logits if hasattr(result, "logits") else result.last_hidden_state
+    mask = batch.get("attention_mask")
+    return x if mask is None else x[mask.bool()]
+
+
+def gradients(x: Tensor, leaves: list[Tensor]) -> tuple[Tensor, ...]:
+    weight = torch.sin(torch.arange(x.numel(), dtype=x.dtype)).view(x.shape)
+    return torch.autograd.grad((x * weight).sum(), leaves)
+
+
+@pytest.mark.parametrize("padding", ["none", "left", "right"])
+@pytest.mark.parametrize("name", ROWS)
+def test_equals_explicit_concatenation(name: str, padding: str) -> None:
+    model, prefix = attached(name)
+    batch = inputs(name, padding)
+    got = output(model(**batch), batch)
+    grads = gradients(got, list(prefix.parameters()))
+    modules = {id(m): n for n, m in model.named_modules()}
+    state = installation(model)
+    names = [modules[id(m)] for m in state.layers.modules]
+    pairs = [(k.detach().clone().requires_grad_(), v.detach().clone().requires_grad_()) for k, v in prefix.key_values()]
+    fastprefix.detach(model)
+    want = output(
+        run_concat(model, dict(zip(names, pairs, strict=True)), **batch, position_ids=positions(name, batch)), batch
+    )
+    torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
+    for grad, expected in zip(grads, gradients(want, [x for kv in pairs for x in kv]), strict=True):
+        assert expected.abs().max() > 0
+        torch.testing.assert_close(grad, expected, rtol=1e-6, atol=1e-6 * max(1.0, expected.abs().max().item()))
+
+
+@pytest.mark.parametrize("padding", ["none", "left", "right"])
+@pytest.mark.parametrize("name", [name for name, row in ROWS.items() if row.peft is None])
+def test_equals_peft(name: str, padding: str) -> None:
+    """The same numbers in PEFT's own prefix tuning, where it is right. It needs position ids on padded rows."""
+    from peft import PrefixTuningConfig, get_peft_model
+
+    model, prefix = attached(name, torch.float32)
+    batch = inputs(name, padding)
+    got = output(model(**batch), batch)
+    flat = gradients(got, list(prefix.parameters()))
+    packed = [pack(x[0::2], x[1::2]) for x in (list(prefix.parameters()), flat)]
+    fastprefix.detach(model)
+    task = "CAUSAL_LM" if ROWS[name].causal else "FEATURE_EXTRACTION"
+    peft = get_peft_model(model, PrefixTuningConfig(task_type=task, num_virtual_tokens=P)).eval()
+    weight = peft.prompt_encoder.default.embedding.weight
+    with torch.no_grad():
+        weight.copy_(packed[0])
+    extra = {"position_ids": positions(name, batch) - P} if ROWS[name].causal else {}
+    want = output(peft(**batch, **extra), batch)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    (theirs,) = gradients(want, [weight])
+    torch.testing.assert_close(packed[1], theirs, rtol=1e-4, atol=1e-4 * max(1.0, theirs.abs().max().item()))
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_generate_equals_a_forward_of_the_whole_text(name: str) -> None:
+    """Greedy with a cache, left-padded: each new token is the argmax of a cache-less forward over all before it."""
+    model, _ = attached(name, torch.float32)
+    batch = inputs(name, "left")
+    out = model.generate(**batch, max_new_tokens=6, do_sample=False, eos_token_id=None)
+    mask = torch.cat([batch["attention_mask"], torch.ones(3, 6, dtype=torch.long)], 1)
+    logits = model(input_ids=out, attention_mask=mask, use_cache=False).logits
+    assert torch.equal(logits[:, S - 1 : -1].argmax(-1), out[:, S:])
+
+
+# The MLP is the same for all: three architectures stand for it.
+CHECKPOINTED = [(name, False) for name in ROWS] + [(name, True) for name in ("llama_gqa", "gpt2", "bert")]
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize(("name", "projected"), CHECKPOINTED)
+def test_gradient_checkpointing(name: str, projected: bool, reentrant: bool) -> None:
+    model, prefix = attached(name, prefix_projection=projected)
+    batch = inputs(name, "left")
+    without_dropout(model)
+    model.train()
+    want = gradients(output(model(**batch, **no_cache(model)), batch), list(prefix.parameters()))
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    for parameter in prefix.parameters():
+        parameter.grad = None
+    x = output(model(**batch, **no_cache(model)), batch)
+    (x * torch.sin(torch.arange(x.numel(), dtype=x.dtype)).view(x.shape)).sum().backward()
+    for parameter, expected in zip(prefix.parameters(), want, strict=True):
+        assert parameter.grad is not None and expected.abs().max() > 0
+        torch.testing.assert_close(parameter.grad, expected, rtol=1e-9, atol=1e-9)
+
+
+def without_dropout(model: Any) -> None:
+    for module in model.modules():
+        for attribute in ("p", "dropout", "attention_dropout", "activation_dropout"):
+            if isinstance(getattr(module, attribute, None), float):
+                setattr(module, attribute, 0.0)
+
+
+def no_cache(model: Any) -> dict[str, bool]:
+    return {"use_cache": False} if "ForCausalLM" in type(model).__name__ or "LMHead" in type(model).__name__ else {}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_detached_is_bit_for_bit_what_it_was(name: str) -> None:
+    model = ROWS[name].build()
+    batch, config = inputs(name, "left"), model.config
+    before, state = output(model(**batch), batch), {n: id(x) for n, x in model.state_dict(keep_vars=True).items()}
+    modules = [n for n, _ in model.named_modules()]
+    fastprefix.attach(model, PrefixConfig(P))
+    assert not torch.equal(output(model(**batch), batch), before)
+    fastprefix.set_prefix(model, None)
+    assert torch.equal(output(model(**batch), batch), before)
+    fastprefix.detach(model)
+    assert torch.equal(output(model(**batch), batch), before)
+    assert model.config is config and [n for n, _ in model.named_modules()] == modules
+    assert {n: id(x) for n, x in model.state_dict(keep_vars=True).items()} == state
+    assert all(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_carry_a_prefix_is_refused(name: str) -> None:
+    model = REFUSED[name]().eval()
+    config, implementation = model.config, model.config._attn_implementation
+    with pytest.raises(ValueError, match=rf"model: got {type(model).__name__}, .*expected"):
+        fastprefix.attach(model, PrefixConfig(P))
+    assert model.config is config and model.config._attn_implementation == implementation
