@@ -23,7 +23,8 @@ FLOORS = (
     ("prefixes",),
     ("init", "hf"),
     ("explain",),
-    ("assets", "data", "measure"),
+    ("assets", "measure"),
+    ("data",),
     ("train", "demo"),
     ("cli",),
 )
@@ -72,7 +73,7 @@ def test_imports_go_down(path: Path) -> None:
 
 @pytest.mark.parametrize("path", sorted((ROOT / "backends").glob("*.py")), ids=lambda p: p.name)
 def test_backends_know_neither_each_other_nor_the_reference(path: Path) -> None:
-    shared = {"backends.vendor", "backends.merge"}  # primitives, not backends
+    shared = {"backends.vendor", "backends.merge", "backends.fold", "backends.parts"}  # primitives, not backends
     for name in imports(path):
         assert name != "reference"
         assert not name.startswith("backends") or name in {"backends", *shared}
@@ -84,7 +85,7 @@ def test_import_needs_torch_alone() -> None:
         "print([m for m in ('triton', 'transformers', 'peft', 'safetensors', 'accelerate') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() in ("[]", "['triton']") and not done.stderr
+    assert done.stdout.strip() == "[]" and not done.stderr
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))

@@ -13,16 +13,15 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
+from fastprefix.hf.files import field, read_json, read_tensors, replace
 from fastprefix.hf.install import attach, installation
 from fastprefix.prefixes import init
 from fastprefix.prefixes.config import LayerShape, PrefixConfig
@@ -97,25 +96,12 @@ def save(model: Any, dir: str | os.PathLike[str], name: str = "default") -> None
     encoder = prefix.encoder
     if encoder is not None:
         state_dict = {n: x.detach().cpu().contiguous() for n, x in encoder.state_dict().items()}
-        _replace(folder / ENCODER, lambda path: save_file(state_dict, path))
+        replace(folder / ENCODER, lambda path: save_file(state_dict, path))
     else:
         (folder / ENCODER).unlink(missing_ok=True)
-    _replace(folder / WEIGHTS, lambda path: save_file(tensors, path))
-    _replace(folder / OWN_CONFIG, lambda path: Path(path).write_text(json.dumps(own, indent=2) + "\n"))
-    _replace(folder / CONFIG, lambda path: Path(path).write_text(json.dumps(config, indent=2) + "\n"))
-
-
-def _replace(path: Path, write: Callable[[str], Any]) -> None:
-    """Write aside, then rename: an interruption leaves the old file whole."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    try:
-        write(temporary)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    replace(folder / WEIGHTS, lambda path: save_file(tensors, path))
+    replace(folder / OWN_CONFIG, lambda path: Path(path).write_text(json.dumps(own, indent=2) + "\n"))
+    replace(folder / CONFIG, lambda path: Path(path).write_text(json.dumps(config, indent=2) + "\n"))
 
 
 def _peft_config(model: Any, prefix: Prefix) -> dict[str, Any]:
@@ -155,9 +141,9 @@ def load(model: Any, dir: str | os.PathLike[str], name: str = "default") -> Pref
         ValueError: a file is missing or malformed, or does not fit the model; path and field are named.
     """
     folder = Path(dir)
-    peft = _json(folder / CONFIG)
-    own = _json(folder / OWN_CONFIG) if (folder / OWN_CONFIG).exists() else None
-    kind = _field(peft, "peft_type", str, folder / CONFIG)
+    peft = read_json(folder / CONFIG)
+    own = read_json(folder / OWN_CONFIG) if (folder / OWN_CONFIG).exists() else None
+    kind = field(peft, "peft_type", str, folder / CONFIG)
     if own is not None:
         if own.get("format_version") != FORMAT_VERSION:
             raise fail(f"{folder / OWN_CONFIG}: format_version", own.get("format_version"), str(FORMAT_VERSION))
@@ -166,20 +152,20 @@ def load(model: Any, dir: str | os.PathLike[str], name: str = "default") -> Pref
         if peft.get("num_transformer_submodules", 1) not in (1, None):
             raise fail(f"{folder / CONFIG}: num_transformer_submodules", peft["num_transformer_submodules"], "1")
         frozen = peft.get("num_frozen_tokens", 0) if kind == "CARTRIDGE" else 0
-        config = PrefixConfig(_field(peft, "num_virtual_tokens", int, folder / CONFIG), num_frozen_tokens=frozen)
+        config = PrefixConfig(field(peft, "num_virtual_tokens", int, folder / CONFIG), num_frozen_tokens=frozen)
     else:
         raise fail(f"{folder / CONFIG}: peft_type", repr(kind), "PREFIX_TUNING, CARTRIDGE or FASTPREFIX")
-    tensors = _tensors(folder / WEIGHTS)
-    encoder = _tensors(folder / ENCODER) if own is not None and own.get("projected") else None
+    tensors = read_tensors(folder / WEIGHTS)
+    encoder = read_tensors(folder / ENCODER) if own is not None and own.get("projected") else None
 
     def weights(prefix: Prefix) -> None:
-        keys, values = _key_values(tensors, prefix, folder / WEIGHTS)
+        keys, values = stored_key_values(tensors, prefix, folder / WEIGHTS)
         if encoder is None:
             prefix.set_direct(
                 *([x.float().to(d) for x, d in zip(part, prefix.devices(), strict=True)] for part in (keys, values))
             )
         elif prefix.encoder is not None:
-            _load_encoder(prefix, encoder, folder / ENCODER)
+            load_encoder(prefix, encoder, folder / ENCODER)
 
     return attach(model, config, name, weights=weights)
 
@@ -196,7 +182,8 @@ def _own_config(own: dict[str, Any], path: Path) -> PrefixConfig:
         raise ValueError(f"{path}: {error}") from error
 
 
-def _key_values(tensors: dict[str, Tensor], prefix: Prefix, path: Path) -> tuple[list[Tensor], list[Tensor]]:
+def stored_key_values(tensors: dict[str, Tensor], prefix: Prefix, path: Path) -> tuple[list[Tensor], list[Tensor]]:
+    """Keys and values of a prefix's layers from adapter weights, in PEFT's form or one tensor a layer."""
     if EMBEDDINGS in tensors:
         embeddings, shapes = tensors[EMBEDDINGS], prefix.shapes
         want = [prefix.num_virtual_tokens, sum(s.numel for s in shapes)]
@@ -223,38 +210,11 @@ def _key_values(tensors: dict[str, Tensor], prefix: Prefix, path: Path) -> tuple
     return found
 
 
-def _load_encoder(prefix: Prefix, tensors: dict[str, Tensor], path: Path) -> None:
+def load_encoder(prefix: Prefix, tensors: dict[str, Tensor], path: Path) -> None:
+    """Copy an MLP's weights into the prefix's; ValueError naming the tensor that does not fit."""
     assert prefix.encoder is not None
     for key, x in prefix.encoder.state_dict().items():
         if key not in tensors or tensors[key].shape != x.shape:
             got = f"shape {list(tensors[key].shape)}" if key in tensors else "no such tensor"
             raise fail(f"{path}: {key}", got, f"shape {list(x.shape)}")
     prefix.encoder.load_state_dict(tensors)
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise fail("dir", f"no file {path}", "a folder written by fastprefix.save or by PEFT") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise fail(str(path), f"no JSON ({error})", "a JSON object") from error
-    if not isinstance(data, dict):
-        raise fail(str(path), type(data).__name__, "a JSON object")
-    return data
-
-
-def _field(data: dict[str, Any], name: str, kind: type, path: Path) -> Any:
-    if not isinstance(data.get(name), kind):
-        raise fail(f"{path}: {name}", repr(data.get(name)), f"{kind.__name__}")
-    return data[name]
-
-
-def _tensors(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except FileNotFoundError:
-        hint = ": pickles are not loaded" if path.with_suffix(".bin").exists() else ""
-        raise fail("dir", f"no file {path}{hint}", "safetensors weights") from None
-    except SafetensorError as error:
-        raise fail(str(path), f"no safetensors ({error})", "a safetensors file") from error
