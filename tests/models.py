@@ -60,7 +60,7 @@ def _row(title: str, family: str, head: str, options: dict[str, Any], config: st
     return Row(title, family + head, config or family + "Config", options, **kw)
 
 
-_SLIDING = "sliding-window layers lose the prefix"
+_SLIDING = "prefix is out of sight of a sliding window"
 ROWS: dict[str, Row] = {
     "llama_mha": _row("Llama (MHA)", "Llama", "ForCausalLM", _COMMON),
     "llama_gqa": _row("Llama (GQA)", "Llama", "ForCausalLM", _GQA),
@@ -105,7 +105,7 @@ ROWS: dict[str, Row] = {
         {**_COMMON, "num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 12,
          "qk_rope_head_dim": 8, "v_head_dim": 8, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 2,
          "topk_group": 1, "moe_intermediate_size": 16, "first_k_dense_replace": 1, "n_shared_experts": 1},
-        notes="MLA: D = 20, D_v = 8", peft="assumes one head dim for keys and values",
+        notes="MLA: D = 20, D_v = 8", peft="prefix has one head dim for keys and values",
     ),
     "bert": _row("BERT", "Bert", "Model", _COMMON, notes="bidirectional, learned positions"),
     "roberta": _row(
@@ -115,7 +115,7 @@ ROWS: dict[str, Row] = {
     "distilbert": _row(
         "DistilBERT", "DistilBert", "Model",
         {"vocab_size": VOCAB, "dim": 32, "hidden_dim": 48, "n_layers": 2, "n_heads": 4, "max_position_embeddings": 64},
-        notes="bidirectional", peft="takes no past_key_values",
+        notes="bidirectional", peft="prefix needs past_key_values, which it does not take",
     ),
 }  # fmt: skip
 

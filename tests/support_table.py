@@ -1,0 +1,83 @@
+"""The README's support tables, from what is tested and what backends say: ``python -m tests.support_table``."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastprefix import dispatch, prefix_attention
+from fastprefix.types import BACKENDS, AttentionArgs
+from tests.helpers import make_call
+from tests.models import REFUSED, ROWS
+
+README = Path(__file__).parents[1] / "README.md"
+
+# One call for each argument of the operator, as each backend is asked about it.
+ARGUMENTS: dict[str, Callable[[], dict[str, Any]]] = {
+    "causal, GQA, any strides, P = 0": lambda: {},
+    "key_padding_mask": lambda: {"key_padding_mask": torch.ones(2, 5, dtype=torch.bool)},
+    "segment_ids": lambda: {"segment_ids": torch.zeros(2, 5, dtype=torch.long)},
+    "q_start (int, tensor)": lambda: {"q_start": torch.tensor([0, 1])},
+    "window": lambda: {"window": 3},
+    "softcap": lambda: {"softcap": 2.0},
+    "sinks": lambda: {"sinks": torch.zeros(6)},
+    "bias": lambda: {"bias": torch.zeros(6, 5, 5)},
+    "bias with a gradient": lambda: {"bias": torch.zeros(6, 5, 5), "bias_grad": True},
+    "prefix_ids, prefix_lens": lambda: {"prefix_ids": torch.zeros(2, dtype=torch.long)},
+    "dropout_p": lambda: {"dropout_p": 0.1},
+}
+
+
+def models() -> str:
+    """One row an architecture; every cell is a test of ``tests/test_conformance.py``."""
+    head = (
+        "model",
+        "class",
+        "what is special",
+        "= concatenation, padded left or right",
+        "checkpointing",
+        "generate",
+        "= PEFT",
+    )
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for row in ROWS.values():
+        peft = "yes" if row.peft is None else f"no: PEFT's {row.peft}"
+        generate = "yes" if row.causal else "-"
+        lines.append(f"| {row.title} | `{row.cls}` | {row.notes or '-'} | yes | yes | {generate} | {peft} |")
+    refused = ", ".join(f"`{name}`" for name in REFUSED)
+    return "\n".join(
+        [*lines, "", f"Refused when attached, with the reason, instead of ignoring the prefix: {refused}."]
+    )
+
+
+def arguments() -> str:
+    """One row an argument: what each backend's ``unsupported`` says to it on the CPU."""
+    lines = ["| argument | " + " | ".join(f"`{b}`" for b in BACKENDS) + " |", "|---|" + "---|" * len(BACKENDS)]
+    for name, make in ARGUMENTS.items():
+        options = make()
+        bank = 2 if "prefix_ids" in options else None
+        args = AttentionArgs(**make_call(N=bank).leaves, scale=1.0, **options)
+        cells = ["; ".join(dispatch.module(b).unsupported(args)) or "yes" for b in BACKENDS]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    gated = {**make_call().leaves, "gate": torch.zeros(6)}
+    for b in BACKENDS:
+        prefix_attention(**gated, backend=b)  # raises where the two calls that a gate is made of are refused
+    return "\n".join([*lines, "| gate |" + " yes |" * len(BACKENDS)])
+
+
+def fill(text: str) -> str:
+    """The README with its generated parts made anew."""
+    for name, table in (("models", models()), ("arguments", arguments())):
+        begin, end = f"<!-- {name}: python -m tests.support_table -->", f"<!-- end of {name} -->"
+        before, rest = text.split(begin)
+        text = f"{before}{begin}\n{table}\n{end}{rest.split(end)[1]}"
+    return text
+
+
+if __name__ == "__main__":
+    README.write_text(fill(README.read_text()))
+    sys.exit(0)
