@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastprefix.backends import vendor
-from fastprefix.backends.fold import fold, fold_heads, prefixes, unfold
+from fastprefix.backends.fold import fold, prefixes, unfold
 from fastprefix.backends.merge import add_sink, merge
 from fastprefix.backends.parts import int_start, mask_dtype, parts, spill
 from fastprefix.types import AttentionArgs, Grads, Needs
@@ -52,9 +52,8 @@ def fwd(args: AttentionArgs) -> tuple[Tensor, Tensor]:
         k, v = args.k[:, :, part.first : part.last], args.v[:, :, part.first : part.last]
         other = vendor.fwd(args.q, k, v, part.causal, part.mask, args.scale)
         state = other if state is None else merge(*state, *other)
-    heads = fold_heads(args)
     for prefix in prefixes(args):
-        o, lse = vendor.fwd(fold(args.q, prefix, heads), prefix.k[None], prefix.v[None], False, None, args.scale)
+        o, lse = vendor.fwd(fold(args.q, prefix), *prefix.keys_values(), False, None, args.scale)
         other = (unfold(o, args.q, prefix, 0.0), unfold(lse, args.q, prefix, float("-inf")))
         state = other if state is None else merge(*state, *other)
     if state is None:
@@ -123,16 +122,13 @@ def _prefix_bwd(args: AttentionArgs, o: Tensor, lse: Tensor, do: Tensor) -> tupl
     """dq of the prefix part, and dPrefix summed over batch, rows and the heads of a group."""
     dq: Tensor | None = None
     dprefix_k, dprefix_v = torch.zeros_like(args.prefix_k), torch.zeros_like(args.prefix_v)
-    heads = fold_heads(args)
     for prefix in prefixes(args):
-        q, do_, o_ = (fold(x, prefix, heads) for x in (args.q, do, o))
-        lse_ = fold(lse.unsqueeze(-1), prefix, heads).squeeze(-1)
-        part_dq, part_dk, part_dv = vendor.bwd(
-            do_, q, prefix.k[None], prefix.v[None], o_, lse_, False, None, args.scale
-        )
+        q, do_, o_ = (fold(x, prefix) for x in (args.q, do, o))
+        lse_ = fold(lse.unsqueeze(-1), prefix).squeeze(-1)
+        part_dq, part_dk, part_dv = vendor.bwd(do_, q, *prefix.keys_values(), o_, lse_, False, None, args.scale)
         full = unfold(part_dq, args.q, prefix, 0.0)
         dq = full if dq is None else dq.add_(full)
-        for out, grad in ((dprefix_k, part_dk[0]), (dprefix_v, part_dv[0])):
+        for out, grad in ((dprefix_k, part_dk), (dprefix_v, part_dv)):
             target = out if prefix.number is None else out[prefix.number]
-            target[:, : grad.shape[1]] = grad
+            target[:, : grad.shape[2]] = grad.sum(0, dtype=lse.dtype)
     return dq, dprefix_k, dprefix_v
