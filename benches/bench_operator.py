@@ -1,0 +1,57 @@
+"""The operator against its peers, a group a problem: forward, forward and backward, decoding.
+
+Nothing is timed before its result is right: ours against fp64 truth on a smaller problem of the same kind, a peer
+against ours on the problem itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import pytest
+from torch import Tensor
+
+from fastprefix.measure import Leaves, Mode, Peer, Problem, peers_for, runner
+from fastprefix.measure.check import broken_rule, disagreement, results
+from fastprefix.measure.peers import OURS
+
+PROBLEMS: tuple[tuple[Problem, Mode], ...] = (
+    (Problem.train(8, 12, 12, 128, 16, 64), "forward"),
+    (Problem.train(8, 12, 12, 128, 512, 64), "forward"),
+    (Problem.train(8, 12, 12, 128, 16, 64), "backward"),
+    (Problem.train(8, 12, 12, 128, 512, 64), "backward"),
+    (Problem.train(8, 9, 3, 128, 512, 64), "backward"),
+    (Problem.decode(1, 9, 3, 16, 2048, 64), "decode"),
+    (Problem.decode(32, 9, 3, 16, 2048, 64), "decode"),
+)
+CASES = [(problem, mode, peer) for problem, mode in PROBLEMS for peer in peers_for(problem, mode)]
+
+
+@cache
+def _leaves(problem: Problem, mode: Mode) -> Leaves:
+    return Leaves.random(problem, requires_grad=mode == "backward")
+
+
+@cache
+def _ours(problem: Problem, mode: Mode) -> dict[str, Tensor]:
+    ours = next(peer for peer in peers_for(problem, mode) if peer.name == OURS)
+    small = replace(problem, B=min(problem.B, 2), P=min(problem.P, 128))
+    leaves = Leaves.random(small, requires_grad=True)
+    problem_with_it = broken_rule(small, leaves, results(leaves, causal=small.causal, backend="auto"))
+    assert problem_with_it is None, problem_with_it
+    return runner(ours, problem, mode, _leaves(problem, mode))()
+
+
+@pytest.mark.parametrize(("problem", "mode", "peer"), CASES, ids=lambda x: getattr(x, "label", getattr(x, "name", x)))
+def test_operator(
+    problem: Problem, mode: Mode, peer: Peer, time_it: Callable[[str, Callable[[], Any]], None]
+) -> None:
+    if reason := peer.unavailable(problem, mode):
+        pytest.skip(reason)
+    call = runner(peer, problem, mode, _leaves(problem, mode))
+    wrong = disagreement(call(), _ours(problem, mode), problem.dtype) if peer.exact else None
+    assert wrong is None, wrong
+    time_it(f"{mode}: {problem.label}", call)

@@ -1,0 +1,36 @@
+"""A training step of a tiny Llama: ours beside PEFT's and the frozen model's, and what each saves for backward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+pytest.importorskip("peft")
+
+from fastprefix.measure.candidate import Step
+from fastprefix.measure.models import random_llama
+from fastprefix.measure.step import FROZEN, OURS, PEFT, candidates
+
+BATCH, TOKENS = 8, 64
+
+
+@cache
+def _steps(num_virtual_tokens: int) -> dict[str, Step]:
+    """Raises AssertionError where ours and PEFT do not compute the same loss."""
+    ids = torch.randint(0, 1024, (BATCH, TOKENS), generator=torch.Generator().manual_seed(0))
+    return candidates(random_llama(), ids, num_virtual_tokens)
+
+
+@pytest.mark.parametrize("name", [OURS, PEFT, FROZEN])
+@pytest.mark.parametrize("num_virtual_tokens", [16, 512])
+def test_step(
+    num_virtual_tokens: int, name: str, time_it: Callable[[str, Callable[[], Any]], None], benchmark: Any
+) -> None:
+    step = _steps(num_virtual_tokens)[name]
+    benchmark.extra_info["saved_mib"] = step.saved_bytes() / 2**20
+    time_it(f"training step: B{BATCH} S{TOKENS} P{num_virtual_tokens}", step)

@@ -1,0 +1,133 @@
+"""One model set up for training steps: ours, PEFT's as shipped, or frozen without a prefix.
+
+Needs transformers; PEFT's needs peft.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastprefix.hf.api import attach
+from fastprefix.measure.saved import SavedBytes
+from fastprefix.prefixes.config import PrefixConfig
+from fastprefix.prefixes.prefix import Prefix
+
+
+class Step:
+    """Forward, backward and AdamW on what is trained. A call takes a step and returns the loss.
+
+    Attributes:
+        model: as its user would call it.
+        trained: the parameters that AdamW gets.
+        ids: ``[B, S]`` token ids, the labels too.
+        prefix: our prefix module, where there is one.
+        backend: of our operator.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        trained: Iterable[Tensor],
+        ids: Tensor,
+        prefix: Prefix | None = None,
+        backend: str = "auto",
+        **forward: Any,
+    ) -> None:
+        self.model = model
+        self.trained = list(trained)
+        self.ids = ids
+        self.prefix = prefix
+        self.backend = backend
+        self._forward = forward
+        self._optimizer = torch.optim.AdamW(self.trained, lr=1e-3)
+
+    def loss(self) -> Tensor:
+        """The forward alone."""
+        with _overruled(self.backend):
+            loss: Tensor = self.model(input_ids=self.ids, labels=self.ids, **self._forward).loss
+        return loss
+
+    def __call__(self) -> Tensor:
+        self._optimizer.zero_grad(set_to_none=True)
+        loss = self.loss()
+        loss.backward()
+        self._optimizer.step()
+        return loss.detach()
+
+    def saved_bytes(self) -> int:
+        """Bytes that one forward keeps for its backward; parameters and their views are not counted."""
+        with SavedBytes(exclude=self.model.parameters()) as saved:
+            loss = self.loss()
+        total = saved.total
+        del loss
+        return total
+
+    def peak_bytes(self) -> int | None:
+        """Most bytes allocated during one step beyond those before it; None without CUDA."""
+        if self.ids.device.type != "cuda":
+            return None
+        self._optimizer.zero_grad(set_to_none=True)
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        self()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+
+
+@contextmanager
+def _overruled(backend: str) -> Iterator[None]:
+    """Whole models take their backend from the environment only."""
+    before = os.environ.get("FASTPREFIX_BACKEND")
+    if backend != "auto":
+        os.environ["FASTPREFIX_BACKEND"] = backend
+    try:
+        yield
+    finally:
+        if backend != "auto":
+            os.environ.pop("FASTPREFIX_BACKEND")
+            if before is not None:
+                os.environ["FASTPREFIX_BACKEND"] = before
+
+
+def frozen_step(model: nn.Module, ids: Tensor) -> Step:
+    """P = 0: the frozen model, with the gradient going down exactly as far as a prefix makes it go.
+
+    A zero vector is added to the values of the lowest layer (its ``v_proj``) and trained. Like a prefix, it makes
+    autograd run through every layer and through the attention of the lowest, and stop there. A model without such
+    a module has the vector at its embeddings, below that layer's projections.
+    """
+    model.requires_grad_(False)
+    linears = ((n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear))
+    start: Any = next((m for n, m in linears if n.endswith("v_proj")), None)
+    if start is None:
+        start = model.get_input_embeddings()  # type: ignore[operator]
+    width = start.out_features if isinstance(start, nn.Linear) else start.weight.shape[1]
+    shift = nn.Parameter(torch.zeros(width, dtype=start.weight.dtype, device=start.weight.device))
+    start.register_forward_hook(lambda module, args, out: out + shift)
+    return Step(model, [shift], ids, use_cache=False)
+
+
+def ours_step(model: nn.Module, ids: Tensor, num_virtual_tokens: int, backend: str = "auto") -> Step:
+    """``fastprefix.attach``, its operator by the named backend."""
+    prefix = attach(model, PrefixConfig(num_virtual_tokens=num_virtual_tokens))
+    return Step(model, prefix.parameters(), ids, prefix, backend, use_cache=False)
+
+
+def peft_step(model: nn.Module, ids: Tensor, num_virtual_tokens: int) -> Step:
+    """``peft.get_peft_model`` with PREFIX_TUNING, as shipped; it needs the cache, so that stays on.
+
+    Raises:
+        ImportError: peft is not installed.
+    """
+    from peft import PrefixTuningConfig, get_peft_model
+
+    config = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=num_virtual_tokens)
+    wrapped = get_peft_model(model, config)
+    return Step(wrapped, [p for p in wrapped.parameters() if p.requires_grad], ids)

@@ -1,0 +1,161 @@
+"""``fastprefix bench`` and ``fastprefix memory``."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import sys
+from typing import TYPE_CHECKING
+
+import torch
+
+from fastprefix.measure import tables
+from fastprefix.measure.floors import Cost, cost, measure_peaks
+from fastprefix.measure.peers import OURS, peers_for
+from fastprefix.measure.problem import DTYPES, Mode, Problem
+from fastprefix.measure.run import Measured, measure
+from fastprefix.measure.timing import ratio
+
+if TYPE_CHECKING:
+    from torch import nn
+
+TRAIN_SHAPES = ((8, 12, 12, 128, 16, 64), (8, 12, 12, 128, 512, 64), (8, 9, 3, 128, 512, 64))
+DECODE_SHAPES = ((1, 9, 3, 16, 2048, 64), (32, 9, 3, 16, 2048, 64))
+PREFIXES = (16, 128, 512)
+
+
+def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``fastprefix bench``."""
+    sizes = "batch, query heads, key/value heads, tokens (with --decode: keys in the cache), prefix tokens, head dim"
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--shape", type=_shape, action="append", metavar="B,H,H_kv,S,P,D", help=f"{sizes}; repeatable")
+    parser.add_argument("--dtype", choices=sorted(DTYPES), default="fp32", help="(%(default)s)")
+    parser.add_argument("--device", default=device, help="(%(default)s)")
+    parser.add_argument("--repeats", type=_positive, default=7, metavar="N", help="timed rounds (%(default)s)")
+    parser.add_argument("--decode", action="store_true", help="one new token instead of training")
+    parser.add_argument("--peer", action="append", metavar="NAME", help="only these peers; repeatable")
+    parser.add_argument("--markdown", action="store_true", help="print Markdown tables")
+
+
+def bench_main(args: argparse.Namespace) -> int:
+    """Time the operator against its peers, one table a shape.
+
+    Returns:
+        1 if a result of some peer disagrees with the others, else 0.
+
+    Raises:
+        ValueError: a shape, peer or device that there is not.
+    """
+    dtype, wrong = DTYPES[args.dtype], False
+    modes: tuple[Mode, ...] = ("decode",) if args.decode else ("forward", "backward")
+    build = Problem.decode if args.decode else Problem.train
+    shapes = args.shape or (DECODE_SHAPES if args.decode else TRAIN_SHAPES)
+    _check_device(args.device)
+    problems = [build(*shape, dtype=dtype, device=args.device) for shape in shapes]
+    _check_peers(args.peer, problems[0], modes[0])
+    peaks = measure_peaks(args.device, dtype)
+    print(f"{tables.device_name(args.device)}, {torch.get_num_threads()} threads, torch {torch.__version__}:")
+    print(f"copies at {peaks.gb_s:.0f} GB/s, multiplies at {peaks.tflop_s:.2f} TFLOP/s in {args.dtype}")
+    for problem in problems:
+        for mode in modes:
+            found = measure(problem, mode, args.repeats, only=args.peer)
+            wrong = wrong or bool(found.wrong)
+            least = cost(problem, mode)
+            title = "forward and backward" if mode == "backward" else mode
+            floor = f"{tables.seconds(peaks.seconds(least))} ({peaks.bound(least)})"
+            print(f"\n{problem.label}, {title}; floor {floor}")
+            print(_table(found, least, args.markdown))
+            for name, reason in found.failures.items():
+                print(f"  {name}: {reason}")
+    return int(wrong)
+
+
+def _table(found: Measured, least: Cost, markdown: bool) -> str:
+    about = {peer.name: peer.about for peer in peers_for(found.problem, found.mode)}
+    rows = []
+    for name, timing in sorted(found.timings.items(), key=lambda item: item[1].median):
+        times = [tables.seconds(x) for x in (timing.median, timing.best)]
+        against = str(ratio(found.timings, name, OURS)) if OURS in found.timings else "-"
+        speed = f"{least.bandwidth(timing.median):.1f}", f"{1e3 * least.rate(timing.median):.1f}"
+        rows.append((name, *times, against, *speed, about[name]))
+    draw = tables.markdown_table if markdown else tables.text_table
+    return draw(("peer", "median", "best", "time / ours", "GB/s", "GFLOP/s", "what it is"), rows)
+
+
+def add_memory_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``fastprefix memory``."""
+    parser.add_argument("--model", metavar="DIR", help="folder of a causal model (default: a tiny random Llama)")
+    parser.add_argument("--batch", type=_positive, default=8, metavar="B", help="(%(default)s)")
+    parser.add_argument("--seq", type=_positive, default=128, metavar="S", help="tokens a sample (%(default)s)")
+    parser.add_argument("--prefix", type=_positive, action="append", metavar="P", help=f"repeatable ({PREFIXES})")
+
+
+def memory_main(args: argparse.Namespace) -> int:
+    """Print the bytes saved for backward, ours and PEFT's, by prefix length; parameters are not counted.
+
+    Returns:
+        0.
+
+    Raises:
+        ValueError, OSError: a model that there is not, or that a prefix cannot be attached to.
+    """
+    from fastprefix.measure.step import FROZEN, OURS, PEFT, candidates
+
+    names = [OURS, PEFT]
+    if importlib.util.find_spec("peft") is None:
+        names.remove(PEFT)
+        print("peft is not installed: its column is left out", file=sys.stderr)
+    model = _model(args.model)
+    vocab = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+    ids = torch.randint(0, vocab, (args.batch, args.seq), generator=torch.Generator().manual_seed(0))
+    frozen = candidates(model, ids, 1, [FROZEN])[FROZEN].saved_bytes()
+    rows: list[tuple[str, ...]] = [("0", *(tables.mebibytes(frozen) for _ in names), *("-" for _ in names))]
+    for P in sorted(args.prefix or PREFIXES):
+        saved = [step.saved_bytes() for step in candidates(model, ids, P, names).values()]
+        rows.append((str(P), *map(tables.mebibytes, saved), *(tables.mebibytes(x - frozen) for x in saved)))
+    print(f"saved for backward by one forward of {args.batch} x {args.seq} tokens, parameters not counted;")
+    print("P = 0 is the frozen model, its gradient going down as far as a prefix makes it go")
+    print(tables.text_table(("P", *names, *(f"{name}: beyond P = 0" for name in names)), rows))
+    return 0
+
+
+def _model(folder: str | None) -> nn.Module:
+    if folder is None:
+        from fastprefix.measure.models import random_llama
+
+        return random_llama()
+    from transformers import AutoModelForCausalLM
+
+    model: nn.Module = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+    return model.train()
+
+
+def _check_device(name: str) -> None:
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from error
+
+
+def _check_peers(names: list[str] | None, problem: Problem, mode: Mode) -> None:
+    known = [peer.name for peer in peers_for(problem, mode)]
+    unknown = sorted(set(names or ()) - set(known))
+    if unknown:
+        raise ValueError(f"--peer {', '.join(unknown)}: expected one of {', '.join(known)}")
+
+
+def _shape(text: str) -> tuple[int, ...]:
+    try:
+        sizes = tuple(int(part) for part in text.split(","))
+        B, H, H_kv, S, P, D = sizes
+        Problem.train(B, H, H_kv, S, P, D)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected six sizes B,H,H_kv,S,P,D ({error})") from None
+    return sizes
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"got {value}, expected at least 1")
+    return value

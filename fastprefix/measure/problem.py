@@ -1,0 +1,132 @@
+"""One attention problem, and the random tensors of it that every peer is given."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+Mode = Literal["forward", "backward", "decode"]  # "backward" is forward and backward together
+MODES: tuple[Mode, ...] = get_args(Mode)
+DTYPES: dict[str, torch.dtype] = {
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+    "fp32": torch.float32,
+    "fp64": torch.float64,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """Shapes of one call: ``S`` query tokens on ``T`` content keys and ``P`` prefix tokens.
+
+    Dims as in :func:`fastprefix.prefix_attention`. ``T = S`` in training; in decoding S is 1 and T counts the
+    content of the cache, the new token included.
+
+    Raises:
+        ValueError: a size below its least, ``H`` no multiple of ``H_kv``, or more causal queries than keys.
+    """
+
+    B: int
+    H: int
+    H_kv: int
+    S: int
+    T: int
+    P: int
+    D: int
+    dtype: torch.dtype = torch.float32
+    device: str = "cpu"
+    causal: bool = True
+
+    def __post_init__(self) -> None:
+        small = [n for n in ("B", "H", "H_kv", "S", "T", "D") if getattr(self, n) < 1]
+        if small or self.P < 0:
+            raise ValueError(f"problem: {', '.join(small) or 'P'} too small in {self}")
+        if self.H % self.H_kv:
+            raise ValueError(f"problem: H = {self.H} is no multiple of H_kv = {self.H_kv}")
+        if self.causal and self.T < self.S:
+            raise ValueError(f"problem: {self.S} causal queries on {self.T} keys")
+
+    @classmethod
+    def train(cls, B: int, H: int, H_kv: int, S: int, P: int, D: int, **more: Any) -> Problem:
+        """A training step's call: every token is query and key."""
+        return cls(B=B, H=H, H_kv=H_kv, S=S, T=S, P=P, D=D, **more)
+
+    @classmethod
+    def decode(cls, B: int, H: int, H_kv: int, T: int, P: int, D: int, **more: Any) -> Problem:
+        """One new token on ``T`` keys, its own among them."""
+        return cls(B=B, H=H, H_kv=H_kv, S=1, T=T, P=P, D=D, **more)
+
+    @property
+    def groups(self) -> int:
+        """Query heads that share one key/value head."""
+        return self.H // self.H_kv
+
+    @property
+    def dtype_name(self) -> str:
+        return next((n for n, x in DTYPES.items() if x == self.dtype), str(self.dtype))
+
+    @property
+    def label(self) -> str:
+        """``B8 H32/8 S128 P512 D64 fp32``, with the keys where they are not the queries."""
+        keys = "" if self.T == self.S else f" T{self.T}"
+        return f"B{self.B} H{self.H}/{self.H_kv} S{self.S}{keys} P{self.P} D{self.D} {self.dtype_name}"
+
+    def without_prefix(self) -> Problem:
+        """The same content with P = 0."""
+        return replace(self, P=0)
+
+
+@dataclass(frozen=True)
+class Leaves:
+    """The inputs and an output gradient; content in [B, S, H, D] storage, as models hold it."""
+
+    q: Tensor  # [B, H, S, D]
+    k: Tensor  # [B, H_kv, T, D]
+    v: Tensor  # [B, H_kv, T, D]
+    prefix_k: Tensor  # [H_kv, P, D]
+    prefix_v: Tensor  # [H_kv, P, D]
+    do: Tensor  # [B, H, S, D]
+
+    @classmethod
+    def random(cls, problem: Problem, seed: int = 0, requires_grad: bool = False) -> Leaves:
+        """Normal numbers, the same for the same seed and device."""
+        x, generator = problem, torch.Generator(problem.device).manual_seed(seed)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator, device=x.device, dtype=x.dtype)
+
+        def content(heads: int, length: int) -> Tensor:
+            return normal(x.B, length, heads, x.D).transpose(1, 2)
+
+        q, k, v = content(x.H, x.S), content(x.H_kv, x.T), content(x.H_kv, x.T)
+        prefix_k, prefix_v = normal(x.H_kv, x.P, x.D), normal(x.H_kv, x.P, x.D)
+        for leaf in (q, k, v, prefix_k, prefix_v):
+            leaf.requires_grad_(requires_grad)
+        return cls(q, k, v, prefix_k, prefix_v, do=content(x.H, x.S))
+
+    @property
+    def inputs(self) -> dict[str, Tensor]:
+        """The five arguments of the operator by name."""
+        names = ("q", "k", "v", "prefix_k", "prefix_v")
+        return {name: getattr(self, name) for name in names}
+
+    def to(self, dtype: torch.dtype) -> Leaves:
+        """The same numbers in another dtype, as new leaves."""
+        cast = {n: t.detach().to(dtype).requires_grad_(t.requires_grad) for n, t in self.inputs.items()}
+        return Leaves(**cast, do=self.do.to(dtype))
+
+    @cached_property
+    def cache(self) -> tuple[Tensor, Tensor]:
+        """What a cache holds that keeps the prefix of every sample, ``[B, H_kv, P + T, D]``: made once."""
+        keys, values = self.joined()
+        return keys.detach(), values.detach()
+
+    def joined(self) -> tuple[Tensor, Tensor]:
+        """Keys and values with the prefix copied in front of every sample, ``[B, H_kv, P + T, D]`` each."""
+        batch = self.k.shape[0]
+        keys = torch.cat([self.prefix_k.expand(batch, -1, -1, -1), self.k], dim=2)
+        return keys, torch.cat([self.prefix_v.expand(batch, -1, -1, -1), self.v], dim=2)

@@ -1,0 +1,76 @@
+"""How many bytes a forward keeps for its backward: exact, on any device, free of an allocator's rounding."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class SavedBytes:
+    """Counts the storages that autograd saves inside the ``with`` block, each once and at its full size.
+
+    A view keeps its whole storage alive, so the storage is what counts. What a checkpointed region saves does
+    not outlive the forward and is not counted; the region's inputs are.
+
+    Args:
+        exclude: tensors whose storages are not counted, nor those of their views (``weight.t()``):
+            pass ``model.parameters()``.
+
+    Example::
+
+        with SavedBytes(exclude=model.parameters()) as saved:
+            loss = model(**batch).loss
+        print(saved.total, "bytes")
+    """
+
+    def __init__(self, exclude: Iterable[Tensor] = ()) -> None:
+        self._excluded = {_key(x): x for x in exclude}
+        # The storages themselves: an address may be used again as soon as nobody holds it.
+        self._storages: dict[int, torch.UntypedStorage] = {}
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack)
+
+    @property
+    def total(self) -> int:
+        """Bytes of all storages counted so far."""
+        return sum(storage.nbytes() for storage in self._storages.values())
+
+    @property
+    def count(self) -> int:
+        """Number of storages counted so far, empty ones not among them."""
+        return sum(storage.nbytes() > 0 for storage in self._storages.values())
+
+    def _pack(self, x: Tensor) -> Tensor:
+        key = _key(x)
+        if key not in self._excluded:
+            self._storages.setdefault(key, x.untyped_storage())
+        return x
+
+    def __enter__(self) -> SavedBytes:
+        self._hooks.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._hooks.__exit__(kind, error, trace)
+
+
+def saved_bytes(fn: Callable[[], Any], exclude: Iterable[Tensor] = ()) -> int:
+    """Bytes that one call of ``fn``, a forward, saves for its backward; see :class:`SavedBytes`."""
+    with SavedBytes(exclude) as saved:
+        kept = fn()
+    total = saved.total
+    del kept
+    return total
+
+
+def _key(x: Tensor) -> int:
+    return int(x.untyped_storage()._cdata)
+
+
+def _unpack(x: Tensor) -> Tensor:
+    return x

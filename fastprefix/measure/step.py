@@ -1,0 +1,99 @@
+"""A whole training step of a causal language model: ours, PEFT's and the frozen model's, on the same frozen weights.
+
+Needs transformers; PEFT's needs peft.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fastprefix.hf.storage import pack
+from fastprefix.measure.candidate import Step, frozen_step, ours_step, peft_step
+from fastprefix.measure.timing import Timing, interleaved
+
+OURS, PEFT, FROZEN = "ours", "peft", "frozen"
+
+
+def candidates(
+    model: nn.Module,
+    ids: Tensor,
+    num_virtual_tokens: int,
+    names: Iterable[str] = (OURS, PEFT, FROZEN),
+) -> dict[str, Step]:
+    """The steps by name, each on a copy of the model; all copies share the model's frozen weights.
+
+    Args:
+        model: a causal language model, left as it is but for ``requires_grad``.
+        ids: ``[B, S]`` token ids, the labels too.
+        names: of ``ours``, ``ours:<backend>``, ``peft`` and ``frozen``.
+
+    Raises:
+        ImportError: peft is asked for and not installed.
+        AssertionError: ours and PEFT, given the same prefix, do not compute the same loss.
+    """
+    found: dict[str, Step] = {}
+    for name in names:
+        mine = share_weights(model)
+        if name == FROZEN:
+            found[name] = frozen_step(mine, ids)
+        elif name == PEFT:
+            found[name] = peft_step(mine, ids, num_virtual_tokens)
+        else:
+            found[name] = ours_step(mine, ids, num_virtual_tokens, name.partition(":")[2] or "auto")
+    ours = [step for step in found.values() if step.prefix is not None]
+    if ours and PEFT in found:
+        _same_numbers(ours, found[PEFT])
+        for step in ours:
+            _same_loss(step, found[PEFT])
+    return found
+
+
+def share_weights(model: nn.Module) -> nn.Module:
+    """A copy with modules, hooks and config of its own, on the same parameters and buffers."""
+    shared = {id(x): x for x in (*model.parameters(), *model.buffers())}
+    return copy.deepcopy(model, shared)
+
+
+@torch.no_grad()
+def _same_numbers(ours: list[Step], peft: Step) -> None:
+    first = ours[0]
+    assert first.prefix is not None
+    for step in ours[1:]:
+        for source, target in zip(first.trained, step.trained, strict=True):
+            target.copy_(source)
+    pairs = first.prefix.key_values()
+    peft.trained[0].copy_(pack([k for k, _ in pairs], [v for _, v in pairs]))
+
+
+@torch.no_grad()
+def _same_loss(ours: Step, peft: Step) -> None:
+    a, b = ours.loss().item(), peft.loss().item()
+    exact = next(ours.model.parameters()).dtype == torch.float32
+    if not abs(a - b) <= (1e-4 if exact else 2e-2) * max(1.0, abs(b)):  # so written that nan fails
+        raise AssertionError(f"from the same prefix our loss is {a}, PEFT's {b}")
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Of one candidate: seconds a step, bytes saved for backward, on CUDA the step's peak of new bytes."""
+
+    timing: Timing
+    saved_bytes: int
+    peak_bytes: int | None
+
+
+def measure_steps(steps: dict[str, Step], repeats: int = 5, warmup: int = 1) -> dict[str, StepResult]:
+    """Memory of each candidate, then their times in turns."""
+    device = next(iter(steps.values())).ids.device
+    saved = {name: step.saved_bytes() for name, step in steps.items()}
+    peaks = {}
+    for name, step in steps.items():
+        step()  # the optimiser's state is made by the first step
+        peaks[name] = step.peak_bytes()
+    timings = interleaved(steps, repeats, warmup, device)
+    return {name: StepResult(timings[name], saved[name], peaks[name]) for name in steps}
