@@ -8,13 +8,14 @@ from fastprefix.functional import prefix_attention
 from fastprefix.prefixes.config import PrefixConfig
 
 if TYPE_CHECKING:
-    from fastprefix.hf.api import attach, detach, load, save, set_prefix
+    from fastprefix.hf.api import attach, bake, detach, load, save, set_prefix
 
 __version__ = "0.1.0"
 __all__ = [
     "PrefixConfig",
     "__version__",
     "attach",
+    "bake",
     "detach",
     "explain",
     "init",
@@ -24,7 +25,7 @@ __all__ = [
     "set_prefix",
 ]
 
-_HF = ("attach", "detach", "load", "save", "set_prefix")
+_HF = ("attach", "bake", "detach", "load", "save", "set_prefix")
 
 
 def __getattr__(name: str) -> Any:

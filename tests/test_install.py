@@ -57,7 +57,7 @@ def test_text_init_through_the_mlp(model: Any, ids: torch.Tensor) -> None:
     assert prefix.encoder is not None
     torch.testing.assert_close(model(input_ids=ids).logits, want, rtol=1e-3, atol=1e-3)
     live = model(input_ids=ids).logits
-    prefix.bake()
+    assert fastprefix.bake(model) is prefix
     assert prefix.encoder is None
     torch.testing.assert_close(model(input_ids=ids).logits, live, rtol=1e-5, atol=1e-5)
     assert not [n for n, _ in model.named_modules() if "encoder" in n]

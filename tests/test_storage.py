@@ -147,7 +147,7 @@ def test_saving_again_leaves_nothing_of_before(tmp_path: Path) -> None:
     model = attached(prefix_projection=True)
     fastprefix.save(model, tmp_path)
     assert (tmp_path / "prefix_encoder.safetensors").exists()
-    model._fastprefix.prefixes["default"].bake()
+    fastprefix.bake(model)
     fastprefix.save(model, tmp_path)
     names = {"adapter_config.json", "adapter_model.safetensors", "fastprefix_config.json"}
     assert {p.name for p in tmp_path.iterdir()} == names

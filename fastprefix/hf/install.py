@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -158,11 +157,11 @@ def attach(
         if fresh:
             detach(model)
         raise
+    ours = {id(p) for other in state.prefixes.values() for p in other.parameters()}
     for parameter in model.parameters():
-        if not any(parameter is p for other in state.prefixes.values() for p in other.parameters()):
+        if id(parameter) not in ours:
             parameter.requires_grad_(False)
     state.prefixes[name] = prefix
-    prefix.on_bake(partial(state.place, name, prefix))
     state.place(name, prefix)
     state.activate(name)
     return prefix
@@ -225,6 +224,27 @@ def detach(model: Any) -> None:
     """Take every prefix out; the model is bit for bit what it was, its parameters trainable where they were."""
     installation(model).remove()
     object.__delattr__(model, _STATE) if _STATE in model.__dict__ else None
+
+
+def bake(model: Any, name: str = "default") -> Prefix:
+    """Replace a prefix's MLP by its output, for use: the same numbers without the MLP's cost. Nothing without an MLP.
+
+    Returns:
+        The same :class:`Prefix`, its keys and values now parameters of their own.
+
+    Raises:
+        ValueError: no prefix of this name is attached.
+    """
+    state = installation(model)
+    if name not in state.prefixes:
+        raise fail("name", repr(name), f"one of {sorted(state.prefixes)}")
+    prefix = state.prefixes[name]
+    if prefix.encoder is not None:
+        with torch.no_grad():
+            keys, values = zip(*prefix.key_values(), strict=True)
+        prefix.set_direct(keys, values)
+        state.place(name, prefix)
+    return prefix
 
 
 def set_prefix(model: Any, name: str | None) -> None:

@@ -127,7 +127,7 @@ def _peft_config(model: Any, prefix: Prefix) -> dict[str, Any]:
 def load(model: Any, dir: str | os.PathLike[str], name: str = "default") -> Prefix:
     """Attach a saved prefix: ours, or PEFT's of type PREFIX_TUNING or CARTRIDGE.
 
-    An adapter that was trained through its MLP comes back with the MLP (``.bake()`` drops it), so training resumes.
+    What was trained through its MLP comes back with it, so that training resumes; :func:`fastprefix.bake` drops it.
 
     Args:
         model: a transformers model, with other prefixes attached or none.

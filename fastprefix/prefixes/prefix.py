@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +32,6 @@ class Prefix(nn.Module):
         self.layer_indices = tuple(layer_indices)
         self.encoder: PrefixEncoder | None = None
         self.layers = nn.ModuleList()
-        self._placed: Callable[[], None] | None = None
 
     @property
     def num_virtual_tokens(self) -> int:
@@ -54,20 +53,6 @@ class Prefix(nn.Module):
         """Train an MLP that gives them."""
         self.encoder = encoder
         self.layers = nn.ModuleList(ProjectedKV(encoder, i) for i in range(len(self.shapes)))
-
-    def bake(self) -> None:
-        """Replace the MLP by its output, for use: the same numbers without the MLP's cost. Nothing without an MLP."""
-        if self.encoder is None:
-            return
-        with torch.no_grad():
-            pairs = [(k.clone(), v.clone()) for k, v in self.key_values()]
-        self.set_direct([k for k, _ in pairs], [v for _, v in pairs])
-        if self._placed is not None:
-            self._placed()
-
-    def on_bake(self, placed: Callable[[], None]) -> None:
-        """What the owner of the model has to do when the layers are other modules than before."""
-        self._placed = placed
 
     def key_values(self) -> list[tuple[Tensor, Tensor]]:
         """Keys ``[H_kv, P, D]`` and values ``[H_kv, P, D_v]`` of each layer, with their gradients."""
