@@ -15,7 +15,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from fastprefix import dispatch
@@ -122,8 +121,15 @@ def _cat_mask(problem: Problem, x: Leaves) -> Attend:
     return attend
 
 
+def _lower_right(rows: int, keys: int) -> Tensor:
+    from torch.nn.attention.bias import causal_lower_right  # imports dynamo: a second that only this needs
+
+    bias: Tensor = causal_lower_right(rows, keys)
+    return bias
+
+
 def _cat_sdpa(problem: Problem, x: Leaves) -> Attend:
-    bias = causal_lower_right(problem.S, problem.P + problem.T) if problem.causal else None
+    bias = _lower_right(problem.S, problem.P + problem.T) if problem.causal else None
     return lambda: sdpa(x.q, *x.joined(), attn_mask=bias, enable_gqa=problem.groups > 1)
 
 
@@ -168,7 +174,7 @@ def _flex(problem: Problem, x: Leaves) -> Attend:
 
 def _content_only(problem: Problem, x: Leaves) -> Attend:
     whole = problem.S == 1 or not problem.causal
-    bias = None if whole or problem.S == problem.T else causal_lower_right(problem.S, problem.T)
+    bias = None if whole or problem.S == problem.T else _lower_right(problem.S, problem.T)
     plain = not whole and bias is None
     return lambda: sdpa(x.q, x.k, x.v, attn_mask=bias, is_causal=plain, enable_gqa=problem.groups > 1)
 

@@ -31,17 +31,18 @@ class SavedBytes:
         self._excluded = {_key(x): x for x in exclude}
         # The storages themselves: an address may be used again as soon as nobody holds it.
         self._storages: dict[int, torch.UntypedStorage] = {}
-        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack)
+        self._hooks: torch.autograd.graph.saved_tensors_hooks | None = None
+        self._closed = (0, 0)
 
     @property
     def total(self) -> int:
         """Bytes of all storages counted so far."""
-        return sum(storage.nbytes() for storage in self._storages.values())
+        return self._closed[0] + sum(storage.nbytes() for storage in self._storages.values())
 
     @property
     def count(self) -> int:
         """Number of storages counted so far, empty ones not among them."""
-        return sum(storage.nbytes() > 0 for storage in self._storages.values())
+        return self._closed[1] + sum(storage.nbytes() > 0 for storage in self._storages.values())
 
     def _pack(self, x: Tensor) -> Tensor:
         key = _key(x)
@@ -50,13 +51,19 @@ class SavedBytes:
         return x
 
     def __enter__(self) -> SavedBytes:
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack)
         self._hooks.__enter__()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        assert self._hooks is not None
         self._hooks.__exit__(kind, error, trace)
+        # The hooks refer back to this object: what they hold would otherwise live until the next collection.
+        self._closed = (self.total, self.count)
+        self._storages.clear()
+        self._hooks = None
 
 
 def saved_bytes(fn: Callable[[], Any], exclude: Iterable[Tensor] = ()) -> int:

@@ -77,6 +77,7 @@ def interleaved(
     take = _cuda_clock(torch.device(device)) if torch.device(device).type == "cuda" else _wall_clock
     samples: dict[str, list[Callable[[], float]]] = {name: [] for name in names}
     collecting = gc.isenabled()
+    gc.collect()
     gc.disable()
     try:
         for turn in range(repeats):

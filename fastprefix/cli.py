@@ -1,0 +1,177 @@
+"""The command line: ``fastprefix demo | train | bench | memory | explain``."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+USER_ERROR, INTERRUPTED, READER_GONE = 2, 130, 141
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one subcommand.
+
+    Returns:
+        its exit status: 0; 2 for what the user can put right, told in one line on stderr; 130 after Ctrl-C.
+    """
+    words = sys.argv[1:] if argv is None else list(argv)
+    options = _parser(words).parse_args(words)
+    try:
+        return int(_COMMANDS[options.command].run(options))
+    except BrokenPipeError:
+        # Whoever reads has had enough, as head does; what is buffered must not raise again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return READER_GONE
+    except KeyboardInterrupt:
+        print(f"\nfastprefix {options.command}: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except (ValueError, OSError, ImportError) as error:
+        if options.traceback:
+            raise
+        print(f"fastprefix {options.command}: {' '.join(str(error).split())}", file=sys.stderr)
+        return USER_ERROR
+
+
+def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
+    from fastprefix import __version__
+
+    parser = argparse.ArgumentParser(prog="fastprefix", description="Prefix tuning at the cost of the frozen model.")
+    parser.add_argument("--version", action="version", version=f"fastprefix {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    asked = next((word for word in words if not word.startswith("-")), None)
+    for name, command in _COMMANDS.items():
+        sub = commands.add_parser(name, help=command.about, description=command.about)
+        if name == asked:  # the others' options would cost their imports
+            sub.add_argument("--traceback", action="store_true", help="show where an error comes from")
+            command.add_arguments(sub)
+    return parser
+
+
+def _demo_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--steps", type=_positive, default=40, metavar="N", help="training steps, default %(default)s")
+    parser.add_argument(
+        "--output", default="fastprefix-demo", metavar="DIR", help="folder of the results, default %(default)s"
+    )
+    parser.add_argument("--quick", action="store_true", help="few steps and no timing: does it run here?")
+
+
+def _train_arguments(parser: argparse.ArgumentParser) -> None:
+    files = parser.add_argument_group("files")
+    files.add_argument("--model", required=True, metavar="DIR_OR_NAME", help="causal language model, or smollm2")
+    files.add_argument("--data", required=True, metavar="FILE", help='JSON lines {"prompt": ..., "completion": ...}')
+    files.add_argument("--eval-data", metavar="FILE", help="held-out lines of the same kind")
+    files.add_argument("--output", required=True, metavar="DIR", help="of checkpoints and, at the end, the adapter")
+    prefix = parser.add_argument_group("prefix")
+    prefix.add_argument(
+        "--num-virtual-tokens", type=_positive, default=16, metavar="P", help="prefix tokens, default %(default)s"
+    )
+    prefix.add_argument("--prefix-projection", action="store_true", help="train an MLP that gives keys and values")
+    prefix.add_argument("--init-text", metavar="TEXT", help="start at the model's own keys and values of this text")
+    steps = parser.add_argument_group("training")
+    steps.add_argument(
+        "--lr", type=_positive_float, default=1e-2, metavar="LR", help="learning rate of AdamW, default %(default)s"
+    )
+    steps.add_argument("--epochs", type=_positive_float, default=3.0, metavar="N", help="default %(default)s")
+    steps.add_argument("--max-steps", type=_positive, metavar="N", help="in place of --epochs")
+    steps.add_argument("--batch-size", type=_positive, default=8, metavar="B", help="pairs a step, default %(default)s")
+    steps.add_argument("--max-length", type=_positive, metavar="L", help="cut longer completions to L tokens in all")
+    steps.add_argument("--gradient-checkpointing", action="store_true", help="recompute layers in the backward pass")
+    steps.add_argument("--bf16", action="store_true", help="frozen weights in bf16; the prefix stays fp32")
+    steps.add_argument(
+        "--save-steps", type=_positive, metavar="N", help="checkpoint every N steps, default every epoch"
+    )
+    steps.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --output")
+    steps.add_argument("--seed", type=int, default=0, metavar="N", help="default %(default)s")
+
+
+def _explain_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, metavar="DIR_OR_NAME", help="causal language model, or smollm2")
+    parser.add_argument("--adapter", metavar="DIR", help="of a saved prefix, ours or PEFT's; default a new one")
+    parser.add_argument(
+        "--num-virtual-tokens", type=_positive, default=16, metavar="P", help="of a new one, default %(default)s"
+    )
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"got {value}, expected at least 1")
+    return value
+
+
+def _positive_float(text: str) -> float:
+    value = float(text)
+    if not value > 0:
+        raise argparse.ArgumentTypeError(f"got {text}, expected a positive number")
+    return value
+
+
+def _bench_arguments(parser: argparse.ArgumentParser) -> None:
+    from fastprefix.measure import commands
+
+    commands.add_bench_arguments(parser)
+
+
+def _memory_arguments(parser: argparse.ArgumentParser) -> None:
+    from fastprefix.measure import commands
+
+    commands.add_memory_arguments(parser)
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from fastprefix.demo import run
+
+    return run(options.steps, options.output, options.quick)
+
+
+def _train(options: argparse.Namespace) -> int:
+    from fastprefix.train import train
+
+    return train(options)
+
+
+def _bench(options: argparse.Namespace) -> int:
+    from fastprefix.measure import commands
+
+    return commands.bench_main(options)
+
+
+def _memory(options: argparse.Namespace) -> int:
+    from fastprefix.measure import commands
+
+    return commands.memory_main(options)
+
+
+def _explain(options: argparse.Namespace) -> int:
+    import fastprefix
+    from fastprefix.train import load_model
+
+    model = load_model(options.model)
+    if options.adapter is None:
+        fastprefix.attach(model, fastprefix.PrefixConfig(options.num_virtual_tokens))
+    else:
+        fastprefix.load(model, options.adapter)
+    print(fastprefix.explain(model))
+    return 0
+
+
+class _Command(NamedTuple):
+    about: str
+    add_arguments: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], int]
+
+
+_COMMANDS = {
+    "demo": _Command("Train a prefix on a real model and compare it with PEFT.", _demo_arguments, _demo),
+    "train": _Command("Train a prefix on prompt/completion pairs.", _train_arguments, _train),
+    "bench": _Command("Time the operator and its peers in one process.", _bench_arguments, _bench),
+    "memory": _Command("Count the bytes that a training step saves for backward.", _memory_arguments, _memory),
+    "explain": _Command("Show what a prefix does in a model's layers, and why.", _explain_arguments, _explain),
+}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,108 @@
+"""``PrefixTrainer``: transformers' ``Trainer`` whose checkpoints hold the prefix and not the frozen model."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Trainer
+from transformers.trainer import TRAINING_ARGS_NAME
+
+from fastprefix.hf import files, storage
+from fastprefix.hf.install import Installation, installation
+from fastprefix.prefixes.kv import DirectKV
+from fastprefix.prefixes.prefix import Prefix
+from fastprefix.validation import fail
+
+_PLAIN = "transformers.Trainer saves the whole model"
+
+
+class PrefixTrainer(Trainer):
+    """A ``Trainer`` for a model that :func:`fastprefix.attach` was called on.
+
+    Its checkpoints, and what ``save_model`` writes, are what :func:`fastprefix.save` writes: a few megabytes
+    that :func:`fastprefix.load` and PEFT read, with the MLP where one is trained. With several prefixes
+    attached, ``default`` lies in the folder itself and each other one in a subfolder of its name. Resuming is
+    exact: weights go back into the parameters that the optimizer holds.
+
+    Raises:
+        ValueError: no prefix is attached; something besides prefixes is trainable and would be missing in the
+            checkpoints; or parameters are sharded (FSDP, DeepSpeed). The plain ``Trainer`` saves them all.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        state = installation(self.model)
+        ours = {id(p) for prefix in state.prefixes.values() for p in prefix.parameters()}
+        others = [n for n, p in self.model.named_parameters() if p.requires_grad and id(p) not in ours]
+        if others:
+            got = f"trainable parameters besides the prefix: {', '.join(others[:3])}"
+            got += ", ..." if others[3:] else ""
+            raise fail("model", got, f"none: checkpoints would lack them ({_PLAIN})")
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise fail("args", "FSDP or DeepSpeed", f"unsharded parameters ({_PLAIN})")
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        if not self.args.should_save:
+            return
+        folder = Path(output_dir if output_dir is not None else self.args.output_dir)
+        state = installation(self.model)
+        for name in state.prefixes:
+            storage.save(self.model, _folder(state, folder, name), name)
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(folder)
+        torch.save(self.args, folder / TRAINING_ARGS_NAME)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        state = installation(self.model)
+        for name, prefix in state.prefixes.items():
+            restore(prefix, _folder(state, Path(resume_from_checkpoint), name))
+
+    def _load_best_model(self) -> None:
+        best = self.state.best_model_checkpoint
+        if best is None:
+            raise RuntimeError("no best checkpoint was saved: save and evaluate at the same steps")
+        self._load_from_checkpoint(best)
+
+
+def _folder(state: Installation, folder: Path, name: str) -> Path:
+    """Where a checkpoint keeps one prefix; PEFT's rule for several adapters."""
+    return folder if name == "default" or len(state.prefixes) == 1 else folder / name
+
+
+@torch.no_grad()
+def restore(prefix: Prefix, dir: str | os.PathLike[str]) -> None:
+    """Read what :func:`fastprefix.save` wrote of the same prefix into its parameters, objects that stay.
+
+    Raises:
+        ValueError: a file is missing or malformed, or of a prefix with another configuration; names the field.
+    """
+    folder = Path(dir)
+    path = folder / storage.OWN_CONFIG
+    own, config, encoder = files.read_json(path), prefix.config, prefix.encoder
+    mine = {
+        "format_version": storage.FORMAT_VERSION,
+        "num_virtual_tokens": config.num_virtual_tokens,
+        "position_offset": config.position_offset,
+        "num_frozen_tokens": config.num_frozen_tokens,
+        "projected": encoder is not None,
+    }
+    for field, expected in mine.items():
+        if own.get(field) != expected:
+            raise fail(f"{path}: {field}", own.get(field), f"{expected}, the attached prefix's")
+    if encoder is not None:
+        storage.load_encoder(prefix, files.read_tensors(folder / storage.ENCODER), folder / storage.ENCODER)
+        return
+    weights = folder / storage.WEIGHTS
+    keys, values = storage.stored_key_values(files.read_tensors(weights), prefix, weights)
+    for layer, key, value in zip(prefix.layers, keys, values, strict=True):
+        assert isinstance(layer, DirectKV)
+        frozen = layer.num_frozen_tokens
+        layer.k.copy_(key[:, frozen:])
+        layer.v.copy_(value[:, frozen:])
+        if frozen:
+            layer.frozen_k.copy_(key[:, :frozen])
+            layer.frozen_v.copy_(value[:, :frozen])
