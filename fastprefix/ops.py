@@ -24,6 +24,7 @@ _INPUTS = (
 _NAMES = tuple(part.split()[-1] for part in _INPUTS.split(", "))
 _TENSORS = 13  # of these inputs come first and are tensors
 _SINKS = _NAMES.index("sinks")
+_NEEDED = (*range(5), _NAMES.index("bias"))  # in the order of Needs
 
 _lib = torch.library.Library("fastprefix", "DEF")
 _lib.define(f"prefix_attn_fwd({_INPUTS}) -> (Tensor o, Tensor lse)")
@@ -73,48 +74,76 @@ def _fake_bwd(*values: Any) -> list[Tensor]:
     return [grad for grad, need in zip([*content, *rest], needs, strict=True) if need and grad is not None]
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs[:_TENSORS], *output)
-    ctx.scalars = inputs[_TENSORS:]
+class _PrefixAttention(torch.autograd.Function):
+    """The one autograd formula. ``lse`` is not differentiable."""
 
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+        o, lse = _below_autograd(torch.ops.fastprefix.prefix_attn_fwd.default, *inputs)
+        ctx.save_for_backward(*inputs[:_TENSORS], o, lse)
+        ctx.scalars = inputs[_TENSORS:]
+        ctx.mark_non_differentiable(lse)
+        ctx.set_materialize_grads(False)
+        return o, lse
 
-def _autograd(ctx: Any, do: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-    """The gradients of the inputs; ``lse`` is not differentiable, ``dlse`` plays no part."""
-    *tensors, o, lse = ctx.saved_tensors
-    grads: list[Tensor | None] = [None] * len(_NAMES)
-    if do is None:
+    @staticmethod
+    def backward(ctx: Any, do: Tensor | None, dlse: None = None) -> tuple[Tensor | None, ...]:
+        *tensors, o, lse = ctx.saved_tensors
+        grads: list[Tensor | None] = [None] * len(_NAMES)
+        if do is None:
+            return tuple(grads)
+        needs = [bool(ctx.needs_input_grad[i]) for i in _NEEDED]
+        if any(needs):
+            found = torch.ops.fastprefix.prefix_attn_bwd(*tensors, *ctx.scalars, o, lse, do, needs)
+            for i, grad in zip([i for i, need in zip(_NEEDED, needs, strict=True) if need], found, strict=True):
+                grads[i] = grad
+        if ctx.needs_input_grad[_SINKS]:
+            # A sink is a key whose value is 0: its score's gradient is -A_sink * delta.
+            sinks = tensors[_SINKS]
+            delta = (do.to(lse.dtype) * o.to(lse.dtype)).sum(-1)  # [B, H, S]
+            mass = torch.exp(sinks.to(lse.dtype)[None, :, None] - lse)
+            grads[_SINKS] = -(mass * delta).sum((0, 2)).to(sinks.dtype)
         return tuple(grads)
-    wanted = ctx.needs_input_grad
-    order = (*range(5), _NAMES.index("bias"))  # of Needs
-    needs = [bool(wanted[i]) for i in order]
-    if any(needs):
-        found = torch.ops.fastprefix.prefix_attn_bwd(*tensors, *ctx.scalars, o, lse, do, needs)
-        for i, grad in zip([i for i, need in zip(order, needs, strict=True) if need], found, strict=True):
-            grads[i] = grad
-    if wanted[_SINKS]:
-        # A sink is a key whose value is 0: its score's gradient is -A_sink * delta.
-        sinks = tensors[_SINKS]
-        delta = (do.to(lse.dtype) * o.to(lse.dtype)).sum(-1)  # [B, H, S]
-        mass = torch.exp(sinks.to(lse.dtype)[None, :, None] - lse)
-        grads[_SINKS] = -(mass * delta).sum((0, 2)).to(sinks.dtype)
-    return tuple(grads)
 
 
-def _no_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    pass
+class _NoSecondDerivative(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
+        return tuple(_below_autograd(torch.ops.fastprefix.prefix_attn_bwd.default, *inputs))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise RuntimeError("fastprefix: prefix_attention has no second derivative (double backward is not offered)")
 
 
-def _no_double_backward(ctx: Any, *grads: Any) -> Any:
-    raise RuntimeError("fastprefix: prefix_attention has no second derivative (double backward is not offered)")
+def _below_autograd(op: Any, *inputs: Any) -> Any:
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*inputs)
 
 
-for _name, _impl, _fake, _backward, _context in (
-    ("prefix_attn_fwd", _fwd, _fake_fwd, _autograd, _setup),
-    ("prefix_attn_bwd", _bwd, _fake_bwd, _no_double_backward, _no_setup),
+def _differentiated(inputs: tuple[Any, ...]) -> bool:
+    return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs)
+
+
+def _autograd_fwd(*inputs: Any) -> tuple[Tensor, Tensor]:
+    if _differentiated(inputs):
+        return _PrefixAttention.apply(*inputs)
+    return _below_autograd(torch.ops.fastprefix.prefix_attn_fwd.default, *inputs)
+
+
+def _autograd_bwd(*inputs: Any) -> list[Tensor]:
+    if _differentiated(inputs):
+        return list(_NoSecondDerivative.apply(*inputs))
+    return _below_autograd(torch.ops.fastprefix.prefix_attn_bwd.default, *inputs)
+
+
+# Functions of our own at the autograd key: torch.library.register_autograd costs 100 us more a call.
+for _name, _impl, _fake, _autograd in (
+    ("prefix_attn_fwd", _fwd, _fake_fwd, _autograd_fwd),
+    ("prefix_attn_bwd", _bwd, _fake_bwd, _autograd_bwd),
 ):
     _lib.impl(_name, _impl, "CompositeExplicitAutograd")
+    _lib.impl(_name, _autograd, "Autograd")
     torch.library.register_fake(f"fastprefix::{_name}", _fake, lib=_lib)
-    torch.library.register_autograd(f"fastprefix::{_name}", _backward, setup_context=_context, lib=_lib)
 
 prefix_attn_fwd = torch.ops.fastprefix.prefix_attn_fwd

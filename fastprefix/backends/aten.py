@@ -1,4 +1,4 @@
-"""Vendor attention on the content and, with the batch folded into the rows, on the prefix; merged by log-sum-exp.
+"""Vendor attention on the content and, the batch folded into the rows, on the prefix; merged by log-sum-exp.
 
 Each part's backward is the ordinary flash backward given the merged ``o`` and ``lse`` (FlashAttention-2, Dao 2023,
 applied per part), so nothing else is saved.
@@ -9,11 +9,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastprefix.backends import vendor
+from fastprefix.backends import joined, vendor
 from fastprefix.backends.fold import fold, prefixes, unfold
 from fastprefix.backends.merge import add_sink, merge
 from fastprefix.backends.parts import int_start, mask_dtype, parts, spill
 from fastprefix.types import AttentionArgs, Grads, Needs
+
+_NOTHING: tuple[Tensor | None, ...] = (None,) * 5
 
 
 def unsupported(args: AttentionArgs) -> list[str]:
@@ -47,6 +49,16 @@ def unsupported(args: AttentionArgs) -> list[str]:
 
 def fwd(args: AttentionArgs) -> tuple[Tensor, Tensor]:
     """``o [B, H, S, D_v]`` and ``lse [B, H, S]`` of the merged softmax."""
+    o, lse = joined.fwd(args) if joined.preferred(args) else _merged(args)
+    if args.sinks is not None:
+        return add_sink(o, lse, args.sinks)
+    if _may_be_empty(args):
+        o = o.masked_fill((lse == float("-inf")).unsqueeze(-1), 0.0)
+    return o, lse
+
+
+def _merged(args: AttentionArgs) -> tuple[Tensor, Tensor]:
+    """A vendor call for each part of the content and for each prefix, merged."""
     state: tuple[Tensor, Tensor] | None = None
     for part in parts(args):
         k, v = args.k[:, :, part.first : part.last], args.v[:, :, part.first : part.last]
@@ -56,17 +68,11 @@ def fwd(args: AttentionArgs) -> tuple[Tensor, Tensor]:
         o, lse = vendor.fwd(fold(args.q, prefix), *prefix.keys_values(), False, None, args.scale)
         other = (unfold(o, args.q, prefix, 0.0), unfold(lse, args.q, prefix, float("-inf")))
         state = other if state is None else merge(*state, *other)
-    if state is None:
-        batch, num_heads, seq = args.q.shape[:3]
-        o = args.q.new_zeros(batch, seq, num_heads, args.v.shape[-1]).transpose(1, 2)
-        lse = args.q.new_full((batch, num_heads, seq), float("-inf"), dtype=mask_dtype(args))
-    else:
-        o, lse = state
-    if args.sinks is not None:
-        return add_sink(o, lse, args.sinks)
-    if _may_be_empty(args):
-        o = o.masked_fill((lse == float("-inf")).unsqueeze(-1), 0.0)
-    return o, lse
+    if state is not None:
+        return state
+    batch, num_heads, seq = args.q.shape[:3]
+    o = args.q.new_zeros(batch, seq, num_heads, args.v.shape[-1]).transpose(1, 2)
+    return o, args.q.new_full((batch, num_heads, seq), float("-inf"), dtype=mask_dtype(args))
 
 
 def _may_be_empty(args: AttentionArgs) -> bool:
@@ -80,12 +86,16 @@ def bwd(args: AttentionArgs, o: Tensor, lse: Tensor, do: Tensor, needs: Needs) -
     """Gradients of :func:`fwd`; a part that nothing needs is not launched."""
     # exp(score - lse) must vanish, not overflow, in a row that saw nothing.
     lse = lse.masked_fill(lse == float("-inf"), 0.0)
-    dq, dk, dv = _content_bwd(args, o, lse, do) if needs.content else (None, None, None)
-    dprefix_k, dprefix_v = None, None
-    if needs.prefix:
-        part_dq, dprefix_k, dprefix_v = _prefix_bwd(args, o, lse, do)
-        if needs.q and part_dq is not None:
-            dq = part_dq if dq is None else dq.add_(part_dq)
+    dq, dk, dv, dprefix_k, dprefix_v = _NOTHING
+    if needs.content and joined.preferred(args):
+        dq, dk, dv, dprefix_k, dprefix_v = joined.bwd(args, o, lse, do)
+    else:
+        if needs.content:
+            dq, dk, dv = _content_bwd(args, o, lse, do)
+        if needs.prefix:
+            part_dq, dprefix_k, dprefix_v = _prefix_bwd(args, o, lse, do)
+            if needs.q and part_dq is not None:
+                dq = part_dq if dq is None else dq.add_(part_dq)
     if needs.q and dq is None:
         dq = torch.zeros_like(args.q)
     return Grads(

@@ -50,11 +50,11 @@ def parts(args: AttentionArgs) -> Iterator[Part]:
         return
     dense = args.segment_ids is not None or args.bias is not None or args.window is not None
     if dense or (args.causal and spill(args)):
-        yield Part(0, keys, False, _dense_mask(args))
+        yield Part(0, keys, False, dense_mask(args))
         return
     padding = None
     if args.key_padding_mask is not None:
-        padding = _hide(args.key_padding_mask[:, None, None, :], args)  # [B, 1, 1, T]
+        padding = hide(args.key_padding_mask[:, None, None, :], args)  # [B, 1, 1, T]
     if not args.causal:
         yield Part(0, keys, False, padding)
         return
@@ -76,17 +76,17 @@ def mask_dtype(args: AttentionArgs) -> torch.dtype:
     return torch.float64 if args.q.dtype == torch.float64 else torch.float32
 
 
-def _hide(visible: Tensor, args: AttentionArgs) -> Tensor:
+def hide(visible: Tensor, args: AttentionArgs) -> Tensor:
     return torch.zeros(visible.shape, dtype=mask_dtype(args), device=visible.device).masked_fill_(~visible, vendor.MASK)
 
 
-def _dense_mask(args: AttentionArgs) -> Tensor | None:
+def dense_mask(args: AttentionArgs) -> Tensor | None:
     visible, bias = visible_keys(args), additive_bias(args)
     if bias is not None:
         bias = bias.detach().to(mask_dtype(args))
         mask = bias if visible is None else torch.where(visible, bias, vendor.MASK)
     elif visible is not None:
-        mask = _hide(visible, args)
+        mask = hide(visible, args)
     else:
         return None
     # Vendor kernels broadcast dimensions of size 1 but want the keys spelled out.
