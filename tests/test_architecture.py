@@ -23,8 +23,7 @@ FLOORS = (
     ("prefixes",),
     ("init", "hf"),
     ("explain",),
-    ("assets", "measure"),
-    ("data",),
+    ("assets", "measure", "data"),
     ("train", "demo"),
     ("cli",),
 )

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from fastprefix.assets import smollm2
-from fastprefix.assets.glosses import encode_pairs, format_gloss, load_glosses
+from fastprefix.assets.glosses import format_gloss, load_glosses
+from fastprefix.data import encode_pairs
 
 EOS, PAD, BOS = 1, 0, 2
 

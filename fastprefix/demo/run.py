@@ -12,8 +12,9 @@ import torch
 
 import fastprefix
 from fastprefix import init
-from fastprefix.assets.glosses import encode_pairs, load_glosses
+from fastprefix.assets.glosses import load_glosses
 from fastprefix.assets.smollm2 import load_smollm2
+from fastprefix.data import encode_pairs
 from fastprefix.demo import compare, plot, tune
 from fastprefix.measure.tables import environment, write_atomically
 

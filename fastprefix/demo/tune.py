@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from fastprefix.assets.glosses import IGNORE_INDEX, encode_pairs
+from fastprefix.data import IGNORE_INDEX, encode_pairs
 
 BATCH_SIZE, LEARNING_RATE = 8, 1e-2
 MAX_LOGIT_DIFFERENCE = 1e-3

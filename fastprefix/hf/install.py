@@ -12,9 +12,9 @@ from torch import nn
 
 from fastprefix.hf import probe
 from fastprefix.hf.attention import NAME, SLOT
+from fastprefix.hf.build import build
 from fastprefix.hf.hooks import ForwardHooks
-from fastprefix.prefixes.config import LayerShape, PrefixConfig
-from fastprefix.prefixes.kv import PrefixEncoder
+from fastprefix.prefixes.config import PrefixConfig
 from fastprefix.prefixes.prefix import LayerSlot, Prefix
 from fastprefix.validation import fail
 
@@ -62,10 +62,11 @@ class Installation:
 
     def place(self, name: str, prefix: Prefix) -> None:
         """Make a prefix's modules children of the model."""
-        for module, slot in zip(self.layers.modules, self.slots, strict=True):
-            slot.prefixes.train(module.training)
-        for position, index in enumerate(prefix.layer_indices):
-            self.slots[index].prefixes[name] = prefix.layers[position]
+        slots = self.slots
+        for layer, index in zip(prefix.layers, prefix.layer_indices, strict=True):
+            slots[index].prefixes[name] = layer
+        for module, slot in zip(self.layers.modules, slots, strict=True):
+            slot.train(module.training)
         encoders = self.layers.owner._modules.get(_ENCODERS)
         if prefix.encoder is not None:
             if encoders is None:
@@ -77,6 +78,12 @@ class Installation:
             del encoders[name]
             if not encoders:
                 del self.layers.owner._modules[_ENCODERS]
+
+    def named(self, name: str) -> Prefix:
+        """The prefix of a name; raises ValueError when none is attached under it."""
+        if name not in self.prefixes:
+            raise fail("name", repr(name), f"one of {sorted(self.prefixes)}")
+        return self.prefixes[name]
 
     def activate(self, name: str | None) -> None:
         """Use one prefix, or none: then the model runs exactly what it ran before."""
@@ -150,7 +157,7 @@ def attach(
     try:
         if name in state.prefixes:
             raise fail("name", repr(name), f"a new one: {sorted(state.prefixes)} are attached")
-        prefix = _build(state, config)
+        prefix = build(state, config)
         if weights is not None:
             weights(prefix)
     except BaseException:
@@ -165,59 +172,6 @@ def attach(
     state.place(name, prefix)
     state.activate(name)
     return prefix
-
-
-def _build(state: Installation, config: PrefixConfig) -> Prefix:
-    layers = state.layers
-    indices = config.active_layers(len(layers.modules))
-    shapes = [layers.shapes[i] for i in indices]
-    devices = [layers.devices[i] for i in indices]
-    prefix = Prefix(config, shapes, indices)
-    start = _start(state, config, indices)
-    if config.prefix_projection:
-        hidden_size = state.model.config.get_text_config().hidden_size
-        encoder = PrefixEncoder(
-            config.num_virtual_tokens, hidden_size, config.encoder_hidden_size or hidden_size, shapes
-        )
-        encoder.to(devices[0])
-        prefix.set_encoder(encoder)
-        if start is not None:
-            prefix.check(*start)
-            encoder.fit(*([x.to(devices[0]) for x in part] for part in start))
-        return prefix
-    if start is None:
-        start = _random(config, shapes)
-    keys, values = ([x.float().to(d) for x, d in zip(part, devices, strict=True)] for part in start)
-    prefix.set_direct(keys, values)
-    return prefix
-
-
-def _random(config: PrefixConfig, shapes: list[LayerShape]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    P, std = config.num_virtual_tokens, config.init.std
-    keys = [torch.randn(s.num_kv_heads, P, s.head_dim) * std for s in shapes]
-    return keys, [torch.randn(s.num_kv_heads, P, s.value_dim) * std for s in shapes]
-
-
-def _start(
-    state: Installation, config: PrefixConfig, indices: list[int]
-) -> tuple[list[torch.Tensor], list[torch.Tensor]] | None:
-    """The keys and values to start from; None for a random start."""
-    init = config.init
-    if init.keys is not None and init.values is not None:
-        return list(init.keys), list(init.values)
-    if init.ids is None:
-        return None
-    active = state.active
-    state.switch(on=True)
-    for slot in state.slots:
-        slot.active = None
-    state.hooks.paused = True
-    try:
-        modules = [state.layers.modules[i] for i in indices]
-        return probe.key_values(state.model, init.tokens(config.num_virtual_tokens), modules)
-    finally:
-        state.hooks.paused = False
-        state.activate(active)
 
 
 def detach(model: Any) -> None:
@@ -236,9 +190,7 @@ def bake(model: Any, name: str = "default") -> Prefix:
         ValueError: no prefix of this name is attached.
     """
     state = installation(model)
-    if name not in state.prefixes:
-        raise fail("name", repr(name), f"one of {sorted(state.prefixes)}")
-    prefix = state.prefixes[name]
+    prefix = state.named(name)
     if prefix.encoder is not None:
         with torch.no_grad():
             keys, values = zip(*prefix.key_values(), strict=True)

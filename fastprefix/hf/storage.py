@@ -74,9 +74,7 @@ def save(model: Any, dir: str | os.PathLike[str], name: str = "default") -> None
         ValueError: no prefix of this name is attached.
     """
     state = installation(model)
-    if name not in state.prefixes:
-        raise fail("name", repr(name), f"one of {sorted(state.prefixes)}")
-    prefix = state.prefixes[name]
+    prefix = state.named(name)
     folder = Path(dir)
     folder.mkdir(parents=True, exist_ok=True)
     with torch.no_grad():

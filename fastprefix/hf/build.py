@@ -1,0 +1,69 @@
+"""A new prefix for a model: its layers' shapes and devices, and where its numbers start."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from fastprefix.hf import probe
+from fastprefix.prefixes.config import LayerShape, PrefixConfig
+from fastprefix.prefixes.kv import PrefixEncoder
+from fastprefix.prefixes.prefix import Prefix
+
+if TYPE_CHECKING:
+    from fastprefix.hf.install import Installation
+
+
+def build(state: Installation, config: PrefixConfig) -> Prefix:
+    """A new prefix for the layers that the model was found to have, filled with its start."""
+    layers = state.layers
+    indices = config.active_layers(len(layers.modules))
+    shapes = [layers.shapes[i] for i in indices]
+    devices = [layers.devices[i] for i in indices]
+    prefix = Prefix(config, shapes, indices)
+    start = _start(state, config, indices)
+    if config.prefix_projection:
+        hidden_size = state.model.config.get_text_config().hidden_size
+        encoder = PrefixEncoder(
+            config.num_virtual_tokens, hidden_size, config.encoder_hidden_size or hidden_size, shapes
+        )
+        encoder.to(devices[0])
+        prefix.set_encoder(encoder)
+        if start is not None:
+            prefix.check(*start)
+            encoder.fit(*([x.to(devices[0]) for x in part] for part in start))
+        return prefix
+    if start is None:
+        start = _random(config, shapes)
+    keys, values = ([x.float().to(d) for x, d in zip(part, devices, strict=True)] for part in start)
+    prefix.set_direct(keys, values)
+    return prefix
+
+
+def _random(config: PrefixConfig, shapes: list[LayerShape]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    P, std = config.num_virtual_tokens, config.init.std
+    keys = [torch.randn(s.num_kv_heads, P, s.head_dim) * std for s in shapes]
+    return keys, [torch.randn(s.num_kv_heads, P, s.value_dim) * std for s in shapes]
+
+
+def _start(
+    state: Installation, config: PrefixConfig, indices: list[int]
+) -> tuple[list[torch.Tensor], list[torch.Tensor]] | None:
+    """The keys and values to start from; None for a random start."""
+    init = config.init
+    if init.keys is not None and init.values is not None:
+        return list(init.keys), list(init.values)
+    if init.ids is None:
+        return None
+    active = state.active
+    state.switch(on=True)
+    for slot in state.slots:
+        slot.active = None
+    state.hooks.paused = True
+    try:
+        modules = [state.layers.modules[i] for i in indices]
+        return probe.key_values(state.model, init.tokens(config.num_virtual_tokens), modules)
+    finally:
+        state.hooks.paused = False
+        state.activate(active)
