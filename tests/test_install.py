@@ -37,6 +37,9 @@ def test_text_init_is_the_models_own_keys_and_values(model: Any, ids: torch.Tens
     given = fastprefix.attach(model, PrefixConfig(P, init=init.kv(cache)))
     for a, b in zip(prefix.parameters(), given.parameters(), strict=True):
         torch.testing.assert_close(a, b)
+    fastprefix.detach(model)
+    one = fastprefix.attach(model, PrefixConfig(P, layers=[1], init=init.kv(cache)))
+    torch.testing.assert_close(one.key_values()[0], given.key_values()[1])
 
 
 @pytest.mark.parametrize("name", ["gpt2", "bert", "gemma3"])

@@ -53,6 +53,8 @@ def _start(
     """The keys and values to start from; None for a random start."""
     init = config.init
     if init.keys is not None and init.values is not None:
+        if len(init.keys) == len(state.layers.modules) == len(init.values):
+            return [init.keys[i] for i in indices], [init.values[i] for i in indices]
         return list(init.keys), list(init.values)
     if init.ids is None:
         return None
@@ -63,7 +65,8 @@ def _start(
     state.hooks.paused = True
     try:
         modules = [state.layers.modules[i] for i in indices]
-        return probe.key_values(state.model, init.tokens(config.num_virtual_tokens), modules)
+        # Not the whole model: the logits of thousands of tokens would be made for nothing.
+        return probe.key_values(state.layers.owner, init.tokens(config.num_virtual_tokens), modules)
     finally:
         state.hooks.paused = False
         state.activate(active)
