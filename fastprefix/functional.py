@@ -69,6 +69,7 @@ def prefix_attention(  # type: ignore[misc]  # the overloads tell the return typ
         causal: query row i sees content key j only if ``j <= q_start + i``.
         scale: multiplies ``q k^T``; default ``1 / sqrt(D)``.
         key_padding_mask: ``[B, T]`` bool, True = attend. A row without any visible key gives o = 0, lse = -inf.
+            Hidden keys and values must be finite numbers, here and under every other mask.
         segment_ids: ``[B, T]`` int, packed documents: content sees its own segment, everything sees the prefix.
         q_start: content position of the first query row; default ``T - S``. An int tensor ``[]`` or ``[B]`` serves
             static caches, where T is the capacity.

@@ -30,7 +30,7 @@ def visible_keys(args: AttentionArgs) -> Tensor | None:
         visible.append(column > position - args.window)
     if args.key_padding_mask is not None:
         visible.append(args.key_padding_mask[:, None, None, :])
-    if args.segment_ids is not None:
+    if args.segment_ids is not None and keys:
         segments = args.segment_ids  # [B, T]
         index = position[:, 0, :, 0].clamp(0, keys - 1).expand(segments.shape[0], -1)
         visible.append(segments.gather(1, index)[:, None, :, None] == segments[:, None, None, :])

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad as fwad
 
 from fastprefix import dispatch
 from fastprefix.types import AttentionArgs, Grads, Needs, lse_dtype
@@ -23,12 +24,11 @@ _INPUTS = (
 )
 _NAMES = tuple(part.split()[-1] for part in _INPUTS.split(", "))
 _TENSORS = 13  # of these inputs come first and are tensors
-_SINKS = _NAMES.index("sinks")
-_NEEDED = (*range(5), _NAMES.index("bias"))  # in the order of Needs
+_NEEDED = (*range(5), _NAMES.index("bias"), _NAMES.index("sinks"))  # in the order of the op's needs
 
 _lib = torch.library.Library("fastprefix", "DEF")
 _lib.define(f"prefix_attn_fwd({_INPUTS}) -> (Tensor o, Tensor lse)")
-# One tensor for each True in needs, which has the order of Needs.
+# One tensor for each True in needs, which has the order of Needs, and at last sinks.
 _lib.define(f"prefix_attn_bwd({_INPUTS}, Tensor o, Tensor lse, Tensor do, bool[] needs) -> Tensor[]")
 
 
@@ -54,10 +54,23 @@ def _fwd(*values: Any) -> tuple[Tensor, Tensor]:
 def _bwd(*values: Any) -> list[Tensor]:
     *inputs, o, lse, do, needs = values
     args, backend = _args(tuple(inputs))
-    grads: Grads = dispatch.choose(args, backend).bwd(args, o, lse, do, Needs(*needs))
-    found = [grad for grad, need in zip(grads, needs, strict=True) if need and grad is not None]
+    *needs, sinks = needs
+    found: list[Tensor] = []
+    if any(needs):
+        grads: Grads = dispatch.choose(args, backend).bwd(args, o, lse, do, Needs(*needs))
+        found = [grad for grad, need in zip(grads, needs, strict=True) if need and grad is not None]
     content = sum(needs[:3])  # q, k and v come first
-    return [_bshd(grad) if i < content else grad.contiguous() for i, grad in enumerate(found)]
+    found = [_bshd(grad) if i < content else grad.contiguous() for i, grad in enumerate(found)]
+    return [*found, _sinks_grad(args, o, lse, do)] if sinks else found
+
+
+def _sinks_grad(args: AttentionArgs, o: Tensor, lse: Tensor, do: Tensor) -> Tensor:
+    """A sink is a key whose value is 0: its score's gradient is ``-A_sink * delta``, delta = rowsum(do * o)."""
+    assert args.sinks is not None
+    delta = (do.to(lse.dtype) * o.to(lse.dtype)).sum(-1)  # [B, H, S]
+    lse = lse.masked_fill(lse == float("-inf"), 0.0)
+    mass = torch.exp(args.sinks.to(lse.dtype)[None, :, None] - lse)
+    return -(mass * delta).sum((0, 2)).to(args.sinks.dtype)
 
 
 def _fake_fwd(*values: Any) -> tuple[Tensor, Tensor]:
@@ -70,7 +83,7 @@ def _fake_fwd(*values: Any) -> tuple[Tensor, Tensor]:
 def _fake_bwd(*values: Any) -> list[Tensor]:
     inputs, needs = values[: len(_NAMES)], values[-1]
     content = [x.new_empty(x.shape[0], x.shape[2], x.shape[1], x.shape[3]).transpose(1, 2) for x in inputs[:3]]
-    rest = [None if x is None else x.new_empty(x.shape) for x in (inputs[3], inputs[4], inputs[6])]
+    rest = [None if inputs[i] is None else inputs[i].new_empty(inputs[i].shape) for i in _NEEDED[3:]]
     return [grad for grad, need in zip([*content, *rest], needs, strict=True) if need and grad is not None]
 
 
@@ -97,12 +110,6 @@ class _PrefixAttention(torch.autograd.Function):
             found = torch.ops.fastprefix.prefix_attn_bwd(*tensors, *ctx.scalars, o, lse, do, needs)
             for i, grad in zip([i for i, need in zip(_NEEDED, needs, strict=True) if need], found, strict=True):
                 grads[i] = grad
-        if ctx.needs_input_grad[_SINKS]:
-            # A sink is a key whose value is 0: its score's gradient is -A_sink * delta.
-            sinks = tensors[_SINKS]
-            delta = (do.to(lse.dtype) * o.to(lse.dtype)).sum(-1)  # [B, H, S]
-            mass = torch.exp(sinks.to(lse.dtype)[None, :, None] - lse)
-            grads[_SINKS] = -(mass * delta).sum((0, 2)).to(sinks.dtype)
         return tuple(grads)
 
 
@@ -117,7 +124,9 @@ class _NoSecondDerivative(torch.autograd.Function):
 
 
 def _below_autograd(op: Any, *inputs: Any) -> Any:
-    with torch._C._AutoDispatchBelowAutograd():
+    # Below views, too: the [B, H, S, D] view of [B, S, H, D] storage must not count as a view made by the Function,
+    # which could not be modified in place.
+    with torch._C._AutoDispatchBelowADInplaceOrView():
         return op(*inputs)
 
 
@@ -125,7 +134,15 @@ def _differentiated(inputs: tuple[Any, ...]) -> bool:
     return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs)
 
 
+def _refuse_forward_mode(inputs: tuple[Any, ...]) -> None:
+    if fwad._current_level < 0:
+        return
+    if any(isinstance(x, Tensor) and fwad.unpack_dual(x).tangent is not None for x in inputs):
+        raise RuntimeError("fastprefix: prefix_attention has no forward-mode derivative")
+
+
 def _autograd_fwd(*inputs: Any) -> tuple[Tensor, Tensor]:
+    _refuse_forward_mode(inputs)
     if _differentiated(inputs):
         return _PrefixAttention.apply(*inputs)
     return _below_autograd(torch.ops.fastprefix.prefix_attn_fwd.default, *inputs)

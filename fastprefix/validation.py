@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTS = (torch.int32, torch.int64)
+INFINITY = float("inf")
 
 
 def fail(name: str, got: object, expected: str) -> ValueError:
@@ -45,6 +46,8 @@ def check_content(q: Tensor, k: Tensor, v: Tensor) -> None:
         if x.device != q.device:
             raise fail(name, f"device {x.device}", f"q's device {q.device}")
     _shape("k", k, "[B, H_kv, T, D]", [q.shape[0], None, None, q.shape[3]])
+    if q.shape[1] == 0:
+        raise fail("q", f"shape {list(q.shape)}", "at least one head")
     if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
         raise fail("k", f"{k.shape[1]} heads", f"a number that divides q's {q.shape[1]} heads")
     if q.shape[3] == 0 or v.shape[3] == 0:
@@ -118,8 +121,8 @@ def check_extras(q: Tensor, k: Tensor, sinks: object, bias: object, gate: object
                 raise fail("bias", f"shape {list(b.shape)}", dims)
         if b.device != q.device:
             raise fail("bias", f"device {b.device}", f"q's device {q.device}")
-    if softcap is not None and not (isinstance(softcap, (int, float)) and softcap > 0):
-        raise fail("softcap", repr(softcap), "a positive number, or None")
+    if softcap is not None and not (_is_number(softcap) and softcap > 0):
+        raise fail("softcap", repr(softcap), "a positive finite number, or None")
 
 
 def check_bank(q: Tensor, prefix_k: Tensor, prefix_ids: object, prefix_lens: object) -> None:
@@ -142,11 +145,16 @@ def check_bank(q: Tensor, prefix_k: Tensor, prefix_ids: object, prefix_lens: obj
         raise fail("prefix_lens", prefix_lens.tolist(), f"lengths within 0..{prefix_k.shape[-2]}")
 
 
+def _is_number(x: object) -> TypeGuard[float]:
+    # Compared, not math.isfinite: torch.compile may have made the number a symbol.
+    return isinstance(x, (int, float)) and not isinstance(x, bool) and -INFINITY < x < INFINITY
+
+
 def check_scalars(scale: object, dropout_p: object, causal: object) -> None:
     """Plain numbers."""
     if not isinstance(causal, bool):
         raise fail("causal", repr(causal), "True or False")
-    if scale is not None and (isinstance(scale, bool) or not isinstance(scale, (int, float))):
-        raise fail("scale", type(scale).__name__, "a number, or None for 1 / sqrt(D)")
-    if not isinstance(dropout_p, (int, float)) or not 0.0 <= dropout_p < 1.0:
+    if scale is not None and not _is_number(scale):
+        raise fail("scale", repr(scale), "a finite number, or None for 1 / sqrt(D)")
+    if not _is_number(dropout_p) or not 0.0 <= dropout_p < 1.0:
         raise fail("dropout_p", repr(dropout_p), "a probability in [0, 1)")

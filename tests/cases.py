@@ -36,6 +36,11 @@ CASES: dict[str, Callable[[], Call]] = {
     "more_rows_than_keys": lambda: make_call(S=6, T=3),
     "long_rows": lambda: make_call(B=3, S=33, P=5),
     "scale": lambda: make_call(scale=0.3),
+    "scale_negative": lambda: make_call(scale=-0.5),
+    "scale_zero": lambda: make_call(scale=0.0),
+    "no_rows": lambda: make_call(S=0, T=4, q_start=0),
+    "no_samples": lambda: make_call(B=0),
+    "segments_without_content": lambda: make_call(T=0, segment_ids=torch.zeros(2, 0, dtype=torch.long)),
     "d_v_smaller": lambda: make_call(D=24, D_v=16),
     "d_v_larger": lambda: make_call(D=8, D_v=24),
     "left_padding": lambda: make_call(B=3, key_padding_mask=padding(3, 5, "left")),
@@ -53,6 +58,14 @@ CASES: dict[str, Callable[[], Call]] = {
     "window_with_a_cache": lambda: make_call(S=2, T=9, window=4),
     "softcap": lambda: make_call(softcap=2.0),
     "sinks": lambda: make_call(sinks=torch.randn(6, dtype=torch.float64).float().requires_grad_()),
+    "sinks_off_in_an_empty_row": lambda: make_call(
+        P=0,
+        sinks=torch.full((6,), float("-inf")),
+        key_padding_mask=torch.tensor([[False] * 5, [True] * 5]),
+    ),
+    "sinks_as_low_as_a_mask": lambda: make_call(
+        P=0, sinks=torch.full((6,), -3.4e38), key_padding_mask=torch.tensor([[False] * 5, [True] * 5])
+    ),
     "sinks_no_prefix": lambda: make_call(P=0, sinks=torch.randn(6, dtype=torch.float64).float()),
     "bias": lambda: make_call(bias=torch.randn(6, 5, 5)),
     "bias_bidirectional": lambda: make_call(causal=False, bias=torch.randn(2, 1, 5, 5)),
@@ -95,6 +108,6 @@ CASES: dict[str, Callable[[], Call]] = {
 EAGER = [
     name
     for name in CASES
-    if not name.startswith(("bank", "gate", "no_content", "nothing", "q_start_before", "a_sample", "padding_no"))
-    and name not in ("more_rows_than_keys", "bias_trained")
+    if not name.startswith(("bank", "gate", "no_", "nothing", "q_start_before", "a_sample", "padding_no", "sinks_"))
+    and name not in ("more_rows_than_keys", "bias_trained", "segments_without_content")
 ]

@@ -77,8 +77,8 @@ def run(call: Call, backend: str) -> dict[str, Tensor]:
 def gradients(o: Tensor, call: Call) -> dict[str, Tensor]:
     """Gradients named d<input>."""
     trained = call.trained()
-    if not trained:
-        return {}
+    if not o.requires_grad:
+        return {f"d{name}": torch.zeros_like(x) for name, x in trained.items()}
     weight = torch.sin(torch.arange(o.numel(), dtype=torch.float64) * 0.7).view(o.shape).to(o.dtype)
     grads = torch.autograd.grad(o, list(trained.values()), weight, materialize_grads=True)
     return {f"d{name}": grad for name, grad in zip(trained, grads, strict=True)}
@@ -90,7 +90,7 @@ def brute_force(call: Call) -> dict[str, Tensor]:
     q, k, v, pk, pv = (leaves[n] for n in ("q", "k", "v", "prefix_k", "prefix_v"))
     B, H, S, D = q.shape
     T, groups = k.shape[2], H // k.shape[1]
-    scale = opt.get("scale") or D**-0.5
+    scale = D**-0.5 if opt.get("scale") is None else opt["scale"]
     start = opt.get("q_start")
     start = T - S if start is None else start
     causal, window, softcap = opt.get("causal", True), opt.get("window"), opt.get("softcap")
@@ -140,7 +140,9 @@ def brute_force(call: Call) -> dict[str, Tensor]:
                     row, lse = _softmax(torch.cat([prefix, content, *extra]), torch.cat([values_p, values_c]))
                 rows.append(row)
                 lses.append(lse)
-    o = torch.stack(rows).view(B, H, S, -1)
+    if not rows:
+        rows, lses = [v.new_zeros(0, v.shape[-1])], [v.new_zeros(0)]
+    o = torch.stack(rows).view(B, H, S, v.shape[-1])
     return {"o": o.detach(), "lse": torch.stack(lses).view(B, H, S).detach(), **gradients(o, call)}
 
 
@@ -167,7 +169,7 @@ def eager(call: Call) -> dict[str, Tensor]:
     leaves, opt = call.leaves, {n: x for n, x in call.options.items() if n != "scale"}
     q, k, v, pk, pv = (leaves[n] for n in ("q", "k", "v", "prefix_k", "prefix_v"))
     B, H, S, D = q.shape
-    args = AttentionArgs(**leaves, scale=call.options.get("scale") or D**-0.5, **opt)
+    args = AttentionArgs(**leaves, scale=D**-0.5 if call.options.get("scale") is None else call.options["scale"], **opt)
     keys = torch.cat([pk.to(q.dtype).expand(B, -1, -1, -1), k], 2).repeat_interleave(args.groups, 1)
     values = torch.cat([pv.to(q.dtype).expand(B, -1, -1, -1), v], 2).repeat_interleave(args.groups, 1)
     s = q @ keys.transpose(-1, -2) * args.scale

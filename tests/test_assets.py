@@ -21,9 +21,7 @@ EOS, PAD, BOS = 1, 0, 2
 class Letters:
     """A tokenizer of one token per character, with a bos in front and on request an eos behind."""
 
-    def __init__(
-        self, pad_token_id: int | None = PAD, eos_token_id: int | None = EOS, adds_eos: bool = False
-    ):
+    def __init__(self, pad_token_id: int | None = PAD, eos_token_id: int | None = EOS, adds_eos: bool = False):
         self.pad_token_id, self.eos_token_id, self.adds_eos = pad_token_id, eos_token_id, adds_eos
 
     def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:

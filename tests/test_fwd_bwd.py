@@ -53,6 +53,14 @@ def test_a_thousand_rows(dtype: torch.dtype, backend: str) -> None:
     assert_within_rule(run(call, backend), call)
 
 
+def test_a_sink_that_is_off_in_an_empty_row_gets_no_gradient(backend: str) -> None:
+    call = CASES["sinks_off_in_an_empty_row"]().to(torch.float64)
+    call.options["sinks"].requires_grad_()
+    got = run(call, backend)
+    assert all(x.isfinite().all() for name, x in got.items() if name != "lse")
+    assert torch.equal(got["dsinks"], torch.zeros(6, dtype=torch.float64))
+
+
 @pytest.mark.parametrize("case", ["plain", "left_padding", "bank_ragged", "sinks", "with_a_cache"])
 def test_gradcheck(case: str, backend: str) -> None:
     call = CASES[case]().to(torch.float64)

@@ -44,11 +44,11 @@ def test_opcheck(case: str, backend: str) -> None:
     torch.library.opcheck(torch.ops.fastprefix.prefix_attn_fwd, inputs)
 
 
-@pytest.mark.parametrize("case", ["plain", "d_v_smaller", "bank", "bias_trained"])
+@pytest.mark.parametrize("case", ["plain", "d_v_smaller", "bank", "bias_trained", "sinks"])
 def test_opcheck_backward(case: str, backend: str) -> None:
     inputs = raw_inputs(CASES[case]().to(torch.float32), backend)
     o, lse = torch.ops.fastprefix.prefix_attn_fwd(*inputs)
-    needs = [True] * 5 + [case == "bias_trained"]
+    needs = [True] * 5 + [case == "bias_trained", case == "sinks"]
     inputs = tuple(x.detach() if isinstance(x, torch.Tensor) else x for x in inputs)
     torch.library.opcheck(
         torch.ops.fastprefix.prefix_attn_bwd,
@@ -100,6 +100,30 @@ def test_double_backward_is_refused(backend: str) -> None:
     (grad,) = torch.autograd.grad(o.square().sum(), call.leaves["q"], create_graph=True)
     with pytest.raises(RuntimeError, match="second derivative"):
         grad.sum().backward()
+
+
+def test_double_backward_through_the_sinks_is_refused(backend: str) -> None:
+    call = CASES["sinks"]()
+    o = prefix_attention(**call.leaves, **call.options, backend=backend)
+    (grad,) = torch.autograd.grad(o.square().sum(), call.options["sinks"], create_graph=True)
+    with pytest.raises(RuntimeError, match="second derivative"):
+        grad.sum().backward()
+
+
+def test_forward_mode_is_refused(backend: str) -> None:
+    leaves = {name: x.detach() for name, x in make_call().leaves.items()}
+
+    def f(prefix_k: torch.Tensor) -> torch.Tensor:
+        return prefix_attention(**{**leaves, "prefix_k": prefix_k}, backend=backend)
+
+    with pytest.raises(RuntimeError, match="forward-mode"):
+        torch.func.jvp(f, (leaves["prefix_k"],), (torch.ones_like(leaves["prefix_k"]),))
+
+
+def test_the_output_is_no_view_of_a_function_s_own(backend: str) -> None:
+    """Models write into what they reshape; torch forbids that on views which a custom Function returned."""
+    o = prefix_attention(**make_call().leaves, backend=backend)
+    o.transpose(1, 2).reshape(2, 5, -1).add_(1.0)
 
 
 def test_lse_carries_no_gradient(backend: str) -> None:

@@ -102,9 +102,7 @@ def load_smollm2(dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, P
 def _require_readers() -> None:
     missing = [n for n in ("transformers", "gguf", "accelerate") if importlib.util.find_spec(n) is None]
     if missing:
-        raise ImportError(
-            f"converting SmolLM2 also needs {', '.join(missing)}: pip install {' '.join(missing)}"
-        )
+        raise ImportError(f"converting SmolLM2 also needs {', '.join(missing)}: pip install {' '.join(missing)}")
 
 
 def _convert(gguf: Path, out: Path) -> None:

@@ -40,6 +40,8 @@ def unsupported(args: AttentionArgs) -> list[str]:
         reasons += [
             f"{n}: flash attention on cuda takes no mask" for n, x in zip(masks, present, strict=True) if x is not None
         ]
+        if args.causal and args.scale <= 0.0:
+            reasons.append("scale: flash attention on cuda masks before it scales, so it must be positive")
         if int_start(args) is None:
             reasons.append("q_start: a tensor needs a mask, which flash attention on cuda does not take")
         elif args.causal and spill(args):
@@ -49,9 +51,11 @@ def unsupported(args: AttentionArgs) -> list[str]:
 
 def fwd(args: AttentionArgs) -> tuple[Tensor, Tensor]:
     """``o [B, H, S, D_v]`` and ``lse [B, H, S]`` of the merged softmax."""
+    if args.q.numel() == 0:  # vendor kernels divide by the number of rows
+        return _nothing(args)
     o, lse = joined.fwd(args) if joined.preferred(args) else _merged(args)
     if args.sinks is not None:
-        return add_sink(o, lse, args.sinks)
+        o, lse = add_sink(o, lse, args.sinks)
     if _may_be_empty(args):
         o = o.masked_fill((lse == float("-inf")).unsqueeze(-1), 0.0)
     return o, lse
@@ -68,8 +72,11 @@ def _merged(args: AttentionArgs) -> tuple[Tensor, Tensor]:
         o, lse = vendor.fwd(fold(args.q, prefix), *prefix.keys_values(), False, None, args.scale)
         other = (unfold(o, args.q, prefix, 0.0), unfold(lse, args.q, prefix, float("-inf")))
         state = other if state is None else merge(*state, *other)
-    if state is not None:
-        return state
+    return _nothing(args) if state is None else state
+
+
+def _nothing(args: AttentionArgs) -> tuple[Tensor, Tensor]:
+    """What rows get that see no key."""
     batch, num_heads, seq = args.q.shape[:3]
     o = args.q.new_zeros(batch, seq, num_heads, args.v.shape[-1]).transpose(1, 2)
     return o, args.q.new_full((batch, num_heads, seq), float("-inf"), dtype=mask_dtype(args))
@@ -84,8 +91,11 @@ def _may_be_empty(args: AttentionArgs) -> bool:
 
 def bwd(args: AttentionArgs, o: Tensor, lse: Tensor, do: Tensor, needs: Needs) -> Grads:
     """Gradients of :func:`fwd`; a part that nothing needs is not launched."""
-    # exp(score - lse) must vanish, not overflow, in a row that saw nothing.
-    lse = lse.masked_fill(lse == float("-inf"), 0.0)
+    if args.q.numel() == 0:
+        tensors = (args.q, args.k, args.v, args.prefix_k, args.prefix_v)
+        return Grads(*(torch.zeros_like(x) if need else None for x, need in zip(tensors, needs, strict=False)))
+    # exp(score - lse) must vanish, not overflow, in a row that saw nothing, or nothing but a sink as low as a mask.
+    lse = lse.masked_fill(lse < vendor.EMPTY_LSE, 0.0)
     dq, dk, dv, dprefix_k, dprefix_v = _NOTHING
     if needs.content and joined.preferred(args):
         dq, dk, dv, dprefix_k, dprefix_v = joined.bwd(args, o, lse, do)

@@ -53,7 +53,5 @@ def bwd(args: AttentionArgs, o: Tensor, lse: Tensor, do: Tensor) -> tuple[Tensor
     prefix = args.num_prefix_tokens
     keys, values, mask = _inputs(args)
     dq, dk, dv = vendor.bwd(do, args.q, keys, values, o, lse, False, mask, args.scale)
-    dprefix_k, dprefix_v = (
-        grad[:, :, :prefix].sum(0, dtype=lse.dtype).to(args.prefix_k.dtype) for grad in (dk, dv)
-    )
+    dprefix_k, dprefix_v = (grad[:, :, :prefix].sum(0, dtype=lse.dtype).to(args.prefix_k.dtype) for grad in (dk, dv))
     return dq, dk[:, :, prefix:], dv[:, :, prefix:], dprefix_k, dprefix_v

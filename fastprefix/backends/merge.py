@@ -23,4 +23,5 @@ def merge(o_a: Tensor, lse_a: Tensor, o_b: Tensor, lse_b: Tensor) -> tuple[Tenso
 def add_sink(o: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
     """Merge with attention sinks: a part with ``o = 0`` and ``lse = sinks [H]``. ``o`` is overwritten."""
     total = torch.logaddexp(lse, sinks.to(lse.dtype)[None, :, None])
-    return o.mul_(torch.exp(lse - total).unsqueeze(-1).to(o.dtype)), total
+    mass = torch.exp(lse - total.masked_fill(total == float("-inf"), 0.0))
+    return o.mul_(mass.unsqueeze(-1).to(o.dtype)), total

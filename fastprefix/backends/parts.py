@@ -49,7 +49,8 @@ def parts(args: AttentionArgs) -> Iterator[Part]:
     if keys == 0:
         return
     dense = args.segment_ids is not None or args.bias is not None or args.window is not None
-    if dense or (args.causal and spill(args)):
+    # Vendor kernels write -inf above the diagonal before they scale: times 0 or less that is nan or +inf.
+    if dense or (args.causal and (spill(args) or args.scale <= 0.0)):
         yield Part(0, keys, False, dense_mask(args))
         return
     padding = None

@@ -52,9 +52,7 @@ def eager(problem: Problem, leaves: Leaves) -> dict[str, Tensor]:
     return {"o": o.detach(), "lse": torch.logsumexp(scores, -1).detach(), **_gradients(o, leaves)}
 
 
-def broken_rule(
-    problem: Problem, leaves: Leaves, got: Mapping[str, Tensor], tiny: float = 1e-6
-) -> str | None:
+def broken_rule(problem: Problem, leaves: Leaves, got: Mapping[str, Tensor], tiny: float = 1e-6) -> str | None:
     """flash-attention's rule: ``err(got) <= 2 * err(eager, same dtype) + tiny``, both against fp64 truth.
 
     Args:

@@ -57,7 +57,7 @@ def text(prompt: str, tokenizer: Any) -> Init:
 
 
 def kv(keys: Any, values: Sequence[Tensor] | None = None) -> Init:
-    """Given keys ``[H_kv, P, D]`` and values ``[H_kv, P, D_v]``, one of each per layer (of the model, or of ``layers``).
+    """Given keys ``[H_kv, P, D]`` and values ``[H_kv, P, D_v]``, one pair per layer (all, or ``layers``).
 
     ``keys`` alone may be a transformers cache of batch size 1, such as a prefill's ``past_key_values``.
     """
