@@ -96,6 +96,8 @@ def _mask_options(mask: Tensor | None, causal: bool, rows: int, keys: int) -> di
         raise ValueError(f"attention_mask: got shape {list(mask.shape)}, expected [B, 1 or H, S, T] with T >= {keys}")
     mask = mask[..., :keys]
     if mask.dtype == torch.bool and mask.shape[1] == 1:
+        if mask.stride(3) == 0 and keys > 1:
+            return {"causal": False}
         batch_mask = mask[:, 0, 0]  # [B, T]
         if mask.shape[2] == 1:
             # One row: the mask is the whole truth. Several: padding beside the layer's own causality.

@@ -59,9 +59,8 @@ def _start(
     if init.ids is None:
         return None
     active = state.active
-    state.switch(on=True)
-    for slot in state.slots:
-        slot.active = None
+    state.activate(None)
+    state.configs.switch(on=True)
     state.hooks.paused = True
     try:
         modules = [state.layers.modules[i] for i in indices]

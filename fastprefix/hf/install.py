@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import copy
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
 from fastprefix.hf import probe
-from fastprefix.hf.attention import NAME, SLOT
+from fastprefix.hf.attention import SLOT
 from fastprefix.hf.build import build
+from fastprefix.hf.configs import OwnConfigs
 from fastprefix.hf.hooks import ForwardHooks
 from fastprefix.prefixes.config import PrefixConfig
 from fastprefix.prefixes.prefix import LayerSlot, Prefix
@@ -30,28 +31,27 @@ class Installation:
         self.prefixes: dict[str, Prefix] = {}
         self.active: str | None = None
         self.trainable = [(p, p.requires_grad) for p in model.parameters()]
-        self.configs = _own_configs(model)
+        self.configs = OwnConfigs(model)
         try:
-            self.switch(on=True)
+            self.configs.switch(on=True)
             self.layers = probe.find_layers(model)
+            self.check_masks()
         except BaseException:
-            self.restore_configs()
+            self.configs.restore()
             raise
         for module in self.layers.modules:
             module.add_module(SLOT, LayerSlot())
         self.hooks = ForwardHooks(self)
 
-    def switch(self, on: bool) -> None:
-        """Let the model's attention run through fastprefix, or as it did before."""
-        for _, config, before in self.configs:
-            config._attn_implementation = NAME if on else before
-
-    def restore_configs(self) -> None:
-        """Give every module its original config object back."""
-        back = {id(config): original for original, config, _ in self.configs}
-        for module in self.model.modules():
-            if id(module.__dict__.get("config")) in back:
-                module.config = back[id(module.config)]
+    def check_masks(self) -> None:
+        """Some models merge masks with their own: what ours leave to the layer's causality would be lost on them."""
+        owner = self.layers.owner
+        ours = probe.sees_the_future(owner)
+        self.configs.switch(on=False)
+        before = probe.sees_the_future(owner)
+        self.configs.switch(on=True)
+        if ours != before:
+            raise probe.does_not_dispatch(self.model, ": it makes masks of its own")
 
     @property
     def slots(self) -> list[LayerSlot]:
@@ -92,7 +92,20 @@ class Installation:
         self.active = name
         for slot in self.slots:
             slot.active = name
-        self.switch(on=name is not None)
+        self.configs.switch(on=name is not None)
+
+    @contextmanager
+    def using(self, name: str | None) -> Iterator[None]:
+        """Run with one prefix, or none, whichever is active outside."""
+        outside = self.active
+        if outside == name:
+            yield
+            return
+        self.activate(name)
+        try:
+            yield
+        finally:
+            self.activate(outside)
 
     def remove(self) -> None:
         """Undo everything."""
@@ -100,24 +113,9 @@ class Installation:
         for module in self.layers.modules:
             del module._modules[SLOT]
         self.layers.owner._modules.pop(_ENCODERS, None)
-        self.restore_configs()
+        self.configs.restore()
         for parameter, requires_grad in self.trainable:
             parameter.requires_grad_(requires_grad)
-
-
-def _own_configs(model: Any) -> list[tuple[Any, Any, str]]:
-    """Give the model its own copies of its config objects, so that another model built from one is left alone.
-
-    Returns ``(original, copy, attention implementation)`` for each.
-    """
-    memo: dict[int, Any] = {}
-    originals: dict[int, Any] = {}
-    for module in model.modules():
-        config = module.__dict__.get("config")
-        if config is not None and hasattr(config, "_attn_implementation"):
-            originals[id(config)] = config
-            module.config = copy.deepcopy(config, memo)
-    return [(config, memo[key], config._attn_implementation) for key, config in originals.items()]
 
 
 def installation(model: Any) -> Installation:
@@ -128,6 +126,7 @@ def installation(model: Any) -> Installation:
     return found
 
 
+@torch.inference_mode(False)
 def attach(
     model: Any, config: PrefixConfig, name: str = "default", *, weights: Callable[[Prefix], None] | None = None
 ) -> Prefix:
@@ -152,6 +151,8 @@ def attach(
     fresh = getattr(model, _STATE, None) is None
     if fresh:
         probe.check_model(model)
+        if any(SLOT in module._modules for module in model.modules()):
+            raise fail("model", f"{type(model).__name__} around a model with a prefix", "the model it was attached to")
         object.__setattr__(model, _STATE, Installation(model))
     state = installation(model)
     try:
@@ -176,8 +177,10 @@ def attach(
 
 def detach(model: Any) -> None:
     """Take every prefix out; the model is bit for bit what it was, its parameters trainable where they were."""
-    installation(model).remove()
-    object.__delattr__(model, _STATE) if _STATE in model.__dict__ else None
+    state = installation(model)
+    state.remove()
+    # A wrapper (a compiled model, a PeftModel) finds the state by delegation: it lies in the model itself.
+    del state.model.__dict__[_STATE]
 
 
 def bake(model: Any, name: str = "default") -> Prefix:

@@ -4,7 +4,7 @@ A prefix is always visible, so masks speak of content only. What is returned, an
 
 * ``None``: causal as the layer is, rows aligned with the last keys;
 * ``[B, 1, 1, T]`` bool: padding, beside the layer's causality;
-* ``[B, 1, S, T]`` bool with stride 0 over S: padding, everything else visible (encoders);
+* ``[B, 1, S, T]`` bool with stride 0 over S: padding, everything else visible (encoders); over T, too: nothing hidden;
 * ``[B, 1, S, T]`` bool: the whole truth (windows shorter than the text, packing, static caches, overlays).
 """
 
@@ -17,10 +17,12 @@ import torch
 from torch import Tensor
 from transformers import masking_utils
 
+from fastprefix.validation import fail
+
 Index = int | Tensor
 
-# How many dense masks have been made: a packed batch that makes none would let its documents see each other.
-dense_masks_made = 0
+# Row and first position of a document behind another, while a packed batch runs: no mask may let it see the one before.
+boundary: tuple[int, int] | None = None
 
 
 def mask_function(
@@ -33,7 +35,6 @@ def mask_function(
     attention_mask: Tensor | None = None,
     local_size: int | None = None,
     allow_is_causal_skip: bool = True,
-    allow_is_bidirectional_skip: bool = False,
     **kwargs: Any,
 ) -> Tensor | None:
     """The content mask in the cheapest of the forms above.
@@ -45,6 +46,41 @@ def mask_function(
         attention_mask: ``[B, tokens so far]`` bool padding.
         local_size: window or chunk of a local layer.
     """
+    mask = _cheapest(
+        batch_size=batch_size,
+        q_length=q_length,
+        kv_length=kv_length,
+        q_offset=q_offset,
+        kv_offset=kv_offset,
+        mask_function=mask_function,
+        attention_mask=attention_mask,
+        local_size=local_size,
+        allow_is_causal_skip=allow_is_causal_skip,
+        **kwargs,
+    )
+    if boundary is not None:
+        row, first = boundary
+        if mask is None or mask.shape[2] <= first or bool(mask[row, 0, first, first - 1]):
+            raise fail(
+                "position_ids",
+                "packed documents (they jump)",
+                "one document a row: this model makes its masks without position ids",
+            )
+    return mask
+
+
+def _cheapest(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: Index,
+    kv_offset: Index,
+    mask_function: Callable[..., Tensor],
+    attention_mask: Tensor | None,
+    local_size: int | None,
+    allow_is_causal_skip: bool,
+    **kwargs: Any,
+) -> Tensor | None:
     padding = _padding(attention_mask, kv_length, kv_offset)
     aligned = _is_aligned(q_length, kv_length, q_offset, kv_offset)
     plain_causal = mask_function is masking_utils.causal_mask_function
@@ -54,12 +90,10 @@ def mask_function(
     if plain_causal and aligned:
         return None if padding is None else padding[:, None, None, :]
     if mask_function is masking_utils.bidirectional_mask_function:
-        if padding is None and allow_is_bidirectional_skip:
-            return None
-        if padding is not None:
-            return padding[:, None, None, :].expand(-1, -1, q_length, -1)
-    global dense_masks_made
-    dense_masks_made += 1
+        # Said aloud even when nothing is hidden: the layer itself may not know that it is not causal.
+        if padding is None:
+            padding = torch.ones(1, 1, dtype=torch.bool, device=kwargs.get("device")).expand(batch_size, kv_length)
+        return padding[:, None, None, :].expand(-1, -1, q_length, -1)
     return masking_utils.sdpa_mask(
         batch_size=batch_size,
         q_length=q_length,
@@ -70,8 +104,7 @@ def mask_function(
         attention_mask=attention_mask,
         local_size=local_size,
         allow_is_causal_skip=False,
-        allow_is_bidirectional_skip=False,
-        **kwargs,
+        **{**kwargs, "allow_is_bidirectional_skip": False},
     )
 
 

@@ -45,27 +45,34 @@ def _default_positions(kwargs: dict[str, Any], causal: bool, padding_idx: int | 
     source = input_ids if input_ids is not None else embeds
     if source is None:
         raise fail("input_ids", "neither input_ids nor inputs_embeds", "one of them")
-    _batch, seq = source.shape[:2]
+    seq = source.shape[1] if input_ids is None else source.shape[-1]
+    past = kwargs.get("past_key_values")
+    start = 0 if past is None else past.get_seq_length()
+    columns = torch.arange(seq, device=source.device) + start
     if padding_idx is not None:
         # RoBERTa's convention: real tokens count from padding_idx + 1, padding stays at padding_idx.
         if input_ids is None:
-            return torch.arange(seq, device=source.device).unsqueeze(0) + padding_idx + 1
+            return columns.unsqueeze(0) + padding_idx + 1
         real = input_ids.ne(padding_idx).long()
-        return real.cumsum(1) * real + padding_idx
+        return (real.cumsum(1) + start) * real + padding_idx
     mask = kwargs.get("attention_mask")
-    if causal and isinstance(mask, Tensor) and mask.dim() == 2:
-        return (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -seq:].to(source.device)
-    past = kwargs.get("past_key_values")
-    start = 0 if past is None else past.get_seq_length()
-    return (torch.arange(seq, device=source.device) + start).unsqueeze(0)
+    if causal and isinstance(mask, dict):
+        raise fail("position_ids", "None beside masks made in advance", "the position ids that belong to them")
+    if causal and isinstance(mask, Tensor) and mask.dim() in (2, 3):
+        mask = mask.reshape(-1, mask.shape[-1]).to(source.device)
+        counted = (mask.long().cumsum(-1) - 1).clamp(min=0)
+        # A mask may reach further than this forward: a prompt's behind its first part, a static cache's to its end.
+        return counted[:, -seq:] if mask.shape[1] <= seq else counted.index_select(1, columns)
+    return columns.unsqueeze(0)
 
 
-def is_packed(kwargs: dict[str, Any]) -> bool:
-    """Whether a row holds several documents: its position ids jump, and neither a mask nor a cache says otherwise."""
+def documents(kwargs: dict[str, Any]) -> tuple[int, int] | None:
+    """Row and first position of a document that lies behind another in its row; None where there is none.
+
+    A row is packed when its position ids jump, and neither a mask nor a cache says otherwise.
+    """
     ids = kwargs.get("position_ids")
     if ids is None or kwargs.get("attention_mask") is not None or kwargs.get("past_key_values") is not None:
-        return False
-    if torch.compiler.is_compiling():
-        # The values cannot be read: ids given without a cache being asked for are taken to be packed.
-        return kwargs.get("use_cache") is not True
-    return bool((ids.diff(dim=-1) != 1).any())
+        return None
+    jumps = (ids.diff(dim=-1) != 1).nonzero()
+    return (int(jumps[0, 0]), int(jumps[0, -1]) + 1) if len(jumps) else None

@@ -43,10 +43,11 @@ def check_model(model: Any) -> None:
     if any(p.device.type == "meta" for p in model.parameters()):
         raise fail("model", f"{name} with parameters on the meta device", "a model with its weights in memory")
     if not model._can_set_attn_implementation():
-        raise _does_not_dispatch(model)
+        raise does_not_dispatch(model)
 
 
-def _does_not_dispatch(model: nn.Module, detail: str = "") -> ValueError:
+def does_not_dispatch(model: nn.Module, detail: str = "") -> ValueError:
+    """What is raised for a model that cannot carry a prefix, naming its class."""
     return fail(
         "model",
         f"{type(model).__name__}, whose attention does not go through transformers' attention interface{detail}",
@@ -86,16 +87,16 @@ def find_layers(model: nn.Module) -> Layers:
     try:
         calls = run_tokens(model, torch.zeros(1, 2, dtype=torch.long))
     except KeyError as error:  # models that look their classes up by the implementation's name
-        raise _does_not_dispatch(model, f" ({error})") from error
+        raise does_not_dispatch(model, f" ({error})") from error
     if not calls:
-        raise _does_not_dispatch(model)
+        raise does_not_dispatch(model)
     modules = [call.module for call in calls]
     if len({id(m) for m in modules}) != len(modules):
         raise fail("model", f"{type(model).__name__}, whose layers share an attention module", "one module per layer")
     config: Any = getattr(model.config, "get_text_config", lambda: model.config)()
     expected = getattr(config, "num_hidden_layers", None)
     if expected is not None and len(modules) != expected:
-        raise _does_not_dispatch(model, f" in {expected - len(modules)} of {expected} layers")
+        raise does_not_dispatch(model, f" in {expected - len(modules)} of {expected} layers")
     owner = _owner(model, modules)
     arguments = tuple(inspect.signature(owner.forward).parameters)
     if "position_ids" not in arguments:
@@ -108,6 +109,20 @@ def find_layers(model: nn.Module) -> Layers:
         owner=owner,
         owner_arguments=arguments,
     )
+
+
+def sees_the_future(owner: nn.Module) -> bool:
+    """Whether a model's first tokens depend on its last one."""
+    # Not token 0, which is often padding and embedded as nothing.
+    ids, hidden = torch.ones(1, 3, dtype=torch.long, device=next(owner.parameters()).device), []
+    with _evaluating(owner):
+        for last in (1, 2):
+            ids[0, -1] = last
+            hidden.append(owner(input_ids=ids)[0][:, :-1])
+    before, after = hidden
+    # Other rows of a product may round differently; a mask that lets the future in changes more than that.
+    tiny = 64 * torch.finfo(before.dtype).eps
+    return not torch.allclose(before, after, rtol=tiny, atol=tiny * before.abs().max().item())
 
 
 def _shape(call: AttentionCall) -> LayerShape:

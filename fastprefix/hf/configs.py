@@ -1,0 +1,60 @@
+"""A model's own copies of its configs: two models built from one config must not switch each other's attention."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+from fastprefix.hf.attention import NAME
+
+_IMPLEMENTATION = "_attn_implementation"
+
+
+@dataclass
+class _Config:
+    original: Any
+    own: Any
+    implementation: str  # what the model ran before
+    fields: dict[str, Any]  # of the copy when it was made
+
+
+class OwnConfigs:
+    """Takes the place of a model's configs, and gives it back."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        memo: dict[int, Any] = {}
+        found: dict[int, Any] = {}
+        for module in model.modules():
+            config = module.__dict__.get("config")
+            if config is not None and hasattr(config, _IMPLEMENTATION):
+                found[id(config)] = config
+                module.config = copy.deepcopy(config, memo)
+        self.configs = [
+            _Config(config, memo[key], config._attn_implementation, copy.deepcopy(memo[key].__dict__))
+            for key, config in found.items()
+        ]
+
+    def switch(self, on: bool) -> None:
+        """Let the model's attention run through fastprefix, or as it did before."""
+        for config in self.configs:
+            config.own._attn_implementation = NAME if on else config.implementation
+
+    def changed(self) -> str | None:
+        """Another implementation that somebody has set meanwhile; None while it is ours."""
+        names = (config.own._attn_implementation for config in self.configs)
+        return next((name for name in names if name != NAME), None)
+
+    def restore(self) -> None:
+        """Give every module its config object back, with what was changed meanwhile but for the implementation."""
+        back = {id(config.own): config for config in self.configs}
+        for module in self.model.modules():
+            config = back.get(id(module.__dict__.get("config")))
+            if config is not None:
+                module.config = config.original
+        for config in self.configs:
+            for name, value in config.own.__dict__.items():
+                new = name not in config.fields or config.fields[name] != value
+                if new and not name.startswith(_IMPLEMENTATION) and id(value) not in back:
+                    config.original.__dict__[name] = value
