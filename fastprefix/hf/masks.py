@@ -25,7 +25,22 @@ Index = int | Tensor
 boundary: tuple[int, int] | None = None
 
 
-def mask_function(
+def mask_function(**arguments: Any) -> Tensor | None:
+    """:func:`content_mask` of the arguments that transformers gives.
+
+    Raises:
+        ValueError: rows are packed and the mask lets a document see the one before it.
+    """
+    mask = content_mask(**arguments)
+    if boundary is not None:
+        row, first = boundary
+        if mask is None or mask.shape[2] <= first or bool(mask[row, 0, first, first - 1]):
+            expected = "one document a row: this model makes its masks without position ids"
+            raise fail("position_ids", "packed documents (they jump)", expected)
+    return mask
+
+
+def content_mask(
     batch_size: int,
     q_length: int,
     kv_length: int,
@@ -46,41 +61,6 @@ def mask_function(
         attention_mask: ``[B, tokens so far]`` bool padding.
         local_size: window or chunk of a local layer.
     """
-    mask = _cheapest(
-        batch_size=batch_size,
-        q_length=q_length,
-        kv_length=kv_length,
-        q_offset=q_offset,
-        kv_offset=kv_offset,
-        mask_function=mask_function,
-        attention_mask=attention_mask,
-        local_size=local_size,
-        allow_is_causal_skip=allow_is_causal_skip,
-        **kwargs,
-    )
-    if boundary is not None:
-        row, first = boundary
-        if mask is None or mask.shape[2] <= first or bool(mask[row, 0, first, first - 1]):
-            raise fail(
-                "position_ids",
-                "packed documents (they jump)",
-                "one document a row: this model makes its masks without position ids",
-            )
-    return mask
-
-
-def _cheapest(
-    batch_size: int,
-    q_length: int,
-    kv_length: int,
-    q_offset: Index,
-    kv_offset: Index,
-    mask_function: Callable[..., Tensor],
-    attention_mask: Tensor | None,
-    local_size: int | None,
-    allow_is_causal_skip: bool,
-    **kwargs: Any,
-) -> Tensor | None:
     padding = _padding(attention_mask, kv_length, kv_offset)
     aligned = _is_aligned(q_length, kv_length, q_offset, kv_offset)
     plain_causal = mask_function is masking_utils.causal_mask_function
