@@ -46,9 +46,7 @@ def _ours(problem: Problem, mode: Mode) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize(("problem", "mode", "peer"), CASES, ids=lambda x: getattr(x, "label", getattr(x, "name", x)))
-def test_operator(
-    problem: Problem, mode: Mode, peer: Peer, time_it: Callable[[str, Callable[[], Any]], None]
-) -> None:
+def test_operator(problem: Problem, mode: Mode, peer: Peer, time_it: Callable[[str, Callable[[], Any]], None]) -> None:
     if reason := peer.unavailable(problem, mode):
         pytest.skip(reason)
     call = runner(peer, problem, mode, _leaves(problem, mode))

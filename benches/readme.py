@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from fastprefix.measure.timing import Timing, ratio
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benches" / "results" / "cpu" / "readme.json"
 BEGIN, END = "<!-- measured -->", "<!-- end of measured -->"
+PARTS = ("operator", "step", "saved")
 _NAMES = {
     "cat_mask": "cat, repeat_kv, dense mask (PEFT as shipped)",
     "cat_sdpa": "cat + SDPA, lower-right causal",
@@ -40,20 +42,29 @@ _OPERATOR: tuple[tuple[Mode, Problem], ...] = (
 )
 
 
-def take(repeats: int) -> dict[str, Any]:
-    """Measure everything that the README says."""
-    found: dict[str, Any] = {"environment": environment("cpu"), "threads": torch.get_num_threads(), "operator": []}
+def take(parts: Sequence[str], repeats: int) -> dict[str, Any]:
+    """Measure parts of what the README says."""
+    found: dict[str, Any] = {"environment": environment("cpu"), "threads": torch.get_num_threads()}
+    if "operator" in parts:
+        found["operator"] = _operator(repeats)
+    if "step" in parts:
+        found["step"] = [_step(length) for length in (16, 512)]
+    if "saved" in parts:
+        found["saved"] = [_saved(batch) for batch in (1, 16)]
+    return found
+
+
+def _operator(repeats: int) -> list[dict[str, Any]]:
+    rows = []
     for mode, problem in _OPERATOR:
         done = measure(problem, mode, repeats=repeats, warmup=3)
         if done.wrong:
             raise AssertionError(f"{problem.label}: {done.failures}")
         peers = {name: list(ratio(done.timings, name, "ours")) for name in done.timings if name != "ours"}
         row = {"mode": mode, "label": problem.label, "ms": 1e3 * done.timings["ours"].median, "slower": peers}
-        found["operator"].append(row)
+        rows.append(row)
         print(row, flush=True)
-    found["step"] = [_step(length) for length in (16, 512)]
-    found["saved"] = [_saved(batch) for batch in (1, 16)]
-    return found
+    return rows
 
 
 def _model() -> Any:
@@ -65,7 +76,7 @@ def _model() -> Any:
 def _step(length: int) -> dict[str, Any]:
     from fastprefix.measure.step import candidates, measure_steps
 
-    results = measure_steps(candidates(_model(), torch.randint(5, 40000, (8, 64)), length), repeats=9)
+    results = measure_steps(candidates(_model(), torch.randint(5, 40000, (8, 64)), length), repeats=15)
     timings: dict[str, Timing] = {name: r.timing for name, r in results.items()}
     row = {
         "P": length,
@@ -144,12 +155,14 @@ def fill(text: str) -> str:
 def main() -> None:
     """Measure on request, then write the README."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--measure", action="store_true", help="measure first")
+    parser.add_argument("--measure", nargs="*", metavar="PART", choices=PARTS, help="measure first; default all parts")
     parser.add_argument("--repeats", type=int, default=25, help="rounds of each operator row")
     args = parser.parse_args()
-    if args.measure:
+    if args.measure is not None:
         RESULTS.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(RESULTS, json.dumps(take(args.repeats), indent=1) + "\n")
+        before = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+        found = {**before, **take(args.measure or PARTS, args.repeats)}
+        write_atomically(RESULTS, json.dumps(found, indent=1) + "\n")
     readme = ROOT / "README.md"
     readme.write_text(fill(readme.read_text()))
 

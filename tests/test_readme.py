@@ -17,3 +17,10 @@ def test_the_operator_snippet_runs() -> None:
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.S)
     snippet = next(b for b in blocks if b.startswith("import torch"))
     exec(compile(snippet, "README.md", "exec"), {})
+
+
+def test_measured_figures_are_those_on_disk() -> None:
+    from benches.readme import fill as fill_measured
+
+    text = README.read_text()
+    assert fill_measured(text) == text, "run python -m benches.readme"
