@@ -163,3 +163,20 @@ def test_attached_under_inference_mode_it_still_trains(ids: torch.Tensor) -> Non
         prefix = fastprefix.attach(model, PrefixConfig(P, init=init.token_ids([4, 5])))
     model(ids).logits.sum().backward()
     assert all(p.grad is not None for p in prefix.parameters())
+
+
+def test_a_paged_cache_is_refused() -> None:
+    """What continuous batching hands to the attention function."""
+    from fastprefix.hf.attention import attention_forward
+
+    x = torch.randn(1, 2, 3, 8)
+    with pytest.raises(ValueError, match="cache: got a paged cache"):
+        attention_forward(torch.nn.Module(), x, x, x, cache=object())
+
+
+def test_attention_without_anything_attached_is_plain_attention(ids: torch.Tensor) -> None:
+    model = ROWS["llama_gqa"].build()
+    want = model(ids).logits
+    assert fastprefix.attach is not None  # its import is what registers the name
+    model.set_attn_implementation("fastprefix")
+    torch.testing.assert_close(model(ids).logits, want, rtol=1e-5, atol=1e-5)
