@@ -10,6 +10,7 @@ import transformers
 
 import fastprefix
 from fastprefix import PrefixConfig, init
+from fastprefix.hf import masks
 from fastprefix.hf.probe import sees_the_future
 from tests.models import ROWS, VOCAB
 
@@ -180,3 +181,13 @@ def test_attention_without_anything_attached_is_plain_attention(ids: torch.Tenso
     assert fastprefix.attach is not None  # its import is what registers the name
     model.set_attn_implementation("fastprefix")
     torch.testing.assert_close(model(ids).logits, want, rtol=1e-5, atol=1e-5)
+
+
+def test_an_error_in_a_packed_forward_leaves_nothing_behind() -> None:
+    model = attached("gpt2")
+    whole = torch.randint(3, VOCAB, (1, 6))
+    want = model(whole).logits
+    with pytest.raises(ValueError, match="position_ids: got"):
+        model(whole, position_ids=torch.tensor([[0, 1, 2, 90, 91, 92]]))
+    assert masks.boundary is None
+    torch.testing.assert_close(model(whole).logits, want)
