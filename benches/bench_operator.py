@@ -24,6 +24,7 @@ PROBLEMS: tuple[tuple[Problem, Mode], ...] = (
     (Problem.train(8, 12, 12, 128, 16, 64), "backward"),
     (Problem.train(8, 12, 12, 128, 512, 64), "backward"),
     (Problem.train(8, 9, 3, 128, 512, 64), "backward"),
+    (Problem.train(8, 9, 3, 128, 512, 64), "lowest"),
     (Problem.decode(1, 9, 3, 16, 2048, 64), "decode"),
     (Problem.decode(32, 9, 3, 16, 2048, 64), "decode"),
 )
@@ -32,7 +33,7 @@ CASES = [(problem, mode, peer) for problem, mode in PROBLEMS for peer in peers_f
 
 @cache
 def _leaves(problem: Problem, mode: Mode) -> Leaves:
-    return Leaves.random(problem, requires_grad=mode == "backward")
+    return Leaves.of(problem, mode)
 
 
 @cache

@@ -1,64 +1,95 @@
-"""Every backend on the device, by name: each dtype, eager and compiled, held to the rule against fp64 truth."""
+"""Every backend by name: each dtype, eager and compiled, every argument, held to the rule against fp64 truth."""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
 import torch
 
+from benches.arguments import CALLS, Call
 from fastprefix import prefix_attention
-from fastprefix.measure import DTYPES, Leaves, Problem
+from fastprefix.dispatch import UnsupportedError
+from fastprefix.measure import DTYPES, Problem
 from fastprefix.measure.check import broken_rule, results
-from fastprefix.measure.peers import backend_reasons
 from fastprefix.measure.run import why
 from fastprefix.types import BackendName
 
-# Odd on purpose: lengths that fill no tile, groups of 1, 3, 4 and 8, head dims from 32 to 256.
+# What is to be judged: its label, and what says in words what is wrong with it, None when nothing is.
+Case = tuple[str, Callable[[], "str | None"]]
+
+# Odd on purpose: lengths that fill no tile, groups of 1, 3, 4 and 8, head dims from 32 to 256. The last four are
+# checked in fp32 as well (head dim 64: Triton's kernels take no more), the first and the last compiled: every shape
+# is a compilation there.
 PROBLEMS = (
-    Problem.train(3, 8, 2, 63, 17, 64),
-    Problem.train(1, 4, 4, 128, 129, 128),
+    Problem.train(2, 32, 8, 513, 128, 128),
+    Problem.train(3, 12, 12, 257, 17, 64),
     Problem.train(2, 9, 3, 200, 7, 80),
     Problem.train(2, 8, 1, 130, 0, 32),
-    Problem.train(1, 2, 2, 70, 33, 256),
-    Problem.train(1, 4, 2, 1000, 16, 64),
-    Problem.train(4, 4, 2, 1, 1, 64),
-    Problem(B=2, H=8, H_kv=2, S=7, T=40, P=20, D=64),
-    Problem(B=2, H=4, H_kv=4, S=33, T=47, P=16, D=64, causal=False),
+    Problem.train(1, 2, 2, 170, 33, 256),
+    Problem.train(1, 8, 2, 300, 2048, 64),
+    Problem(B=2, H=8, H_kv=2, S=133, T=257, P=16, D=64, causal=False),
+    Problem.decode(64, 8, 2, 100, 2048, 128),
     Problem.decode(5, 9, 3, 33, 129, 64),
-    Problem.decode(1, 8, 2, 20, 300, 128),
+    Problem.train(1, 4, 2, 1000, 16, 64),
+    Problem.train(1, 4, 4, 129, 129, 64),
+    Problem(B=2, H=8, H_kv=2, S=70, T=400, P=20, D=64),
+    Problem.decode(1, 32, 8, 900, 1300, 64),
 )
-SMOKE = (Problem.train(2, 6, 2, 33, 7, 32), Problem.decode(3, 4, 2, 9, 17, 16))
+SMOKE = (Problem.train(2, 2, 1, 13, 7, 16), Problem.decode(3, 4, 2, 9, 17, 16))
 
 
-def check(backend: BackendName, dtype: str, compiled: bool, device: str, smoke: bool) -> dict[str, Any]:
-    """One row: ``cases`` says ``ok``, ``cannot: ...``, ``wrong: ...`` or ``failed: ...`` of each problem.
-
-    Compiled, one problem of training and one of decoding: every shape is a compilation.
-    """
-    problems = SMOKE if smoke else PROBLEMS
-    if compiled:
-        problems = (problems[0], problems[-1])
-    cases = {}
-    for problem in problems:
-        place = replace(problem, dtype=DTYPES[dtype], device=device)
-        label = place.label + ("" if problem.causal else " bidirectional")
-        cases[label] = _verdict(backend, place, compiled)
-    bad = sum(verdict.startswith(("wrong", "failed")) for verdict in cases.values())
-    return {"backend": backend, "dtype": dtype, "compiled": compiled, "bad": bad, "cases": cases}
+def problems(dtype: str, compiled: bool, smoke: bool) -> tuple[Problem, ...]:
+    """Those of a row."""
+    if smoke:
+        return SMOKE[:1] if compiled else SMOKE
+    chosen = PROBLEMS[-4:] if dtype == "fp32" else PROBLEMS
+    return (chosen[0], chosen[-1]) if compiled else chosen
 
 
-def _verdict(backend: BackendName, problem: Problem, compiled: bool) -> str:
-    if reasons := backend_reasons(problem, backend):
-        return "cannot: " + "; ".join(reasons)
+def calls(what: str, dtype: str, compiled: bool, device: str, smoke: bool) -> Iterator[tuple[str, Call]]:
+    """The calls of a row by label."""
+    if what == "shapes":
+        named = {label(x): Call(x, lambda problem, generator: {}) for x in problems(dtype, compiled, smoke)}
+    else:
+        named = {name: call.small() if smoke else call for name, call in CALLS.items()}
+    for name, call in named.items():
+        yield name, replace(call, problem=replace(call.problem, dtype=DTYPES[dtype], device=device))
+
+
+def label(problem: Problem) -> str:
+    """Without the dtype, which is the row's."""
+    return problem.label.rpartition(" ")[0] + ("" if problem.causal else " bidirectional")
+
+
+def cases(what: str, backend: BackendName, dtype: str, compiled: bool, device: str, smoke: bool) -> Iterator[Case]:
+    """What a row of correctness judges."""
+    for name, call in calls(what, dtype, compiled, device, smoke):
+        yield name, functools.partial(_broken, backend, call, compiled)
+
+
+def _broken(backend: BackendName, call: Call, compiled: bool) -> str | None:
     op: Any = None
     if compiled:
         torch.compiler.reset()
         op = torch.compile(prefix_attention, fullgraph=True, dynamic=False)
+    leaves, options = call.build()
+    got = results(leaves, backend=backend, op=op, causal=call.problem.causal, **options)
+    return broken_rule(call.problem, leaves, got, options)
+
+
+def verdict(judge: Callable[[], str | None]) -> str:
+    """``ok``, ``cannot: ...`` (the backend's reasons, what is not installed), ``wrong: ...`` or ``failed: ...``."""
     try:
-        leaves = Leaves.random(problem, requires_grad=True)
-        got = results(leaves, causal=problem.causal, backend=backend, op=op)
-        broken = broken_rule(problem, leaves, got)
+        wrong = judge()
+    except ModuleNotFoundError as error:
+        ours = str(error.name).startswith(("fastprefix", "benches"))
+        return f"failed: {why(error)}" if ours else f"cannot: {error}"
+    except UnsupportedError as error:
+        _, *reasons = str(error).splitlines()
+        return "cannot: " + "; ".join(reason.strip() for reason in reasons)
     except Exception as error:
         return f"failed: {why(error)}"
-    return f"wrong: {broken}" if broken else "ok"
+    return f"wrong: {wrong}" if wrong else "ok"

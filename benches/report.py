@@ -6,10 +6,16 @@ from collections.abc import Iterable
 from typing import Any
 
 from benches.suite import Suite
-from fastprefix.measure.peers import FLOOR, OURS
+from fastprefix.measure.peers import OURS
+from fastprefix.measure.rivals import FLOOR
 from fastprefix.measure.tables import markdown_table, mebibytes, seconds
 
-TITLES = {"backward": "Forward and backward", "forward": "Forward", "decode": "Decoding"}
+TITLES = {
+    "backward": "Forward and backward",
+    "lowest": "Forward and backward of the lowest trained layer: the prefix's gradients only",
+    "forward": "Forward",
+    "decode": "Decoding",
+}
 
 
 def markdown(suite: Suite) -> str:
@@ -17,7 +23,8 @@ def markdown(suite: Suite) -> str:
     origin = suite.files["correctness"].environment
     facts = [f"torch {origin['torch']}", f"CUDA {origin['cuda']}" if origin["cuda"] else f"{origin['threads']} threads"]
     parts = [f"# {origin['device']}", ", ".join([*facts, origin["date"], f"{suite.spent:.0f} s in all"])]
-    parts += ["## Correctness", _correctness(suite.rows("correctness"))]
+    if suite.rows("correctness"):
+        parts += ["## Correctness", _correctness(suite.rows("correctness"))]
     for mode, title in TITLES.items():
         for graphs in (False, True):
             rows = [r for r in suite.rows("operator") if r["mode"] == mode and r["graphs"] == graphs]
@@ -40,8 +47,8 @@ def _correctness(rows: list[dict[str, Any]]) -> str:
         if right == 0 and len(set(verdicts)) == 1:
             other = verdicts[:1]
         how = "compiled" if row["compiled"] else "eager"
-        lines.append((row["backend"], row["dtype"], how, f"{right} of {len(verdicts)}", "; ".join(other)))
-    return markdown_table(("backend", "dtype", "", "right", "otherwise"), lines)
+        lines.append((row["what"], row["backend"], row["dtype"], how, f"{right} of {len(verdicts)}", "; ".join(other)))
+    return markdown_table(("what", "backend", "dtype", "", "right", "otherwise"), lines)
 
 
 def _operator(rows: list[dict[str, Any]]) -> str:
@@ -51,18 +58,22 @@ def _operator(rows: list[dict[str, Any]]) -> str:
         p = row["problem"]
         label = f"B{p['B']} H{p['H']}/{p['H_kv']} S{p['S']} T{p['T']} P{p['P']} D{p['D']} {p['dtype']}"
         times = {name: peer["median_s"] for name, peer in row["peers"].items()}
-        cells = [_cell(row, name, times) for name in names]
+        cells = [_cell(row, name) for name in names]
         lines.append((label, f"{seconds(row['floor_s'])} ({row['bound']})", *cells, _against(times)))
     return markdown_table(("problem", "floor", *names, "strongest peer / ours"), lines)
 
 
-def _cell(row: dict[str, Any], name: str, times: dict[str, float]) -> str:
-    if name not in times:
+def _cell(row: dict[str, Any], name: str) -> str:
+    if name not in row["peers"]:
         failure = row["failures"].get(name, "")
         return failure.partition(":")[0] if failure.startswith(("wrong", "out of memory")) else "-"
-    if row["bound"] == "memory":
-        return f"{seconds(times[name])}, {row['bytes'] / times[name] / 1e9:.0f} GB/s"
-    return f"{seconds(times[name])}, {row['flops'] / times[name] / 1e12:.3g} TFLOP/s"
+    return _time_and_rate(row, row["peers"][name])
+
+
+def _time_and_rate(row: dict[str, Any], found: dict[str, float]) -> str:
+    """The median, and the rate of what the floor is made of."""
+    rate = f"{found['gb_s']:.0f} GB/s" if row["bound"] == "memory" else f"{found['tflop_s']:.3g} TFLOP/s"
+    return f"{seconds(found['median_s'])}, {rate}"
 
 
 def _against(times: dict[str, float]) -> str:
@@ -82,8 +93,11 @@ def _steps(rows: list[dict[str, Any]]) -> str:
             over = f"{step['median_s'] / frozen['median_s']:.2f}x" if frozen else "-"
             peak = "-" if step["peak_bytes"] is None else mebibytes(step["peak_bytes"])
             shape = f"B{row['batch']} S{row['tokens']} P{row['num_virtual_tokens']}"
-            lines.append((shape, name, seconds(step["median_s"]), over, mebibytes(step["saved_bytes"]), peak))
-    return markdown_table(("step", "who", "median", "over frozen", "saved for backward", "peak above start"), lines)
+            floor = f"{seconds(row['floor_s'])} ({row['bound']})"
+            saved = mebibytes(step["saved_bytes"])
+            lines.append((shape, name, floor, _time_and_rate(row, step), over, saved, peak))
+    head = ("step", "who", "floor", "median", "over frozen", "saved for backward", "peak above start")
+    return markdown_table(head, lines)
 
 
 def _notes(suite: Suite) -> list[str]:
@@ -93,7 +107,7 @@ def _notes(suite: Suite) -> list[str]:
         for name, reason in row["failures"].items():
             text = f"{name}: {reason}"
             reasons[text] = reasons.get(text, 0) + 1
-    notes = [f"{text} ({count} rows)" for text, count in sorted(reasons.items())]
+    notes = [*suite.notes, *(f"{text} ({count} rows)" for text, count in sorted(reasons.items()))]
     if suite.dropped:
         notes.append(f"dropped for the budget of {suite.budget:.0f} s: " + "; ".join(suite.dropped))
     return notes

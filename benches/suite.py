@@ -4,38 +4,42 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+from benches.plan import PARTS, Part
 from fastprefix.measure.tables import ResultFile, environment, slug, write_atomically
-
-KINDS = ("correctness", "operator", "step")
 
 
 class Suite:
-    """Rows by kind in ``<out>/<device>/<kind>.json``, and beside them what a later process needs to go on.
+    """Rows by part in ``<out>/<device>/<part>.json``, and beside them what a later process needs to go on.
 
     Args:
         out: folder of all devices.
         device: as torch names it.
         budget: seconds for the whole suite, earlier runs that are resumed included.
         resume: keep rows that are there. What ran when two earlier processes ended is blamed for it and skipped.
+        only: the parts that run; rows of the others are kept.
     """
 
-    def __init__(self, out: Path, device: str, budget: float, resume: bool) -> None:
+    def __init__(self, out: Path, device: str, budget: float, resume: bool, only: Collection[Part] = PARTS) -> None:
         self.device, self.budget = device, budget
         origin = environment(device)
         self.folder = out / slug(origin["device"])
-        self.files = {kind: ResultFile(self.folder / f"{kind}.json", origin, resume) for kind in KINDS}
+        self.files = {
+            part: ResultFile(self.folder / f"{part}.json", origin, resume or part not in only) for part in PARTS
+        }
         self._state_path = self.folder / ".state.json"
         self._state: dict[str, Any] = {"spent_s": 0.0, "running": None, "interrupted": [], "blamed": {}}
         if resume and self._state_path.exists():
             self._state.update(json.loads(self._state_path.read_text()))
         self._start = time.monotonic() - float(self._state["spent_s"])
         self.dropped: list[str] = []  # keys of the rows that the budget did not reach
+        self.notes: list[str] = []
         self._look_back()
-        for file in self.files.values():
-            file.write()
+        for part in only:
+            self.files[part].write()
 
     @property
     def spent(self) -> float:
@@ -47,9 +51,9 @@ class Suite:
         """Whether no further row may begin."""
         return self.spent > self.budget
 
-    def done(self, kind: str, key: str) -> bool:
+    def done(self, part: Part, key: str) -> bool:
         """Whether the row is there already."""
-        return key in self.files[kind]
+        return key in self.files[part]
 
     def blamed(self, key: str) -> dict[str, str]:
         """Who may not run in this row again, and why."""
@@ -70,14 +74,14 @@ class Suite:
         self._state["blamed"].setdefault(key, {})[who] = reason
         self.end()
 
-    def add(self, kind: str, row: dict[str, Any]) -> None:
+    def add(self, part: Part, row: dict[str, Any]) -> None:
         """A finished row."""
-        self.files[kind].add(row)
+        self.files[part].add(row)
         self.end()
 
-    def rows(self, kind: str) -> list[dict[str, Any]]:
-        """The rows of a kind so far."""
-        return self.files[kind].rows
+    def rows(self, part: Part) -> list[dict[str, Any]]:
+        """The rows of a part so far."""
+        return self.files[part].rows
 
     def finish(self) -> None:
         """Nothing is left to go on with."""
@@ -89,7 +93,8 @@ class Suite:
         if running is None:
             return
         if running in self._state["interrupted"]:
-            self.blame(*running, "the process ended while it ran, twice")
+            key, who = running
+            self.blame(key, who, "the process ended while it ran, twice")
         else:
             self._state["interrupted"].append(running)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from types import ModuleType
 
 from fastprefix import reference
-from fastprefix.backends import aten
+from fastprefix.backends import aten, triton
 from fastprefix.types import BACKENDS, AttentionArgs, BackendName
 from fastprefix.validation import fail
 
@@ -25,6 +25,8 @@ def module(name: BackendName) -> ModuleType:
             return reference
         case "aten":
             return aten
+        case "triton":
+            return triton
 
 
 def check_name(name: str) -> None:
@@ -65,7 +67,7 @@ def explain(args: AttentionArgs) -> str:
         elif module(name) is chosen:
             verdict = "chosen by auto"
         elif name not in order:
-            verdict = f"can, by name only: not in auto's order on {args.q.device.type} (never run on such a device)"
+            verdict = f"can, by name only: not in auto's order on {args.q.device.type}"
         else:
             verdict = "can, but auto prefers " + next(n for n in order if module(n) is chosen)
         lines.append(f"{name:<10} {verdict}")

@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-BackendName = Literal["reference", "aten"]
+BackendName = Literal["reference", "aten", "triton"]
 BACKENDS: tuple[BackendName, ...] = get_args(BackendName)
 
 # A bias at or below this means "not visible". transformers writes finfo.min, others -inf: neither is a number that a

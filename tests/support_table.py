@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+
+# The kernels are asked as on a GPU: interpreted, they refuse nothing for being on a CPU.
+os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from fastprefix import dispatch, prefix_attention
 from fastprefix.types import BACKENDS, AttentionArgs

@@ -64,7 +64,9 @@ def test_imports_go_down(path: Path) -> None:
     mine = part(path)
     for name in imports(path):
         other = name.split(".")[0]
-        if other in FLOOR:  # else a public name of the package itself, which only top floors may use
+        if other == "_triton":  # kernels, which import nothing of ours
+            assert mine == "backends"
+        elif other in FLOOR:  # else a public name of the package itself, which only top floors may use
             assert other == mine or FLOOR[other] < FLOOR[mine], f"{mine} imports {other}"
         else:
             assert FLOOR[mine] >= FLOOR["assets"], f"{mine} imports fastprefix.{name}"
@@ -72,11 +74,22 @@ def test_imports_go_down(path: Path) -> None:
 
 @pytest.mark.parametrize("path", sorted((ROOT / "backends").glob("*.py")), ids=lambda p: p.name)
 def test_backends_know_neither_each_other_nor_the_reference(path: Path) -> None:
-    primitives = ("vendor", "merge", "fold", "parts", "joined")
+    primitives = ("vendor", "vendor_cuda", "merge", "fold", "parts", "joined", "launch")
     shared = {f"backends.{name}" for name in primitives}
     for name in imports(path):
         assert name != "reference"
-        assert not name.startswith("backends") or name in {"backends", *shared}
+        assert not name.startswith("backends") or name in {"backends", *shared} or name.startswith("backends.launch.")
+
+
+def test_kernels_are_free_of_torch_and_of_the_package() -> None:
+    kernels = sorted((ROOT.parent / "kernels").rglob("*.py"))
+    assert kernels and not (ROOT.parent / "kernels" / "__init__.py").exists()
+    for path in kernels:
+        assert len(path.read_text().splitlines()) <= 400
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [node.module or ""] if isinstance(node, ast.ImportFrom) and node.level == 0 else []
+            names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            assert all(name.split(".")[0] in ("triton", "typing") for name in names), path
 
 
 def test_import_needs_torch_alone() -> None:

@@ -24,7 +24,8 @@ def test_auto_finds_one_that_can() -> None:
 
 def test_explain_says_who_and_why_not() -> None:
     lines = dict(line.split(maxsplit=1) for line in explain(**make_call().leaves).splitlines())
-    assert lines == {"reference": "can, but auto prefers aten", "aten": "chosen by auto"}
+    by_name = "can, by name only: not in auto's order on cpu"
+    assert lines == {"reference": "can, but auto prefers aten", "aten": "chosen by auto", "triton": by_name}
     lines = dict(line.split(maxsplit=1) for line in explain(**make_call().leaves, dropout_p=0.1).splitlines())
     assert lines["reference"] == "chosen by auto" and lines["aten"].startswith("cannot: dropout_p")
 

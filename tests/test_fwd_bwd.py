@@ -28,6 +28,12 @@ def test_fp64(case: str, backend: str) -> None:
     assert_close(run(call, backend), truth(call), 1e-10)
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_fp32(case: str, backend: str) -> None:
+    call = CASES[case]().to(torch.float32)
+    assert_close(run(call, backend), truth(call), 1e-5)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("case", EAGER)
 def test_error_rule(case: str, dtype: torch.dtype, backend: str) -> None:

@@ -1,8 +1,7 @@
-"""Measuring itself: exact bytes, known floors, peers that agree, tables, steps, the two commands."""
+"""Measuring itself: exact bytes, known floors, peers that agree."""
 
 from __future__ import annotations
 
-import argparse
 import math
 from collections.abc import Callable
 
@@ -29,9 +28,8 @@ from fastprefix.measure import (
 )
 from fastprefix.measure import peers as peers_module
 from fastprefix.measure.check import broken_rule, disagreement, results
+from fastprefix.measure.problem import TRAINED
 from fastprefix.measure.run import runner
-from fastprefix.measure.tables import markdown_table, seconds, slug, text_table
-from fastprefix.types import BACKENDS
 
 TRAIN = Problem.train(2, 6, 2, 33, 7, 16)
 BIDIRECTIONAL = Problem(B=2, H=4, H_kv=4, S=9, T=14, P=5, D=16, causal=False)
@@ -43,25 +41,25 @@ CASES: tuple[tuple[Problem, Mode], ...] = (
     (BIDIRECTIONAL, "backward"),
     (CACHED, "backward"),
     (TRAIN.without_prefix(), "backward"),
+    (TRAIN, "lowest"),
     (DECODE, "decode"),
 )
 
 
 @pytest.mark.parametrize(("problem", "mode"), CASES)
 def test_peers_agree_with_the_reference(problem: Problem, mode: Mode) -> None:
-    leaves = Leaves.random(problem, requires_grad=mode == "backward")
-    want = results(leaves, causal=problem.causal, backend="reference")
+    leaves, trained = Leaves.of(problem, mode), [f"d{name}" for name in TRAINED[mode]]
+    want = results(Leaves.random(problem, requires_grad=True), causal=problem.causal, backend="reference")
     ran = []
     for peer in peers_module.peers_for(problem, mode):
         if peer.exact and peer.name != "flex" and not peer.unavailable(problem, mode):
             got = runner(peer, problem, mode, leaves)()
-            assert set(got) == ({"o", "dq", "dk", "dv", "dprefix_k", "dprefix_v"} if mode == "backward" else {"o"})
+            assert list(got) == ["o", *trained]
             assert disagreement(got, want, problem.dtype) is None, peer.name
             ran.append(peer.name)
     others = [name for name in ran if not name.startswith("ours")]
-    assert ran[0] == "ours" and others == (
-        ["cache_sdpa", "cache_packed"] if mode == "decode" else ["cat_mask", "cat_sdpa"]
-    )
+    assert ran[0] == "ours"
+    assert others == (["cache_sdpa", "cache_packed"] if mode == "decode" else ["cat_mask", "cat_sdpa"])
 
 
 @pytest.mark.slow
@@ -80,6 +78,21 @@ def test_the_floor_peer_is_plain_attention() -> None:
 def _add_peer(monkeypatch: pytest.MonkeyPatch, name: str, prepare: Callable[..., Callable[[], Tensor]]) -> None:
     more = Peer(name, "", prepare, lambda problem, mode: None)
     monkeypatch.setattr(peers_module, "TRAIN_PEERS", (*peers_module.TRAIN_PEERS, more))
+
+
+def test_nothing_is_trained_below_the_lowest_layer() -> None:
+    """Without a prefix there is no backward at all, and what plain attention takes is a forward."""
+    bare = TRAIN.without_prefix()
+    assert cost(bare, "lowest") == cost(bare, "forward")
+    floor = next(p for p in peers_module.peers_for(TRAIN, "lowest") if not p.exact)
+    assert list(runner(floor, TRAIN, "lowest")()) == ["o"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels run on the device")
+def test_the_interpreter_is_not_timed() -> None:
+    found = measure(TRAIN, "forward", repeats=1)
+    reasons = {name: reason for name, reason in found.failures.items() if name.startswith("ours")}
+    assert set(reasons.values()) <= {"interpreted: not timed"} and "ours" in found.timings
 
 
 def test_a_wrong_peer_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,6 +182,9 @@ def test_checkpointed_regions_count_their_inputs() -> None:
 def test_floors_of_a_known_problem() -> None:
     tiny = Problem.train(1, 1, 1, 2, 1, 2)  # 5 pairs; q, o 4 numbers each, k and v 8, prefix 4; lse 8 bytes
     assert cost(tiny, "forward") == Cost(bytes=4 * 20 + 8, flops=2 * 2 * 2 * 5)
+    # again q, o, do, lse, prefix and its gradients; four products of the two pairs with it
+    lowest = Cost(bytes=4 * (20 + 12 + 8) + 16, flops=2 * 2 * 2 * 5 + 4 * 2 * 2 * 2)
+    assert cost(tiny, "lowest") == lowest
     assert cost(tiny, "backward") == Cost(bytes=4 * (20 + 16 + 16 + 8) + 16, flops=7 * 2 * 2 * 5)
     decode = Problem.decode(2, 4, 2, 3, 5, 8, dtype=torch.bfloat16)
     assert cost(decode, "decode") == Cost(bytes=2 * (2 * 64 + 192 + 160) + 4 * 8, flops=2 * 2 * 8 * 8 * 8)
@@ -188,72 +204,3 @@ def test_turns_rotate_and_ratios_are_within_rounds() -> None:
     assert taken["slow"].median == 6.0 and taken["slow"].best == 2.0 and Timing((1.0,)).quartiles == (1.0, 1.0)
     with pytest.raises(ValueError, match="0 candidates"):
         interleaved({})
-
-
-def test_tables() -> None:
-    assert text_table(("who", "ms", "why"), [("a", 1, "x"), ("bcd", 22, "yy")]).splitlines() == [
-        "who  ms  why",
-        "---  --  ---",
-        "a     1  x",
-        "bcd  22  yy",
-    ]
-    assert markdown_table(("a", "b"), [("x|y", 1)]).splitlines()[2] == "| x\\|y | 1 |"
-    assert [seconds(x) for x in (2.5, 0.00123, 4.2e-7, 0.9999)] == ["2.5 s", "1.23 ms", "0.42 us", "1e+03 ms"]
-    assert slug("NVIDIA H100 80GB HBM3") == "nvidia-h100-80gb-hbm3"
-
-
-def _options(add: Callable[[argparse.ArgumentParser], None], *args: str) -> argparse.Namespace:
-    parser = argparse.ArgumentParser()
-    add(parser)
-    return parser.parse_args(args)
-
-
-def test_the_bench_command(capsys: pytest.CaptureFixture[str]) -> None:
-    from fastprefix.measure.commands import add_bench_arguments, bench_main
-
-    peers = ("--peer", "ours", "--peer", "cat_mask")
-    assert bench_main(_options(add_bench_arguments, "--shape", "2,4,2,16,8,16", "--repeats", "2", *peers)) == 0
-    out = capsys.readouterr().out
-    assert "B2 H4/2 S16 P8 D16 fp32, forward and backward; floor" in out and out.count("cat_mask ") == 2
-    assert bench_main(_options(add_bench_arguments, "--decode", "--shape", "2,4,2,16,8,16", "--markdown")) == 0
-    assert "| cache_packed |" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="--peer nobody: expected one of ours, cat_mask"):
-        bench_main(_options(add_bench_arguments, "--peer", "nobody"))
-    with pytest.raises(SystemExit):
-        _options(add_bench_arguments, "--shape", "2,4,3,16,8,16")
-
-
-def test_the_memory_command(capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("peft")
-    from fastprefix.measure.commands import add_memory_arguments, memory_main
-
-    sizes = ("--batch", "2", "--seq", "16", "--prefix", "8", "--prefix", "64")
-    assert memory_main(_options(add_memory_arguments, *sizes)) == 0
-    rows = [line.split() for line in capsys.readouterr().out.splitlines()[-3:]]
-    assert [row[0] for row in rows] == ["0", "8", "64"]
-    ours, peft = ([float(row[column]) for row in rows] for column in (1, 3))
-    assert ours == [ours[0]] * 3, "the prefix is a parameter: nothing of it is saved"
-    assert peft[2] > peft[1] > peft[0] == ours[0]
-
-
-def test_training_steps_beside_each_other() -> None:
-    pytest.importorskip("peft")
-    from fastprefix.measure.models import random_llama
-    from fastprefix.measure.step import FROZEN, OURS, PEFT, candidates, measure_steps
-
-    model = random_llama(hidden=64, layers=2, heads=4, ffn=96, vocab=50)
-    ids = torch.randint(0, 50, (2, 9))
-    attention = model.config._attn_implementation
-    steps = candidates(model, ids, 5, (OURS, f"{OURS}:{BACKENDS[0]}", PEFT, FROZEN))
-    assert model.config._attn_implementation == attention
-    weights = {p.data_ptr() for p in model.parameters()}
-    for name, step in steps.items():
-        assert weights <= {p.data_ptr() for p in step.model.parameters()}, name
-        before = [x.detach().clone() for x in step.trained]
-        step()
-        assert all(x.grad is not None and x.grad.abs().max() > 0 for x in step.trained), name
-        assert not any(torch.equal(x, y) for x, y in zip(step.trained, before, strict=True)), name
-    assert not any(p.grad is not None for p in model.parameters())
-    found = measure_steps(steps, repeats=2)
-    assert found[OURS].saved_bytes == found[FROZEN].saved_bytes < found[PEFT].saved_bytes
-    assert found[OURS].peak_bytes is None and len(found[OURS].timing.samples) == 2

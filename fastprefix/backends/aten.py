@@ -1,10 +1,15 @@
 """Vendor attention on the content and, the batch folded into the rows, on the prefix; merged by log-sum-exp.
 
-Each part's backward is the ordinary flash backward given the merged ``o`` and ``lse`` (FlashAttention-2, Dao 2023,
-applied per part), so nothing else is saved.
+On CUDA a short prefix is no call of its own: kernels of ours add it, in place, to what the vendor's have left. Each
+part's backward is the ordinary flash backward given the merged ``o`` and ``lse`` (FlashAttention-2, Dao 2023, applied
+per part), so nothing else is saved.
 """
 
 from __future__ import annotations
+
+import functools
+import importlib.util
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -14,6 +19,11 @@ from fastprefix.backends.fold import fold, prefixes, unfold
 from fastprefix.backends.merge import add_sink, merge
 from fastprefix.backends.parts import int_start, mask_dtype, parts, spill
 from fastprefix.types import AttentionArgs, Grads, Needs
+
+# Prefix tokens up to which one more pass over q and o beats a vendor call on the folded prefix, which writes o, and the
+# backward q's gradient, a second time. An estimate: not run on a GPU.
+SHORT = 128
+SHORT_ON = ("cuda",)
 
 _NOTHING: tuple[Tensor | None, ...] = (None,) * 5
 
@@ -40,8 +50,8 @@ def unsupported(args: AttentionArgs) -> list[str]:
         reasons += [
             f"{n}: flash attention on cuda takes no mask" for n, x in zip(masks, present, strict=True) if x is not None
         ]
-        if args.causal and args.scale <= 0.0:
-            reasons.append("scale: flash attention on cuda masks before it scales, so it must be positive")
+        if args.scale < 0.0 or (args.causal and args.scale == 0.0):
+            reasons.append("scale: flash attention on cuda masks, and takes its maximum, before it scales")
         if int_start(args) is None:
             reasons.append("q_start: a tensor needs a mask, which flash attention on cuda does not take")
         elif args.causal and spill(args):
@@ -53,7 +63,14 @@ def fwd(args: AttentionArgs) -> tuple[Tensor, Tensor]:
     """``o [B, H, S, D_v]`` and ``lse [B, H, S]`` of the merged softmax."""
     if args.q.numel() == 0:  # vendor kernels divide by the number of rows
         return _nothing(args)
-    o, lse = joined.fwd(args) if joined.preferred(args) else _merged(args)
+    if joined.preferred(args):
+        o, lse = joined.fwd(args)
+    else:
+        content = _content(args)
+        short = _short(args)
+        if short is not None and content is not None and not short.reasons(args):
+            return short.fwd(args, *content)
+        o, lse = _merged(args, content)
     if args.sinks is not None:
         o, lse = add_sink(o, lse, args.sinks)
     if _may_be_empty(args):
@@ -61,18 +78,42 @@ def fwd(args: AttentionArgs) -> tuple[Tensor, Tensor]:
     return o, lse
 
 
-def _merged(args: AttentionArgs) -> tuple[Tensor, Tensor]:
-    """A vendor call for each part of the content and for each prefix, merged."""
+def _content(args: AttentionArgs) -> tuple[Tensor, Tensor] | None:
+    """A vendor call for each part of the content, merged; None without any."""
     state: tuple[Tensor, Tensor] | None = None
     for part in parts(args):
         k, v = args.k[:, :, part.first : part.last], args.v[:, :, part.first : part.last]
         other = vendor.fwd(args.q, k, v, part.causal, part.mask, args.scale)
         state = other if state is None else merge(*state, *other)
+    return state
+
+
+def _merged(args: AttentionArgs, state: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+    """The content's state merged with a vendor call for each prefix."""
     for prefix in prefixes(args):
         o, lse = vendor.fwd(fold(args.q, prefix), *prefix.keys_values(), False, None, args.scale)
         other = (unfold(o, args.q, prefix, 0.0), unfold(lse, args.q, prefix, float("-inf")))
         state = other if state is None else merge(*state, *other)
     return _nothing(args) if state is None else state
+
+
+def _short(args: AttentionArgs) -> ModuleType | None:
+    """The kernels for a short prefix, which have reasons of their own; None where they are not wanted.
+
+    Head dims that are no multiples of 16 would be read element by element.
+    """
+    if args.q.device.type not in SHORT_ON or not 0 < args.num_prefix_tokens <= SHORT:
+        return None
+    return None if args.q.shape[3] % 16 or args.v.shape[3] % 16 else _kernels()
+
+
+@functools.cache
+def _kernels() -> ModuleType | None:
+    if importlib.util.find_spec("triton") is None:
+        return None
+    from fastprefix.backends.launch import epilogue
+
+    return epilogue
 
 
 def _nothing(args: AttentionArgs) -> tuple[Tensor, Tensor]:
@@ -102,7 +143,10 @@ def bwd(args: AttentionArgs, o: Tensor, lse: Tensor, do: Tensor, needs: Needs) -
     else:
         if needs.content:
             dq, dk, dv = _content_bwd(args, o, lse, do)
-        if needs.prefix:
+        short = _short(args) if needs.prefix else None
+        if short is not None and not short.bwd_reasons(args):
+            dq, dprefix_k, dprefix_v = short.bwd(args, o, lse, do, dq, needs)
+        elif needs.prefix:
             part_dq, dprefix_k, dprefix_v = _prefix_bwd(args, o, lse, do)
             if needs.q and part_dq is not None:
                 dq = part_dq if dq is None else dq.add_(part_dq)

@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastprefix.backends import vendor_cuda
+
 aten = torch.ops.aten
 
 # Finite, so that a row of only masked keys gives a finite output that its lse tells apart, and never nan.
@@ -25,7 +27,7 @@ def fwd(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None, scal
     width = v.shape[-1]
     q, k, v = _same_width(q, k, v)
     if q.device.type != "cpu":
-        o, lse = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, False, scale=scale)[:2]
+        o, lse = vendor_cuda.fwd(q, k, v, causal, scale)
         return o[..., :width], lse
     o, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=mask, scale=scale)
     if mask is not None:
@@ -49,11 +51,7 @@ def bwd(
     do, o = _same_width(do, o, width=max(head_dim, width))
     q, k, v = _same_width(q, k, v)
     if q.device.type != "cpu":
-        # Without dropout the random state is never read; the op still wants tensors of its shape.
-        state = torch.zeros(2, dtype=torch.int64, device=q.device)
-        dq, dk, dv = aten._scaled_dot_product_flash_attention_backward(
-            do, q, k, v, o, lse, None, None, q.shape[2], k.shape[2], 0.0, causal, state, state[:0], scale=scale
-        )
+        dq, dk, dv = vendor_cuda.bwd(do, q, k, v, o, lse, causal, scale)
     else:
         dq, dk, dv = aten._scaled_dot_product_flash_attention_for_cpu_backward(
             do, q, k, v, o, lse, 0.0, causal, attn_mask=mask, scale=scale

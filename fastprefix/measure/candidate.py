@@ -1,4 +1,4 @@
-"""One model set up for training steps: ours, PEFT's as shipped, or frozen without a prefix.
+"""One model set up for training steps: ours, PEFT's as shipped, the prefix concatenated, or frozen without one.
 
 Needs transformers; PEFT's needs peft.
 """
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fastprefix.hf.api import attach
+from fastprefix.measure import concatenated
 from fastprefix.measure.saved import SavedBytes
 from fastprefix.prefixes.config import PrefixConfig
 from fastprefix.prefixes.prefix import Prefix
@@ -49,7 +50,7 @@ class Step:
 
     def loss(self) -> Tensor:
         """The forward alone."""
-        with _overruled(self.backend):
+        with overruled(self.backend):
             loss: Tensor = self.model(input_ids=self.ids, labels=self.ids, **self._forward).loss
         return loss
 
@@ -82,8 +83,8 @@ class Step:
 
 
 @contextmanager
-def _overruled(backend: str) -> Iterator[None]:
-    """Whole models take their backend from the environment only."""
+def overruled(backend: str) -> Iterator[None]:
+    """Run whole models by the named backend: they take it from the environment only. ``auto`` leaves that as it is."""
     before = os.environ.get("FASTPREFIX_BACKEND")
     if backend != "auto":
         os.environ["FASTPREFIX_BACKEND"] = backend
@@ -118,6 +119,17 @@ def ours_step(model: nn.Module, ids: Tensor, num_virtual_tokens: int, backend: s
     """``fastprefix.attach``, its operator by the named backend."""
     prefix = attach(model, PrefixConfig(num_virtual_tokens=num_virtual_tokens))
     return Step(model, prefix.parameters(), ids, prefix, backend, use_cache=False)
+
+
+def cat_step(model: nn.Module, ids: Tensor, num_virtual_tokens: int) -> Step:
+    """The best that concatenation does: see :mod:`concatenated`.
+
+    Raises:
+        ValueError: the model's attention cannot be given a prefix in this way.
+    """
+    trained = concatenated.install(model, num_virtual_tokens)
+    positions = torch.arange(num_virtual_tokens, num_virtual_tokens + ids.shape[1], device=ids.device)[None]
+    return Step(model, trained, ids, use_cache=False, position_ids=positions)
 
 
 def peft_step(model: nn.Module, ids: Tensor, num_virtual_tokens: int) -> Step:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from fastprefix.measure import tables
+from fastprefix.measure import kernel_commands, tables
 from fastprefix.measure.floors import Cost, cost, measure_peaks
 from fastprefix.measure.peers import OURS, peers_for
 from fastprefix.measure.problem import DTYPES, Mode, Problem
@@ -29,33 +29,40 @@ def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
     sizes = "batch, query heads, key/value heads, tokens (with --decode: keys in the cache), prefix tokens, head dim"
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--shape", type=_shape, action="append", metavar="B,H,H_kv,S,P,D", help=f"{sizes}; repeatable")
-    parser.add_argument("--dtype", choices=sorted(DTYPES), default="fp32", help="(%(default)s)")
+    parser.add_argument("--dtype", choices=sorted(DTYPES), help="(fp32; with --tune bf16)")
     parser.add_argument("--device", default=device, help="(%(default)s)")
     parser.add_argument("--repeats", type=_positive, default=7, metavar="N", help="timed rounds (%(default)s)")
     parser.add_argument("--decode", action="store_true", help="one new token instead of training")
     parser.add_argument("--peer", action="append", metavar="NAME", help="only these peers; repeatable")
     parser.add_argument("--markdown", action="store_true", help="print Markdown tables")
+    kernel_commands.add_kernel_arguments(parser)
 
 
 def bench_main(args: argparse.Namespace) -> int:
-    """Time the operator against its peers, one table a shape.
+    """Time the operator against its peers, one table a shape; or what :mod:`kernel_commands` does.
 
     Returns:
-        1 if a result of some peer disagrees with the others, else 0.
+        1 if a result of some peer disagrees with the others, or a kernel is bad, else 0.
 
     Raises:
-        ValueError: a shape, peer or device that there is not.
+        ValueError: a shape, peer or device that there is not, or options that do not go together.
     """
-    dtype, wrong = DTYPES[args.dtype], False
+    kernel_commands.check_options(args)
+    if args.resources:
+        return kernel_commands.resources_main(args.target, args.quick, args.markdown)
+    _check_device(args.device)
+    if args.tune:
+        return kernel_commands.tune_main(args)
+    dtype_name, wrong = args.dtype or "fp32", False
+    dtype = DTYPES[dtype_name]
     modes: tuple[Mode, ...] = ("decode",) if args.decode else ("forward", "backward")
     build = Problem.decode if args.decode else Problem.train
     shapes = args.shape or (DECODE_SHAPES if args.decode else TRAIN_SHAPES)
-    _check_device(args.device)
     problems = [build(*shape, dtype=dtype, device=args.device) for shape in shapes]
     _check_peers(args.peer, problems[0], modes[0])
     peaks = measure_peaks(args.device, dtype)
     print(f"{tables.device_name(args.device)}, {torch.get_num_threads()} threads, torch {torch.__version__}:")
-    print(f"copies at {peaks.gb_s:.0f} GB/s, multiplies at {peaks.tflop_s:.2f} TFLOP/s in {args.dtype}")
+    print(f"copies at {peaks.gb_s:.0f} GB/s, multiplies at {peaks.tflop_s:.2f} TFLOP/s in {dtype_name}")
     for problem in problems:
         for mode in modes:
             found = measure(problem, mode, args.repeats, only=args.peer)

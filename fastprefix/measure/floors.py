@@ -56,19 +56,22 @@ def cost(problem: Problem, mode: Mode) -> Cost:
     """The floor of one call, every tensor touched once and the prefix once for the whole batch.
 
     ``forward`` and ``decode`` read q, k, v and the prefix and write o and lse. ``backward`` adds the
-    backward, which reads them again with o, lse and do and writes dq, dk, dv and the prefix's gradients.
-    Arithmetic: two matrix products a pair forward, five backward.
+    backward, which reads them again with o, lse and do and writes dq, dk, dv and the prefix's gradients;
+    ``lowest`` adds what of it the prefix's gradients take: q, o, do, lse and the prefix.
+    Arithmetic: two matrix products a pair forward, five backward, of which the prefix's gradients take four.
     """
     x = problem
     queries = x.B * x.H * x.S * x.D  # q, o, do and dq, each
     content = 2 * x.B * x.H_kv * x.T * x.D
     prefix = 2 * x.H_kv * x.P * x.D
     lse_bytes = x.B * x.H * x.S * (8 if x.dtype == torch.float64 else 4)
-    elements, products, lses = 2 * queries + content + prefix, 2, 1
+    pairs = visible_pairs(x)
+    elements, products, lses = 2 * queries + content + prefix, 2 * pairs, 1
     if mode == "backward":
-        elements, products, lses = elements + 4 * queries + 2 * content + 2 * prefix, 7, 2
-    flops = products * 2 * x.D * visible_pairs(x) * x.B * x.H
-    return Cost(elements * x.dtype.itemsize + lses * lse_bytes, flops)
+        elements, products, lses = elements + 4 * queries + 2 * content + 2 * prefix, 7 * pairs, 2
+    elif mode == "lowest" and x.P:
+        elements, products, lses = elements + 3 * queries + 2 * prefix, products + 4 * x.S * x.P, 2
+    return Cost(elements * x.dtype.itemsize + lses * lse_bytes, products * 2 * x.D * x.B * x.H)
 
 
 def measure_peaks(device: torch.device | str, dtype: torch.dtype) -> Peaks:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal, get_args
@@ -9,8 +10,12 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-Mode = Literal["forward", "backward", "decode"]  # "backward" is forward and backward together
+# "backward" is forward and backward together; "lowest" the same in the lowest trained layer of a frozen model, where
+# nothing below the attention is trained and only the prefix gets gradients.
+Mode = Literal["forward", "backward", "lowest", "decode"]
 MODES: tuple[Mode, ...] = get_args(Mode)
+INPUTS = ("q", "k", "v", "prefix_k", "prefix_v")
+TRAINED: dict[Mode, tuple[str, ...]] = {"forward": (), "backward": INPUTS, "lowest": INPUTS[3:], "decode": ()}
 DTYPES: dict[str, torch.dtype] = {
     "fp16": torch.float16,
     "bf16": torch.bfloat16,
@@ -92,8 +97,8 @@ class Leaves:
     do: Tensor  # [B, H, S, D]
 
     @classmethod
-    def random(cls, problem: Problem, seed: int = 0, requires_grad: bool = False) -> Leaves:
-        """Normal numbers, the same for the same seed and device."""
+    def random(cls, problem: Problem, seed: int = 0, requires_grad: bool | Collection[str] = False) -> Leaves:
+        """Normal numbers, the same for the same seed and device; ``requires_grad``: all, none or these of INPUTS."""
         x, generator = problem, torch.Generator(problem.device).manual_seed(seed)
 
         def normal(*shape: int) -> Tensor:
@@ -104,15 +109,20 @@ class Leaves:
 
         q, k, v = content(x.H, x.S), content(x.H_kv, x.T), content(x.H_kv, x.T)
         prefix_k, prefix_v = normal(x.H_kv, x.P, x.D), normal(x.H_kv, x.P, x.D)
-        for leaf in (q, k, v, prefix_k, prefix_v):
-            leaf.requires_grad_(requires_grad)
-        return cls(q, k, v, prefix_k, prefix_v, do=content(x.H, x.S))
+        leaves = cls(q, k, v, prefix_k, prefix_v, do=content(x.H, x.S))
+        for name, leaf in leaves.inputs.items():
+            leaf.requires_grad_(requires_grad if isinstance(requires_grad, bool) else name in requires_grad)
+        return leaves
+
+    @classmethod
+    def of(cls, problem: Problem, mode: Mode, seed: int = 0) -> Leaves:
+        """:meth:`random` ones that require the gradients that the mode asks for."""
+        return cls.random(problem, seed, TRAINED[mode])
 
     @property
     def inputs(self) -> dict[str, Tensor]:
         """The five arguments of the operator by name."""
-        names = ("q", "k", "v", "prefix_k", "prefix_v")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in INPUTS}
 
     def to(self, dtype: torch.dtype) -> Leaves:
         """The same numbers in another dtype, as new leaves."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastprefix.measure.check import disagreement
 from fastprefix.measure.peers import OURS, Peer, peers_for
-from fastprefix.measure.problem import Leaves, Mode, Problem
+from fastprefix.measure.problem import TRAINED, Leaves, Mode, Problem
 from fastprefix.measure.timing import Timing, captured, interleaved
 
 Results = dict[str, Tensor]
@@ -26,15 +26,16 @@ class DeviceLostError(RuntimeError):
 
 
 def runner(peer: Peer, problem: Problem, mode: Mode, leaves: Leaves | None = None) -> Callable[[], Results]:
-    """One call of the peer: ``{"o": ...}``, and in ``backward`` the gradients ``dq`` to ``dprefix_v``.
+    """One call of the peer: ``{"o": ...}``, and the gradients that the mode asks for, ``dq`` to ``dprefix_v``.
 
     Args:
         leaves: to share them between peers; random ones without.
     """
     if leaves is None:
-        leaves = Leaves.random(problem, requires_grad=mode == "backward")
-    attend, inputs, do = peer.prepare(problem, leaves), leaves.inputs, leaves.do
-    if mode != "backward":
+        leaves = Leaves.of(problem, mode)
+    attend, do = peer.prepare(problem, leaves), leaves.do
+    inputs = {name: leaves.inputs[name] for name in TRAINED[mode]}
+    if not inputs:
 
         @torch.no_grad()
         def forward() -> Results:
@@ -44,6 +45,8 @@ def runner(peer: Peer, problem: Problem, mode: Mode, leaves: Leaves | None = Non
 
     def both() -> Results:
         o = attend()
+        if not o.requires_grad:  # no prefix, and nothing else is trained
+            return {"o": o}
         grads = torch.autograd.grad(o, list(inputs.values()), do, allow_unused=True)
         named = zip(inputs, grads, strict=True)
         return {"o": o.detach(), **{f"d{name}": grad for name, grad in named if grad is not None}}
@@ -88,7 +91,7 @@ def measure(
         DeviceLostError: a peer left the device unusable for this process.
     """
     found = Measured(problem, mode, failures=dict(skip or {}))
-    leaves = Leaves.random(problem, requires_grad=mode == "backward")
+    leaves = Leaves.of(problem, mode)
     ready: dict[str, Callable[[], Any]] = {}
     want: Results | None = None
     # Ours go last, so that it is ours that is called wrong when it differs from everybody's.

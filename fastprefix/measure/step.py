@@ -13,10 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from fastprefix.hf.storage import pack
-from fastprefix.measure.candidate import Step, frozen_step, ours_step, peft_step
+from fastprefix.measure.candidate import Step, cat_step, frozen_step, ours_step, peft_step
+from fastprefix.measure.floors import Cost, cost
+from fastprefix.measure.problem import Problem
 from fastprefix.measure.timing import Timing, interleaved
 
-OURS, PEFT, FROZEN = "ours", "peft", "frozen"
+OURS, PEFT, CAT, FROZEN = "ours", "peft", "cat", "frozen"
 
 
 def candidates(
@@ -30,11 +32,12 @@ def candidates(
     Args:
         model: a causal language model, left as it is but for ``requires_grad``.
         ids: ``[B, S]`` token ids, the labels too.
-        names: of ``ours``, ``ours:<backend>``, ``peft`` and ``frozen``.
+        names: of ``ours``, ``ours:<backend>``, ``peft``, ``cat`` and ``frozen``.
 
     Raises:
         ImportError: peft is asked for and not installed.
-        AssertionError: ours and PEFT, given the same prefix, do not compute the same loss.
+        ValueError: cat is asked for, and the model's attention cannot be given a prefix by hand.
+        AssertionError: given the same prefix, not all compute the same loss.
     """
     found: dict[str, Step] = {}
     for name in names:
@@ -43,13 +46,17 @@ def candidates(
             found[name] = frozen_step(mine, ids)
         elif name == PEFT:
             found[name] = peft_step(mine, ids, num_virtual_tokens)
+        elif name == CAT:
+            found[name] = cat_step(mine, ids, num_virtual_tokens)
         else:
             found[name] = ours_step(mine, ids, num_virtual_tokens, name.partition(":")[2] or "auto")
     ours = [step for step in found.values() if step.prefix is not None]
-    if ours and PEFT in found:
-        _same_numbers(ours, found[PEFT])
+    others = [found[name] for name in (PEFT, CAT) if name in found]
+    if ours and others:
+        _same_numbers(ours, found.get(PEFT), found.get(CAT))
         for step in ours:
-            _same_loss(step, found[PEFT])
+            for other in others:
+                _same_loss(step, other)
     return found
 
 
@@ -59,23 +66,45 @@ def share_weights(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, shared)
 
 
+def step_cost(model: nn.Module, problem: Problem) -> Cost:
+    """The floor of a step: every weight read forward and backward, the linear layers' and the attention's arithmetic.
+
+    Weights get no gradient; nothing goes below the attention of the lowest layer.
+
+    Args:
+        model: a causal language model whose layers are alike.
+        problem: of one layer's attention.
+    """
+    linears = [(name, module.weight) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    weights = sum(weight.numel() for _, weight in linears)
+    queries = [weight.numel() for name, weight in linears if name.endswith("q_proj")]
+    lowest = sum(next(w.numel() for name, w in linears if name.endswith(x)) for x in ("q_proj", "k_proj", "v_proj"))
+    products = 2 * problem.B * problem.S * (2 * weights - lowest)
+    attention = (len(queries) - 1) * cost(problem, "backward").flops + cost(problem, "lowest").flops
+    return Cost(sum((2 * w.numel()) * w.element_size() for _, w in linears), products + attention)
+
+
 @torch.no_grad()
-def _same_numbers(ours: list[Step], peft: Step) -> None:
+def _same_numbers(ours: list[Step], peft: Step | None, cat: Step | None) -> None:
     first = ours[0]
     assert first.prefix is not None
     for step in ours[1:]:
         for source, target in zip(first.trained, step.trained, strict=True):
             target.copy_(source)
     pairs = first.prefix.key_values()
-    peft.trained[0].copy_(pack([k for k, _ in pairs], [v for _, v in pairs]))
+    if peft is not None:
+        peft.trained[0].copy_(pack([k for k, _ in pairs], [v for _, v in pairs]))
+    if cat is not None:
+        for source, target in zip((x for pair in pairs for x in pair), cat.trained, strict=True):
+            target.copy_(source)
 
 
 @torch.no_grad()
-def _same_loss(ours: Step, peft: Step) -> None:
-    a, b = ours.loss().item(), peft.loss().item()
+def _same_loss(ours: Step, other: Step) -> None:
+    a, b = ours.loss().item(), other.loss().item()
     exact = next(ours.model.parameters()).dtype == torch.float32
     if not abs(a - b) <= (1e-4 if exact else 2e-2) * max(1.0, abs(b)):  # so written that nan fails
-        raise AssertionError(f"from the same prefix our loss is {a}, PEFT's {b}")
+        raise AssertionError(f"from the same prefix our loss is {a}, not {b} as by concatenation")
 
 
 @dataclass(frozen=True)

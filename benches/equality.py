@@ -1,0 +1,196 @@
+"""Whole models with a prefix attached, each backend forced in turn, beside explicit concatenation.
+
+Three architectures at random: grouped heads and rotary positions, learned positions, no causality. Bound: the error
+against concatenation in fp64 is at most twice that of concatenation in the model's own dtype, plus four roundings of
+the largest entry. transformers is imported by the first row, not by the plan.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from benches.correctness import Case
+from fastprefix.measure import DTYPES, Problem
+from fastprefix.types import BackendName
+
+if TYPE_CHECKING:
+    from benches.concat import Concatenated
+    from fastprefix.prefixes.prefix import Prefix
+
+ROUNDINGS = 4
+VOCAB = 4096
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Of a model: batch, tokens, prefix and new tokens of a row; layers, width and heads of the model."""
+
+    batch: int = 4
+    tokens: int = 130
+    prefix: int = 33
+    new: int = 8
+    layers: int = 4
+    hidden: int = 1024
+    heads: int = 16
+    kv_heads: int = 4
+
+
+SMOKE = Shape(batch=2, tokens=9, prefix=5, new=2, layers=1, hidden=64, heads=4, kv_heads=2)
+# Head dim 64: no backend of ours is without it in fp32.
+MODELS = {
+    "Llama": Shape(),
+    "GPT-2": Shape(hidden=768, heads=12, kv_heads=12),
+    "BERT": Shape(hidden=768, heads=12, kv_heads=12),
+}
+
+
+def shape(name: str, smoke: bool) -> Shape:
+    """A model's."""
+    return SMOKE if smoke else MODELS[name]
+
+
+def problems(name: str, dtype: str, device: str, smoke: bool) -> Iterator[Problem]:
+    """The operator's problems in a row, without their masks."""
+    x = shape(name, smoke)
+    sizes = (x.batch, x.heads, x.heads if name != "Llama" else x.kv_heads, x.tokens, x.prefix, x.hidden // x.heads)
+    yield Problem.train(*sizes, dtype=DTYPES[dtype], device=device, causal=name != "BERT")
+    if name != "BERT":
+        yield Problem.decode(*sizes, dtype=DTYPES[dtype], device=device)
+
+
+def cases(name: str, backend: BackendName, dtype: str, device: str, smoke: bool) -> Iterator[Case]:
+    """What a row judges: a batch as it is, one padded, and tokens that are generated greedily."""
+    yield "logits and gradients", lambda: _pair(name, dtype, device, smoke).broken(backend, padded=False)
+    yield "padded", lambda: _pair(name, dtype, device, smoke).broken(backend, padded=True)
+    if name != "BERT" and dtype == "fp32":
+        yield "greedy tokens", lambda: _pair(name, dtype, device, smoke).other_tokens(backend)
+
+
+def release() -> None:
+    """Give the models' memory back."""
+    _pair.cache_clear()
+
+
+@functools.lru_cache(maxsize=1)
+def _pair(name: str, dtype: str, device: str, smoke: bool) -> Pair:
+    return Pair(name, dtype, device, smoke)
+
+
+class Pair:
+    """A model with a prefix, and two that concatenate it: in fp64 and in the model's dtype."""
+
+    def __init__(self, name: str, dtype: str, device: str, smoke: bool) -> None:
+        import fastprefix
+        from benches.concat import Concatenated
+        from fastprefix.hf.attention import SLOT
+
+        self.shape, self.dtype, self.causal, self.device = shape(name, smoke), DTYPES[dtype], name != "BERT", device
+        torch.manual_seed(0)
+        self.model = _build(name, self.shape).to(device, self.dtype).eval()
+        exact, rounded = copy.deepcopy(self.model).double(), copy.deepcopy(self.model)
+        config = fastprefix.PrefixConfig(self.shape.prefix, init=fastprefix.init.normal(0.7))
+        self.prefix: Prefix = fastprefix.attach(self.model, config)
+        names = [name for name, module in self.model.named_modules() if SLOT in module._modules]
+        self.exact, self.rounded = Concatenated(exact, names), Concatenated(rounded, names)
+
+    def broken(self, backend: BackendName, padded: bool) -> str | None:
+        """What of logits and gradients breaks the bound, in words."""
+        from fastprefix.measure.candidate import overruled
+
+        inputs = self._inputs(padded)
+        with overruled(backend):
+            got = self._results(self.model(**inputs), list(self.prefix.parameters()), inputs)
+        inputs["position_ids"] = self._positions(inputs)
+        want = self._concatenated(self.exact, torch.float64, inputs)
+        peer = self._concatenated(self.rounded, torch.float32, inputs)
+        for i, (x, exact, rounded) in enumerate(zip(got, want, peer, strict=True)):
+            mine, theirs = ((y.double() - exact).abs().max().item() for y in (x, rounded))
+            floor = ROUNDINGS * torch.finfo(self.dtype).eps * exact.abs().max().item()
+            if not mine <= 2 * theirs + floor:  # so written that nan fails
+                what = f"gradient of layer {(i - 1) // 2}'s {'vk'[i % 2]}" if i else "logits"
+                return f"{what}: error {mine:.2e}, concatenation's {theirs:.2e}"
+        return None
+
+    def other_tokens(self, backend: BackendName) -> str | None:
+        """Where greedy tokens are not those of concatenation, in words; either of two equally likely ones is right."""
+        from fastprefix.measure.candidate import overruled
+
+        inputs, new = self._inputs(padded=False), self.shape.new
+        with overruled(backend), torch.no_grad():
+            found = self.model.generate(
+                **inputs, attention_mask=torch.ones_like(inputs["input_ids"]), max_new_tokens=new, do_sample=False
+            )
+        inputs["input_ids"] = found[:, :-1]
+        inputs["position_ids"] = self._positions(inputs)
+        with torch.no_grad():
+            logits = self._logits(self.exact(self._pairs(torch.float64), **inputs))[:, -new:]
+        chosen = logits.gather(2, found[:, -new:, None])[..., 0]
+        short = (logits.amax(-1) - chosen).max().item()
+        if found.shape[1] != self.shape.tokens + new or not short <= 1e-4 * logits.abs().max().item():
+            return f"{found.shape[1] - self.shape.tokens} of {new} tokens, at most {short:.2e} below the best logit"
+        return None
+
+    def _inputs(self, padded: bool) -> dict[str, Tensor]:
+        """Ids, and a mask that hides a third of the first sample: on the left where tokens could follow."""
+        x, generator = self.shape, torch.Generator(self.device).manual_seed(1)
+        ids = torch.randint(3, VOCAB, (x.batch, x.tokens), generator=generator, device=self.device)
+        if not padded:
+            return {"input_ids": ids}
+        mask = torch.ones_like(ids)
+        third = x.tokens // 3
+        mask[0, :third] = 0
+        mask[1, :1] = 0
+        return {"input_ids": ids, "attention_mask": mask if self.causal else mask.flip(1)}
+
+    def _positions(self, inputs: dict[str, Tensor]) -> Tensor:
+        """P and the index among the tokens that are not padding, in encoders the column."""
+        mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"]))
+        mask = mask if self.causal else torch.ones_like(mask)
+        return (mask.cumsum(1) - 1).clamp(min=0) + self.shape.prefix
+
+    def _pairs(self, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
+        return [(k.detach().to(dtype), v.detach().to(dtype)) for k, v in self.prefix.key_values()]
+
+    def _concatenated(self, twin: Concatenated, dtype: torch.dtype, inputs: dict[str, Tensor]) -> list[Tensor]:
+        pairs = self._pairs(dtype)
+        leaves = [x.requires_grad_() for pair in pairs for x in pair]
+        return self._results(twin(pairs, **inputs), leaves, inputs)
+
+    def _results(self, output: Any, leaves: Sequence[Tensor], inputs: dict[str, Tensor]) -> list[Tensor]:
+        """Logits of all that is no padding, then the gradient of every leaf for a fixed gradient of them."""
+        x = self._logits(output)
+        if "attention_mask" in inputs:
+            x = x[inputs["attention_mask"].bool()]
+        weight = torch.sin(torch.arange(x.numel(), device=x.device, dtype=torch.float64)).view(x.shape)
+        return [x.detach(), *torch.autograd.grad(x, leaves, weight.to(x.dtype))]
+
+    def _logits(self, output: Any) -> Tensor:
+        x: Tensor = output.logits if self.causal else output.last_hidden_state
+        return x
+
+
+def _build(name: str, x: Shape) -> Any:
+    """Weights at twice their usual size: at that, it matters who attends to what."""
+    import transformers
+
+    common = {"vocab_size": VOCAB, "bos_token_id": 1, "eos_token_id": None, "pad_token_id": 0}
+    room = x.prefix + x.tokens + x.new
+    match name:
+        case "GPT-2":
+            sizes = {"n_embd": x.hidden, "n_layer": x.layers, "n_head": x.heads, "n_positions": room}
+            return transformers.GPT2LMHeadModel(transformers.GPT2Config(**common, **sizes, initializer_range=0.04))
+        case "Llama":
+            family, more = "Llama", {"num_key_value_heads": x.kv_heads}
+        case _:
+            family, more = "Bert", {}
+    sizes = {"hidden_size": x.hidden, "num_hidden_layers": x.layers, "num_attention_heads": x.heads}
+    sizes.update(more, intermediate_size=2 * x.hidden, max_position_embeddings=room)
+    config = getattr(transformers, f"{family}Config")(**common, **sizes, initializer_range=0.04)
+    return getattr(transformers, f"{family}ForCausalLM" if name == "Llama" else f"{family}Model")(config)

@@ -1,0 +1,109 @@
+"""What kernels take, made of the operator's arguments: strides, descriptors, masks and banks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from fastprefix._triton.views import Bank, Mask, Strided
+from fastprefix.backends.launch.tiles import Tile
+from fastprefix.types import AttentionArgs
+
+
+def strided(x: Tensor) -> Strided:
+    """A 4-D tensor and its strides."""
+    return Strided(x, *x.stride())
+
+
+def boxes(wanted: bool, *pairs: tuple[Tensor, list[int]]) -> tuple[bool, list[Any]]:
+    """Tensor descriptors with boxes of these sizes, or strides for all where that is not wanted or one cannot."""
+    if wanted and describable(*(x for x, _ in pairs)):
+        return True, [TensorDescriptor(x, list(x.shape), list(x.stride()), block) for x, block in pairs]
+    return False, [strided(x) for x, _ in pairs]
+
+
+def describable(*tensors: Tensor) -> bool:
+    """Whether there are any, and the copy engine takes them all."""
+    return bool(tensors) and all(_describable(x) for x in tensors)
+
+
+def _describable(x: Tensor) -> bool:
+    """The copy engine takes 16-byte aligned rows of adjacent elements, and no empty or repeated dimension."""
+    *outer, inner = x.stride()
+    aligned = x.data_ptr() % 16 == 0 and all(stride > 0 and stride * x.element_size() % 16 == 0 for stride in outer)
+    return inner == 1 and aligned and x.numel() > 0
+
+
+def row_boxes(tile: Tile, groups: int, *pairs: tuple[Tensor, int]) -> list[tuple[Tensor, list[int]]]:
+    """Boxes of packed query rows, ``[B, H, S, D]`` each with its BLOCK_D; none where a group is no box."""
+    if groups & (groups - 1) or tile.BLOCK_M % groups:
+        return []
+    return [(x.transpose(1, 2), [1, tile.BLOCK_M // groups, groups, block]) for x, block in pairs]
+
+
+def key_boxes(args: AttentionArgs, tile: Tile, block_d: int, block_dv: int) -> list[tuple[Tensor, list[int]]]:
+    """Boxes of k, v, prefix_k, prefix_v; none where a prefix of the bank ends before its tensor does."""
+    if args.prefix_lens is not None:
+        return []
+    prefix_k, prefix_v = prefix(args)
+    # What is empty is never read, but its descriptor has to be one.
+    k, v = (args.k, args.v) if args.k.numel() else (prefix_k, prefix_v)
+    prefix_k, prefix_v = (prefix_k, prefix_v) if prefix_k.numel() else (k, v)
+    keys, tokens = [1, 1, tile.BLOCK_N], [1, 1, prefix_block(args.num_prefix_tokens, tile.BLOCK_P)]
+    widths = (block_d, block_dv)
+    content = [(x, [*keys, width]) for x, width in zip((k, v), widths, strict=True)]
+    return content + [(x, [*tokens, width]) for x, width in zip((prefix_k, prefix_v), widths, strict=True)]
+
+
+def prefix(args: AttentionArgs) -> tuple[Tensor, Tensor]:
+    """The prefix in q's dtype as a bank ``[N, H_kv, P, D]``."""
+    found = (x.detach().to(args.q.dtype) for x in (args.prefix_k, args.prefix_v))
+    prefix_k, prefix_v = (x if x.dim() == 4 else x.unsqueeze(0) for x in found)
+    return prefix_k, prefix_v
+
+
+def bank(args: AttentionArgs) -> Bank:
+    """Ids and lengths; per sample or per row."""
+    ids, lens = args.prefix_ids, args.prefix_lens
+    if ids is None:
+        return Bank(None, None, None, None)
+    per_row = ids.stride(1) if ids.dim() == 2 else None
+    return Bank(ids, ids.stride(0), per_row, None if lens is None else lens.contiguous())
+
+
+def mask(args: AttentionArgs) -> tuple[Mask, int, bool]:
+    """The mask, ``q_start`` where it is a number, and whether anything but causality hides a key."""
+    start, number, stride = args.q_start, 0, None
+    if isinstance(start, Tensor):
+        stride = start.stride(0) if start.numel() > 1 else 0
+    else:
+        number = args.k.shape[2] - args.q.shape[2] if start is None else start
+        start = None
+    padding, segments = args.key_padding_mask, args.segment_ids
+    found = Mask(
+        start,
+        stride,
+        args.window,
+        *(None, None, None) if padding is None else (padding.view(torch.uint8), *padding.stride()),
+        *(None, None, None) if segments is None else (segments, *segments.stride()),
+        *_bias(args),
+    )
+    masked = any(x is not None for x in (args.window, padding, segments, args.bias))
+    return found, number, masked
+
+
+def _bias(args: AttentionArgs) -> tuple[Any, ...]:
+    if args.bias is None:
+        return (None,) * 5
+    bias = args.bias.detach()
+    bias = bias.view(torch.uint8) if bias.dtype == torch.bool else bias
+    bias = bias.expand(*args.q.shape[:3], args.k.shape[2])
+    return bias, *bias.stride()
+
+
+def prefix_block(tokens: int, largest: int) -> int:
+    """BLOCK_P: the next power of two of P, between 16 and what the tile table allows."""
+    return max(16, min(largest, 1 << max(tokens - 1, 0).bit_length()))

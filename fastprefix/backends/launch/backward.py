@@ -1,0 +1,139 @@
+"""Launches of the backward: what nothing needs is not launched."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastprefix._triton.prefix_attn_bwd_delta import _prefix_attn_bwd_delta_kernel
+from fastprefix._triton.prefix_attn_bwd_dkdv import _prefix_attn_bwd_dkdv_kernel
+from fastprefix._triton.prefix_attn_bwd_dprefix import _prefix_attn_bwd_dprefix_kernel
+from fastprefix._triton.prefix_attn_bwd_dq import _prefix_attn_bwd_dq_kernel
+from fastprefix.backends.launch import arguments, run
+from fastprefix.backends.launch.order import order
+from fastprefix.backends.launch.reduce import Partials
+from fastprefix.backends.launch.shapes import constants, key_sources, row_sources, row_tiles, tile_for, token_major
+from fastprefix.backends.launch.tiles import Tile
+from fastprefix.types import AttentionArgs, Grads, Needs
+
+# A prefix of one or two tiles reads o itself; above, a pass for delta costs less than reading o again for each tile.
+DELTA_INSIDE_UP_TO = 2
+
+
+def fused(args: AttentionArgs, o: Tensor, lse: Tensor, do: Tensor, needs: Needs) -> Grads:
+    """Gradients of the forward, given its merged ``o`` and ``lse``."""
+    if args.q.numel() == 0:
+        tensors = (args.q, args.k, args.v, args.prefix_k, args.prefix_v)
+        return Grads(*(torch.zeros_like(x) if need else None for x, need in zip(tensors, needs, strict=False)))
+    lse = lse.contiguous()
+    content = needs.q or ((needs.k or needs.v) and args.k.shape[2] > 0)
+    delta = _delta(args, o, do) if content or _prefix_tiles(args) > DELTA_INSIDE_UP_TO else None
+    dq = dk = dv = None
+    if needs.q:
+        assert delta is not None
+        dq = _dq(args, lse, delta, do)
+    if needs.k or needs.v:
+        dk, dv = _dkdv(args, lse, delta, do, needs)
+    dprefix_k, dprefix_v = dprefix(args, o, lse, delta, do, needs)
+    return Grads(q=dq, k=dk, v=dv, prefix_k=dprefix_k, prefix_v=dprefix_v)
+
+
+def _delta(args: AttentionArgs, o: Tensor, do: Tensor) -> Tensor:
+    delta = args.q.new_empty(args.q.shape[:3], dtype=torch.float32)
+    shape, tile = constants(args), Tile(BLOCK_M=64, num_warps=4, num_stages=1)
+    run.launch(
+        _prefix_attn_bwd_delta_kernel,
+        row_tiles(args, tile),
+        *(arguments.strided(do), arguments.strided(o), delta, args.q.shape[2], args.k.shape[1]),
+        tile=tile,
+        place=args.q,
+        BLOCK_M=tile.BLOCK_M,
+        **{name: shape[name] for name in ("G", "D_V", "BLOCK_DV")},
+    )
+    return delta
+
+
+def _dq(args: AttentionArgs, lse: Tensor, delta: Tensor, do: Tensor) -> Tensor:
+    dq = token_major(args.q)
+    mask, q_start, masked = arguments.mask(args)
+    tile, tma, sources = key_sources(args, "bwd_dq")
+    run.launch(
+        _prefix_attn_bwd_dq_kernel,
+        row_tiles(args, tile),
+        *(arguments.strided(args.q), arguments.strided(do), *sources, arguments.strided(dq), lse, delta, mask),
+        *(arguments.bank(args), q_start, args.scale, args.softcap, args.q.shape[2], args.k.shape[2]),
+        *(args.num_prefix_tokens, args.k.shape[1]),
+        tile=tile,
+        place=args.q,
+        CAUSAL=args.causal,
+        MASKED=masked or not tile.SPLIT,
+        BLOCK_M=tile.BLOCK_M,
+        BLOCK_N=tile.BLOCK_N,
+        BLOCK_P=arguments.prefix_block(args.num_prefix_tokens, tile.BLOCK_P),
+        TMA=tma,
+        **constants(args),
+    )
+    return dq
+
+
+def _dkdv(args: AttentionArgs, lse: Tensor, delta: Tensor | None, do: Tensor, needs: Needs) -> tuple[Any, Any]:
+    dk, dv = (token_major(x) if need else None for x, need in ((args.k, needs.k), (args.v, needs.v)))
+    mask, q_start, masked = arguments.mask(args)
+    tile, tma, rows = row_sources(args, "bwd_dkdv", do)
+    run.launch(
+        _prefix_attn_bwd_dkdv_kernel,
+        args.q.shape[0] * args.k.shape[1] * -(-args.k.shape[2] // tile.BLOCK_N),
+        *(*rows, arguments.strided(args.k), arguments.strided(args.v)),
+        *(None if x is None else arguments.strided(x) for x in (dk, dv)),
+        *(lse, delta, mask, q_start, args.scale, args.softcap, args.q.shape[2], args.k.shape[2], args.k.shape[1]),
+        tile=tile,
+        place=args.q,
+        CAUSAL=args.causal,
+        MASKED=masked or not tile.SPLIT,
+        NEED_K=needs.k,
+        NEED_V=needs.v,
+        BLOCK_M=tile.BLOCK_M,
+        BLOCK_N=tile.BLOCK_N,
+        TMA=tma,
+        **constants(args),
+    )
+    return dk, dv
+
+
+def _prefix_tiles(args: AttentionArgs) -> int:
+    block = arguments.prefix_block(args.num_prefix_tokens, tile_for(args, "bwd_dprefix").BLOCK_P)
+    return -(-args.num_prefix_tokens // block)
+
+
+def dprefix(
+    args: AttentionArgs, o: Tensor, lse: Tensor, delta: Tensor | None, do: Tensor, needs: Needs
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of the prefix in its own dtype; ``delta`` None takes it from ``o``."""
+    if not (needs.prefix_k or needs.prefix_v):
+        return None, None
+    prefix_k, prefix_v = arguments.prefix(args)
+    tile, heads_kv, numbers, tokens = tile_for(args, "bwd_dprefix"), args.k.shape[1], len(prefix_k), prefix_k.shape[2]
+    block_p = arguments.prefix_block(tokens, tile.BLOCK_P)
+    programs = numbers * heads_kv * -(-tokens // block_p)
+    rows = args.q.shape[0] * args.q.shape[2] * args.groups
+    splits = min(-(-rows // tile.BLOCK_M), -(-2 * run.processors(args.q) // max(programs, 1)))
+    partials = Partials(args.prefix_k, args.prefix_v, splits, needs.prefix_k, needs.prefix_v)
+    run.launch(
+        _prefix_attn_bwd_dprefix_kernel,
+        splits * programs,
+        *(arguments.strided(args.q), arguments.strided(do), None if delta is not None else arguments.strided(o)),
+        *(arguments.strided(prefix_k), arguments.strided(prefix_v), partials.k, partials.v, lse, delta),
+        *(arguments.bank(args), order(args), args.scale, args.softcap, args.q.shape[0], args.q.shape[2], tokens),
+        *(numbers, heads_kv, splits),
+        tile=tile,
+        place=args.q,
+        UNIT_IS_TOKEN=args.prefix_ids is not None and args.prefix_ids.dim() == 2,
+        NEED_K=needs.prefix_k,
+        NEED_V=needs.prefix_v,
+        BLOCK_M=tile.BLOCK_M,
+        BLOCK_P=block_p,
+        **constants(args),
+    )
+    return partials.reduced()

@@ -1,0 +1,112 @@
+"""Launches for a short prefix beside a vendor kernel that has done the content: forward and backward, both in place."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastprefix._triton.epilogue_bwd import _prefix_attn_epilogue_bwd_kernel
+from fastprefix._triton.epilogue_fwd import _prefix_attn_epilogue_fwd_kernel
+from fastprefix.backends.launch import arguments, run
+from fastprefix.backends.launch.reduce import Partials
+from fastprefix.backends.launch.shapes import constants, tile_for, token_major
+from fastprefix.backends.launch.tiles import Tile
+from fastprefix.types import AttentionArgs, Needs
+
+LARGEST_HEAD_DIM = 256
+LARGEST_FP32_HEAD_DIM = 64  # above, products in three parts do not fit the registers
+
+
+def reasons(args: AttentionArgs) -> list[str]:
+    """Why :func:`fwd` cannot take the prefix of a call; empty when it can. Content is not looked at."""
+    found = []
+    kind = args.q.device.type
+    if kind == "cuda" and (torch.version.hip is not None or run.device(args.q)[0] < 80):
+        found.append("device: the kernels are written for NVIDIA GPUs of compute capability 8.0 and above")
+    elif kind != "cuda" and not run.INTERPRETED and not run.observing():
+        found.append(f"device {kind}: Triton runs on GPUs")
+    if args.q.dtype == torch.float64 or (args.q.dtype == torch.bfloat16 and run.INTERPRETED):
+        found.append(f"dtype {args.q.dtype}: not in the kernels")
+    narrow = args.q.dtype == torch.float32 and not run.INTERPRETED
+    largest = LARGEST_FP32_HEAD_DIM if narrow else LARGEST_HEAD_DIM
+    if max(args.q.shape[3], args.v.shape[3]) > largest:
+        found.append(f"head dim: at most {largest}" + (" in fp32" if narrow else ""))
+    if args.dropout_p > 0.0:
+        found.append("dropout_p: not in the kernels")
+    return found
+
+
+def bwd_reasons(args: AttentionArgs) -> list[str]:
+    """Why :func:`bwd` cannot take the prefix of a call; empty when it can."""
+    found = reasons(args)
+    if args.prefix_ids is not None:
+        found.append("prefix_ids: one prefix only")
+    elif not found and args.num_prefix_tokens > tile_for(args, "epilogue_bwd").BLOCK_P:
+        found.append("prefix: more tokens than one tile's registers hold the gradients of")
+    return found
+
+
+def _sizes(args: AttentionArgs, tile: Tile) -> dict[str, int]:
+    block_p = arguments.prefix_block(args.num_prefix_tokens, tile.BLOCK_P)
+    return {**constants(args), "BLOCK_M": tile.BLOCK_M, "BLOCK_P": block_p}
+
+
+def fwd(args: AttentionArgs, o: Tensor, lse: Tensor, prefix_lse: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Merge the prefix, and sinks, into the content's ``o [B, H, S, D_v]`` and ``lse [B, H, S]`` (natural, fp32; -inf
+    and any finite ``o`` where a row saw no content). Both are overwritten, and ``prefix_lse``, contiguous, if given.
+    """
+    lse = lse.contiguous()
+    batch, heads, seq, _ = args.q.shape
+    tile = tile_for(args, "epilogue_fwd")
+    bank = arguments.bank(args)
+    if bank.ids is not None and bank.ids_s is None:
+        bank = bank._replace(ids_s=0)
+    heads_kv = heads // args.groups
+    prefix_k, prefix_v = (arguments.strided(x) for x in arguments.prefix(args))
+    run.launch(
+        _prefix_attn_epilogue_fwd_kernel,
+        -(-batch * seq * args.groups // tile.BLOCK_M) * heads_kv,
+        *(arguments.strided(args.q), prefix_k, prefix_v, arguments.strided(o), lse, prefix_lse, args.sinks, bank),
+        *(args.scale, args.softcap, batch, seq, args.num_prefix_tokens, heads_kv),
+        tile=tile,
+        place=args.q,
+        **_sizes(args, tile),
+    )
+    return o, lse
+
+
+def bwd(
+    args: AttentionArgs, o: Tensor, lse: Tensor, do: Tensor, dq: Tensor | None, needs: Needs
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """dq, dprefix_k and dprefix_v, None where not needed, of the **merged** ``o`` and ``lse``.
+
+    The prefix's share is added to ``dq [B, H, S, D]`` in place; without one it is the whole.
+    """
+    batch, heads, seq, _ = args.q.shape
+    tile = tile_for(args, "epilogue_bwd")
+    heads_kv = heads // args.groups
+    blocks = max(1, -(-batch * seq * args.groups // tile.BLOCK_M))
+    add = needs.q and dq is not None
+    if not needs.q:
+        dq = None
+    elif dq is None:
+        dq = token_major(args.q)
+    # Two programs a multiprocessor; each walks through as many tiles as every other.
+    length = -(-blocks // max(1, 2 * run.processors(args.q) // heads_kv))
+    splits = -(-blocks // length)
+    partials = Partials(args.prefix_k, args.prefix_v, splits, needs.prefix_k, needs.prefix_v)
+    prefix_k, prefix_v = (arguments.strided(x) for x in arguments.prefix(args))
+    run.launch(
+        _prefix_attn_epilogue_bwd_kernel,
+        splits * heads_kv,
+        *(arguments.strided(args.q), prefix_k, prefix_v),
+        arguments.strided(o) if needs.q or needs.prefix_k else None,
+        *(lse.contiguous(), arguments.strided(do), None if dq is None else arguments.strided(dq)),
+        *(partials.k, partials.v, args.scale, args.softcap),
+        *(batch, seq, args.num_prefix_tokens, heads_kv, length),
+        tile=tile,
+        place=args.q,
+        ADD=add,
+        **_sizes(args, tile),
+    )
+    return dq, *partials.reduced()

@@ -1,0 +1,78 @@
+"""The one place that launches a kernel, and what it knows of the device."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from triton.runtime.interpreter import InterpretedFunction
+
+from fastprefix._triton import primitives
+from fastprefix.backends.launch.tiles import Tile
+
+Launch = Callable[[Any, int, tuple[Any, ...], dict[str, Any]], object]
+
+# Whoever looks at launches instead of making them: (kernel, grid, arguments, options).
+_observer: Launch | None = None
+_assumed: tuple[int, str] | None = None
+
+INTERPRETED = isinstance(primitives.dot, InterpretedFunction)
+
+
+@contextmanager
+def observed(observer: Launch, capability: int, name: str = "") -> Iterator[None]:
+    """Hand every launch to ``observer`` instead, as on a device of ``capability`` (90 for sm_90)."""
+    global _observer, _assumed
+    before = _observer, _assumed
+    _observer, _assumed = observer, (capability, name)
+    try:
+        yield
+    finally:
+        _observer, _assumed = before
+
+
+def observing() -> bool:
+    """Whether nothing is really launched."""
+    return _observer is not None
+
+
+def device(x: torch.Tensor) -> tuple[int, str]:
+    """Compute capability (90 for sm_90) and name of a tensor's device; 0 for the interpreter."""
+    if _assumed is not None:
+        return _assumed
+    return _device(x.device) if x.device.type == "cuda" else (0, "interpreter")
+
+
+@functools.cache
+def _device(place: torch.device) -> tuple[int, str]:
+    major, minor = torch.cuda.get_device_capability(place)
+    return 10 * major + minor, torch.cuda.get_device_name(place)
+
+
+@functools.cache
+def _processors(place: torch.device) -> int:
+    return torch.cuda.get_device_properties(place).multi_processor_count
+
+
+def processors(x: torch.Tensor) -> int:
+    """Multiprocessors to fill; what an H100 or H200 has where there is no device to ask."""
+    return _processors(x.device) if x.device.type == "cuda" else 132
+
+
+def launch(kernel: Any, grid: int, *args: Any, tile: Tile, place: torch.Tensor, **constants: Any) -> None:
+    """Launch ``grid`` programs of a kernel on the device of ``place``."""
+    if grid == 0:
+        return
+    # Named, for Triton 3.10 turns fusion off: multiply-adds are half of a softmax's work.
+    compiler = {"num_warps": tile.num_warps, "num_stages": tile.num_stages, "enable_fp_fusion": True}
+    options = {**constants, **compiler}
+    if _observer is not None:
+        _observer(kernel, grid, args, options)
+    elif place.device.type == "cuda" and place.device.index != torch.cuda.current_device():
+        with torch.cuda.device(place.device):
+            kernel[(grid,)](*args, **options)
+    else:
+        kernel[(grid,)](*args, **options)

@@ -1,0 +1,172 @@
+"""The calls that make kernels of tiles: one entry a kernel, on meta tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastprefix.backends import triton
+from fastprefix.measure.problem import DTYPES
+from fastprefix.types import AttentionArgs, Needs
+
+DTYPE_NAMES = {2: "bf16", 4: "fp32"}  # by bytes an element
+HEADS_KV = 8
+ALL = Needs(True, True, True, True, True)
+DQ, DKDV = Needs(True, False, False, False, False), Needs(False, True, True, False, False)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A way to call a kernel that compiles to code of its own."""
+
+    name: str
+    has: tuple[str, ...] = ()  # of padding, window, softcap, segments, bias, bank, strides
+    P: int | None = None  # prefix tokens; None: as many as the tile's BLOCK_P
+    groups: int = 4  # query heads a key/value head: three want divisions, and are no box of rows
+    needs: Needs | None = None  # None: the family's
+
+
+@dataclass(frozen=True)
+class Family:
+    """How a kernel is called: the variants that matter to it, and the call's sizes for a row's ``S``."""
+
+    run: Callable[[AttentionArgs, Needs], object]
+    variants: tuple[Variant, ...]
+    quick: tuple[Variant, ...]  # of these what takes most, for a survey in little time; rows take the first
+    needs: Needs = ALL
+    refuses: Callable[[AttentionArgs], list[str]] = triton.unsupported
+    sizes: Callable[[int], tuple[int, int, int]] = lambda S: (8, S, S)  # B, S, T
+
+    def __call__(self, variant: Variant, D: int, itemsize: int, S: int, P: int) -> bool:
+        """Make the call with ``P`` prefix tokens, unless it would be refused; somebody must observe."""
+        args = _args(variant, D, DTYPES[DTYPE_NAMES[itemsize]], P, *self.sizes(S))
+        if self.refuses(args):
+            return False
+        self.run(args, variant.needs or self.needs)
+        return True
+
+
+def _forward(args: AttentionArgs, needs: Needs) -> None:
+    from fastprefix.backends.launch import forward
+
+    forward.fused(args)
+
+
+def _backward(args: AttentionArgs, needs: Needs) -> None:
+    triton.bwd(args, *_results(args), _like(args.q), needs)
+
+
+def _epilogue(args: AttentionArgs, needs: Needs) -> None:
+    from fastprefix.backends.launch import epilogue
+
+    epilogue.fwd(args, *_results(args))
+
+
+def _epilogue_refuses(args: AttentionArgs) -> list[str]:
+    from fastprefix.backends.launch import epilogue
+
+    return epilogue.reasons(args)
+
+
+def _epilogue_backward_refuses(args: AttentionArgs) -> list[str]:
+    from fastprefix.backends.launch import epilogue
+
+    return epilogue.bwd_reasons(args)
+
+
+def _epilogue_backward(args: AttentionArgs, needs: Needs) -> None:
+    from fastprefix.backends.launch import epilogue
+
+    epilogue.bwd(args, *_results(args), _like(args.q), _like(args.q), needs)
+
+
+def _decode(args: AttentionArgs, needs: Needs) -> None:
+    from fastprefix.backends.launch import decode
+
+    decode.fwd(args)
+
+
+SHORT, LONG, PADDED = Variant("P 16", P=16), Variant("G 3", groups=3), Variant("padding, window", ("padding", "window"))
+PREFIX_ONLY = Variant("prefix only", needs=Needs(False, False, False, True, True))
+STRIDES = Variant("strides", ("strides",), groups=3)
+CAPPED, PACKED = Variant("softcap, window", ("softcap", "window")), Variant("segments", ("segments",))
+BIASED, BANK = Variant("bias", ("bias",)), Variant("bank, padding", ("bank", "padding"))
+USUAL, RARE = (SHORT, LONG, PADDED), (STRIDES, CAPPED, PACKED, BIASED)
+FAMILIES = {
+    "fwd": Family(_forward, (*USUAL, *RARE, BANK), (BIASED, LONG)),
+    "bwd_dq": Family(_backward, (*USUAL, *RARE, BANK), (BIASED, LONG), DQ),
+    "bwd_dkdv": Family(_backward, (SHORT, PADDED, *RARE), (BIASED, PADDED), DKDV),
+    "bwd_dprefix": Family(_backward, (SHORT, LONG, PREFIX_ONLY, CAPPED, BANK), (BANK, LONG)),
+    "epilogue_fwd": Family(_epilogue, (SHORT, LONG, CAPPED, BANK), (BANK, LONG), refuses=_epilogue_refuses),
+    "epilogue_bwd": Family(
+        _epilogue_backward, (SHORT, LONG, PREFIX_ONLY, CAPPED), (CAPPED, LONG), refuses=_epilogue_backward_refuses
+    ),
+    # Found by their rows, B * S * G and S * G, rounded up to a power of two.
+    "decode_prefix": Family(
+        _decode, (SHORT, LONG, CAPPED, BANK), (BANK, LONG), sizes=lambda S: (max(S // 4, 1), 1, 4096)
+    ),
+    "decode_content": Family(_decode, (*USUAL, *RARE), (BIASED, LONG), sizes=lambda S: (8, max(S // 4, 1), 4096)),
+}
+# Without tiles of their own: compiled wherever a call above launches them. No matrix products in them.
+HELPERS = ("bwd_delta", "bwd_reduce", "decode_combine")
+
+
+def matmul_rows(kernel: str, options: Mapping[str, Any]) -> int | None:
+    """The least M of a kernel's matrix products, which a wgmma wants to be 64; None where it has none."""
+    if kernel in HELPERS:
+        return None
+    rows = options["BLOCK_M"]
+    match kernel:
+        case "bwd_dkdv":
+            rows = options["BLOCK_N"]
+        case "bwd_dprefix" if options["BLOCK_P"] >= 64:
+            rows = options["BLOCK_P"]
+        case "bwd_dprefix" | "epilogue_bwd":  # sums over rows are held transposed
+            rows = min(rows, options["BLOCK_D"], options["BLOCK_DV"])
+    return int(rows)
+
+
+def content(B: int, H: int, S: int, D: int, dtype: torch.dtype) -> Tensor:
+    """``[B, H, S, D]`` as models hold it, without numbers."""
+    return torch.empty(B, S, H, D, dtype=dtype, device="meta").transpose(1, 2)
+
+
+def _like(x: Tensor) -> Tensor:
+    B, H, S, D = x.shape
+    return content(B, H, S, D, x.dtype)
+
+
+def _results(args: AttentionArgs) -> tuple[Tensor, Tensor]:
+    return _like(args.q), args.q.new_empty(args.q.shape[:3], dtype=torch.float32)
+
+
+def _args(variant: Variant, D: int, dtype: torch.dtype, P: int, B: int, S: int, T: int) -> AttentionArgs:
+    def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.empty(*shape, dtype=dtype, device="meta")
+
+    prefix = empty(HEADS_KV, P, D)
+    q, k = (content(B, HEADS_KV * heads, length, D, dtype) for heads, length in ((variant.groups, S), (1, T)))
+    if "strides" in variant.has:  # keys that are the same for all samples
+        k = content(1, HEADS_KV, T, D, dtype).expand(B, -1, -1, -1)
+    options: dict[str, Any] = {}
+    for name in variant.has:
+        match name:
+            case "padding":
+                options["key_padding_mask"] = empty(B, T, dtype=torch.bool)
+            case "window":
+                options["window"] = 512
+            case "softcap":
+                options["softcap"] = 30.0
+            case "segments":
+                options["segment_ids"] = empty(B, T, dtype=torch.long)
+            case "bias":
+                options["bias"] = empty(1, q.shape[1], S, T)
+            case "bank":
+                prefix = prefix[None]
+                options["prefix_ids"] = empty(B, S, dtype=torch.long)
+                options["prefix_lens"] = empty(1, dtype=torch.long)
+    return AttentionArgs(q, k, k, prefix, prefix, scale=D**-0.5, **options)

@@ -1,0 +1,76 @@
+"""The tiles that ``--tune`` tries: explicit and few, for each is a compilation of about a second."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+from typing import Any
+
+from fastprefix.backends.launch import tiles
+from fastprefix.backends.launch.tiles import Tile
+
+BOTH = (True, False)
+# What is not named stays as it is in the tile that is taken now.
+AXES: dict[str, dict[str, tuple[Any, ...]]] = {
+    "fwd": {
+        "BLOCK_M": (64, 128),
+        "BLOCK_N": (32, 64, 128),
+        "num_warps": (4, 8),
+        "num_stages": (2, 3),
+        "TMA": BOTH,
+        "SPLIT": BOTH,
+    },
+    "bwd_dq": {
+        "BLOCK_M": (64, 128),
+        "BLOCK_N": (32, 64, 128),
+        "num_warps": (4, 8),
+        "num_stages": (2, 3),
+        "TMA": BOTH,
+        "SPLIT": BOTH,
+    },
+    "bwd_dkdv": {
+        "BLOCK_M": (32, 64, 128),
+        "BLOCK_N": (64, 128),
+        "num_warps": (4, 8),
+        "num_stages": (1, 2),
+        "TMA": BOTH,
+        "SPLIT": BOTH,
+    },
+    "bwd_dprefix": {
+        "BLOCK_M": (32, 64, 128),
+        "BLOCK_P": (32, 64, 128),
+        "num_warps": (4, 8),
+        "num_stages": (2, 3),
+    },
+    "epilogue_fwd": {"BLOCK_M": (32, 64, 128), "num_warps": (4, 8), "num_stages": (1, 2)},
+    "epilogue_bwd": {"BLOCK_M": (32, 64, 128), "num_warps": (4, 8), "num_stages": (1, 2, 3)},
+    "decode_prefix": {
+        "BLOCK_M": (16, 32, 64, 128),
+        "BLOCK_P": (32, 64, 128),
+        "num_warps": (4, 8),
+        "num_stages": (2, 3),
+        "TMA": BOTH,
+    },
+    "decode_content": {
+        "BLOCK_N": (32, 64, 128),
+        "num_warps": (2, 4, 8),
+        "num_stages": (2, 3, 4),
+        "TMA": BOTH,
+    },
+}
+# fp32 numbers of one accumulator that a thread holds: beyond these it spills, or has hardly any work.
+MOST, LEAST = 128, 4
+
+
+def grid(kernel: str, D: int, tile: Tile) -> list[Tile]:
+    """Candidates for a kernel and padded head dim ``D`` in the place of ``tile``; none for a kernel without tiles."""
+    axes = AXES.get(tiles.launched(kernel), {})
+    if kernel.endswith(tiles.GENERAL):
+        axes = {**axes, "TMA": (False,)}
+    found = [replace(tile, **dict(zip(axes, values, strict=True))) for values in itertools.product(*axes.values())]
+    return [x for x in found if x != tile and LEAST <= _accumulator(kernel, D, x) <= MOST]
+
+
+def _accumulator(kernel: str, D: int, tile: Tile) -> float:
+    rows = {"bwd_dkdv": tile.BLOCK_N, "bwd_dprefix": tile.BLOCK_P}.get(tiles.launched(kernel), tile.BLOCK_M)
+    return rows * D / (32 * tile.num_warps)

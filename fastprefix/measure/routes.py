@@ -1,0 +1,98 @@
+"""The ways through the Triton kernels that ``--tune`` times, each as one call on the leaves of a problem."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fastprefix.backends import triton
+from fastprefix.measure.families import ALL, FAMILIES, content
+from fastprefix.measure.problem import Leaves, Problem
+from fastprefix.types import AttentionArgs, Needs
+
+CHECKED = {"B": 3, "S": 321, "T": 321, "P": 130}  # sizes at most, where results are compared with truth in fp64
+SHORT_PREFIX = 16
+CONTENT = Needs(True, True, True, False, False)
+
+Results = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Route:
+    """A way through the kernels, and the problem that is sent along it."""
+
+    name: Literal["fused", "epilogue", "decode"]
+    problem: Problem
+
+    def refuses(self, x: Leaves) -> bool:
+        """Whether this way is not for such leaves."""
+        return bool(FAMILIES["epilogue_bwd" if self.name == "epilogue" else "fwd"].refuses(_args(x)))
+
+    def __call__(self, x: Leaves) -> Results:
+        """``o``, ``lse`` and, where rows are trained, the five gradients."""
+        args = _args(x)
+        match self.name:
+            case "decode":
+                return _decode(args)
+            case "epilogue":
+                return _epilogue(args, x.do)
+        return _fused(args, x.do)
+
+    def small(self) -> Route:
+        """The same kernels on a problem that can be checked, its sizes no multiples of any tile."""
+        sizes = {name: min(getattr(self.problem, name), most) for name, most in CHECKED.items()}
+        return replace(self, problem=replace(self.problem, **sizes))
+
+    def blank(self) -> Leaves:
+        """Leaves without numbers: enough to see what would be launched."""
+        x = self.problem
+        shapes = ((x.H, x.S), (x.H_kv, x.T), (x.H_kv, x.T), (x.H, x.S))
+        q, k, v, do = (content(x.B, heads, length, x.D, x.dtype) for heads, length in shapes)
+        prefix = torch.empty(x.H_kv, x.P, x.D, dtype=x.dtype, device="meta")
+        return Leaves(q, k, v, prefix, prefix, do)
+
+
+def routes(problem: Problem) -> list[Route]:
+    """The ways that a problem can take: decoding, or in one pass and, its prefix cut short, beside another kernel."""
+    if problem.S < problem.T:
+        return [Route("decode", problem)]
+    short = replace(problem, P=min(problem.P, SHORT_PREFIX))
+    return [Route("fused", problem), Route("epilogue", short)]
+
+
+def _args(x: Leaves) -> AttentionArgs:
+    q, k, v, prefix_k, prefix_v = (t.detach() for t in x.inputs.values())
+    return AttentionArgs(q, k, v, prefix_k, prefix_v, scale=q.shape[3] ** -0.5)
+
+
+def _decode(args: AttentionArgs) -> Results:
+    from fastprefix.backends.launch import decode
+
+    return _named(*decode.fwd(args), ())
+
+
+def _fused(args: AttentionArgs, do: Tensor) -> Results:
+    from fastprefix.backends.launch import forward
+
+    o, lse = forward.fused(args)
+    return _named(o, lse, triton.bwd(args, o, lse, do, ALL)[:5])
+
+
+def _epilogue(args: AttentionArgs, do: Tensor) -> Results:
+    """Content without a prefix first, then the prefix onto what that has left."""
+    from fastprefix.backends.launch import epilogue, forward
+
+    alone = replace(args, prefix_k=args.prefix_k[:, :0], prefix_v=args.prefix_v[:, :0])
+    o, lse = epilogue.fwd(args, *forward.fused(alone))
+    dq, dk, dv, *_ = triton.bwd(alone, o, lse, do, CONTENT)
+    dq, dprefix_k, dprefix_v = epilogue.bwd(args, o, lse, do, dq, ALL)
+    return _named(o, lse, (dq, dk, dv, dprefix_k, dprefix_v))
+
+
+def _named(o: Tensor, lse: Tensor, grads: Sequence[Tensor | None]) -> Results:
+    found = zip(("dq", "dk", "dv", "dprefix_k", "dprefix_v"), grads, strict=False)
+    return {"o": o, "lse": lse, **{name: grad for name, grad in found if grad is not None}}
