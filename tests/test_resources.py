@@ -8,12 +8,11 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-triton = pytest.importorskip("triton")
 
 from fastprefix import cli
 from fastprefix.backends.launch import run, tiles
@@ -26,7 +25,7 @@ from fastprefix.measure.resources import SHARED, Usage, verdict
 CONSTRAINTS = (Path(__file__).parents[1] / "constraints.txt").read_text()
 (COMPILER,) = re.findall(r"^triton==(\S+)", CONSTRAINTS, re.MULTILINE)
 tables_are_for_this_compiler = pytest.mark.skipif(
-    triton.__version__ != COMPILER, reason=f"tiles are fitted to the registers that triton {COMPILER} allocates"
+    version("triton") != COMPILER, reason=f"tiles are fitted to the registers that triton {COMPILER} allocates"
 )
 GOOD = Usage(registers=168, stack=0, shared=100_000, wgmma=True, tma=True)
 FWD = {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_P": 64, "num_warps": 8, "num_stages": 2, "TMA": True}
@@ -61,6 +60,7 @@ def test_what_takes_most_of_every_tile_compiles_and_fits() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @tables_are_for_this_compiler
 def test_everything_compiles_and_fits() -> None:
     check_survey(bench())
