@@ -73,6 +73,9 @@ def test_tables_in_turn(shipped: Write, monkeypatch: pytest.MonkeyPatch) -> None
     assert warps((120, "newer"), 64) == 1 and warps((86, "older"), 64) == 1
     monkeypatch.setenv("FASTPREFIX_TILES", str(tiles.FOLDER / "mine.json"))
     assert [warps(H100, D) for D in (16, 64, 256)] == [8, 4, 1]
+    shipped("wide", fwd=[row(256, num_warps=32)])
+    monkeypatch.setenv("FASTPREFIX_TILES", str(tiles.FOLDER / "wide.json"))
+    assert [warps(H100, D) for D in (32, 64, 256)] == [32, 4, 32], "tuned for one head dim, it answers no other's"
 
 
 def test_a_tile_that_is_forced_answers_everything(shipped: Write) -> None:

@@ -133,6 +133,26 @@ def test_one_gradient_of_a_pair_is_that_gradient() -> None:
         assert torch.allclose(getattr(alone, field), getattr(whole, field), atol=1e-6), field
 
 
+@pytest.mark.parametrize(
+    ("shape", "kernels"),
+    [
+        ({"B": 256, "S": 1, "P": 8192, "T": 512}, ["decode_prefix", "decode_content", "decode_combine"]),
+        ({"B": 1, "S": 1, "P": 0, "T": 8192}, ["decode_content", "decode_combine"]),
+        ({"B": 8, "S": 2048, "P": 16}, ["fwd"]),
+        ({"B": 64, "S": 1, "P": 0, "T": 64}, ["fwd"]),
+    ],
+)
+def test_the_forward_is_split_where_rows_are_few(shape: dict[str, int], kernels: list[str]) -> None:
+    batch, seq, keys = shape["B"], shape["S"], shape.get("T", shape["S"])
+    sizes = {"q": (batch, 32, seq, 128), "k": (batch, 8, keys, 128), "prefix_k": (8, shape["P"], 128)}
+    sizes |= {"v": sizes["k"], "prefix_v": sizes["prefix_k"]}
+    leaves = {name: torch.empty(sizes[name], device="meta", dtype=torch.bfloat16) for name in sizes}
+    names: list[str] = []
+    with run.observed(lambda kernel, grid, arguments, options: names.append(kernel.__name__), 90):
+        backend.fwd(AttentionArgs(**leaves, scale=0.1))
+    assert names == [f"_prefix_attn_{name}_kernel" for name in kernels]
+
+
 @pytest.mark.parametrize("options", [{}, {"causal": False}, {"P": 0}, {"sinks": torch.tensor([0.5, -1.0, 3.0, 0.0])}])
 def test_the_mass_on_the_prefix(options: dict[str, Any]) -> None:
     options = dict(options)

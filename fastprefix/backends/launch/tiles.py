@@ -2,7 +2,8 @@
 
 A table is ``{kernel: [{"D": 64, "itemsize": 2, "S": 2048, "BLOCK_M": ..., ...}, ...]}``. Of the rows with the
 element size and the smallest ``D`` that holds the head dims, the one with the nearest ``S`` (in octaves) is taken.
-Tables in turn: ``$FASTPREFIX_TILES``, the device's name, its architecture, sm_80 (plain loads, small tiles).
+Tables in turn, first those with rows for this very ``D``: ``$FASTPREFIX_TILES``, the device's name, its architecture,
+sm_80 (plain loads, small tiles).
 A table for one device says what it was made for in ``"target": "sm_90"``; an architecture's table is named so.
 """
 
@@ -180,10 +181,12 @@ def as_row(lookup: Lookup) -> Row:
 def _find(
     kernel: str, device: tuple[int, str], D: int, itemsize: int, octave: int, named: str | None
 ) -> tuple[Path, int]:
-    for path in _paths(device, named):
-        index = _nearest(read(path).get(kernel, []), D, itemsize, octave)
-        if index is not None:
-            return path, index
+    # Rows for this very head dim first: a table of one device may have been tuned for others only.
+    for most in (D, math.inf):
+        for path in _paths(device, named):
+            index = _nearest(read(path).get(kernel, []), D, itemsize, octave, most)
+            if index is not None:
+                return path, index
     raise ValueError(f"tiles: no row for {kernel}, D = {D}, itemsize = {itemsize}")
 
 
@@ -199,8 +202,8 @@ def _paths(device: tuple[int, str], named: str | None) -> list[Path]:
     return own + [path for path in (FOLDER / f"{x}.json" for x in names) if path.exists()]
 
 
-def _nearest(rows: list[Row], D: int, itemsize: int, octave: int) -> int | None:
-    fitting = [i for i, row in enumerate(rows) if row["itemsize"] == itemsize and row["D"] >= D]
+def _nearest(rows: list[Row], D: int, itemsize: int, octave: int, most: float = math.inf) -> int | None:
+    fitting = [i for i, row in enumerate(rows) if row["itemsize"] == itemsize and D <= row["D"] <= most]
     if not fitting:
         return None
     width = min(rows[i]["D"] for i in fitting)
