@@ -78,6 +78,12 @@ def test_tables_in_turn(shipped: Write, monkeypatch: pytest.MonkeyPatch) -> None
     assert [warps(H100, D) for D in (32, 64, 256)] == [32, 4, 32], "tuned for one head dim, it answers no other's"
 
 
+def test_the_interpreter_has_a_table_of_its_own(shipped: Write) -> None:
+    shipped("interpreter", fwd=[row(256, num_warps=2)])
+    shipped("sm_80", fwd=[row(64, num_warps=4)])
+    assert warps((0, "interpreter"), 64) == 2 and warps((80, ""), 64) == 4
+
+
 def test_a_tile_that_is_forced_answers_everything(shipped: Write) -> None:
     shipped("sm_80", fwd=[row(64)], bwd_dq=[row(64)])
     outer, inner = Tile(BLOCK_M=16), Tile(BLOCK_M=32)

@@ -198,7 +198,7 @@ def _has(kernel: str, device: tuple[int, str], D: int, itemsize: int, named: str
 def _paths(device: tuple[int, str], named: str | None) -> list[Path]:
     capability, name = device
     own = [Path(named)] if named else []
-    names = (slug(name), f"sm_{capability}" if capability else "interpreter", SAFE)
+    names = (slug(name), f"sm_{capability}", SAFE) if capability else ("interpreter",)
     return own + [path for path in (FOLDER / f"{x}.json" for x in names) if path.exists()]
 
 
