@@ -181,3 +181,18 @@ def test_reasons_in_words() -> None:
     assert "head dim 257" in reasons(shape={"D": 257})
     assert "dropout_p" in reasons(dropout_p=0.1)
     assert "bias" in reasons(bias=torch.zeros(5, 5), bias_grad=True)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_document_walks_its_own_tiles_only(causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """nan in the tiles of one document shows whether another's rows and keys so much as read them."""
+    impose(monkeypatch, Tile(BLOCK_M=16, BLOCK_N=16, BLOCK_P=16))
+    call = make_call(B=1, H=1, H_kv=1, S=64, P=3, D=16, causal=causal, segment_ids=(torch.arange(64) // 32)[None])
+    leaves = {name: x.detach().clone() for name, x in call.leaves.items()}
+    for name in ("q", "k", "v"):
+        leaves[name][:, :, :32] = float("nan")
+    args = AttentionArgs(**leaves, scale=0.25, **call.options)
+    o, lse = backend.fwd(args)
+    grads = backend.bwd(args, o, lse, torch.ones_like(o), EVERYTHING)
+    assert o[:, :, :32].isnan().all() and o[:, :, 32:].isfinite().all()
+    assert all(x is not None and x[:, :, 32:].isfinite().all() for x in (grads.q, grads.k, grads.v))

@@ -1,4 +1,4 @@
-"""Vendor attention ops of aten on CUDA: cuDNN's where torch itself prefers them, else flash attention."""
+"""Vendor attention ops of aten on CUDA: cuDNN's where they apply, else flash attention."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 aten = torch.ops.aten
 
-# Where and from which version on torch puts cuDNN first for scaled_dot_product_attention.
+# Where cuDNN is expected to beat flash attention, and from which version on. An estimate: not run on a GPU.
 CUDNN_ON = ((9, 0), (10, 0))
 CUDNN_SINCE = 91500
 CUDNN_HEAD_DIM = 128
