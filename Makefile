@@ -1,19 +1,21 @@
 PYTHON ?= python3
 PYTEST_ARGS ?=
+PEFT_ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip install -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench clean
+.PHONY: help demo test test-peft lint bench clean
 
 help:
-	@echo "make demo    train a prefix on a real model (fastprefix demo)"
-	@echo "make test    ruff, mypy, then pytest (PYTEST_ARGS='-k name' to choose)"
-	@echo "make lint    ruff and mypy only"
-	@echo "make bench   microbenchmarks (PYTEST_ARGS as above)"
-	@echo "make clean   remove .venv and what tools leave behind"
+	@echo "make demo       train a prefix on a real model (fastprefix demo)"
+	@echo "make test       ruff, mypy, then pytest (PYTEST_ARGS='-k name' to choose)"
+	@echo "make test-peft  PEFT's own tests, as they are and through fastprefix.patch (PEFT_ARGS='--only FILE')"
+	@echo "make lint       ruff and mypy only"
+	@echo "make bench      microbenchmarks (PYTEST_ARGS as above)"
+	@echo "make clean      remove .venv and what tools leave behind"
 	@echo "PYTHON=python3.12 make ... chooses the interpreter of a new .venv"
 
 # --no-build-isolation: a compiled extension must be built against the torch that is installed here.
@@ -34,6 +36,10 @@ lint: $(STAMP)
 # Each worker gets one thread, or they fight for the cores; pytest-benchmark only warns under xdist.
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --benchmark-disable $(PYTEST_ARGS)
+
+# PEFT's sdist holds its tests: it is downloaded on the first run and kept in build/.
+test-peft: $(STAMP)
+	$(BIN)/python -m tests.peft_suite -n 2 $(PEFT_ARGS)
 
 bench: $(STAMP)
 	$(BIN)/pytest benches --benchmark-only $(PYTEST_ARGS)

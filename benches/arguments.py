@@ -24,6 +24,7 @@ class Call:
 
     Attributes:
         bank: prefixes in a bank; 0 is one prefix for all.
+        packed: they lie one behind the other, as long as the options say.
         width: D_v where it is not D.
         master: the prefix in fp32, whatever the dtype of the model.
     """
@@ -31,6 +32,7 @@ class Call:
     problem: Problem
     make: Make
     bank: int = 0
+    packed: bool = False
     width: int | None = None
     master: bool = False
 
@@ -44,15 +46,17 @@ class Call:
             return drawn.requires_grad_()
 
         leaves = Leaves.random(x, seed, requires_grad=True)
-        width, lead = self.width or x.D, (self.bank,) if self.bank else ()
+        options = self.make(x, generator)
+        width, lead = self.width or x.D, (self.bank,) if self.bank and not self.packed else ()
+        tokens = int(options["prefix_lens"].sum()) if self.packed else x.P
         if self.width:
             v, do = (normal(x.B, n, h, width).detach().transpose(1, 2) for n, h in ((x.T, x.H_kv), (x.S, x.H)))
             leaves = replace(leaves, v=v.requires_grad_(), do=do)
         if self.width or self.bank or self.master:
             dtype = torch.float32 if self.master else x.dtype
-            prefix = (normal(*lead, x.H_kv, x.P, dim, dtype=dtype) for dim in (x.D, width))
+            prefix = (normal(*lead, x.H_kv, tokens, dim, dtype=dtype) for dim in (x.D, width))
             leaves = replace(leaves, **dict(zip(("prefix_k", "prefix_v"), prefix, strict=True)))
-        return leaves, self.make(x, generator)
+        return leaves, options
 
     def small(self) -> Call:
         """The same on a few rows of two samples and one pair of heads."""
@@ -150,6 +154,13 @@ CALLS: dict[str, Call] = {
     "bank": Call(replace(_ROWS, B=5), lambda x, g: {"prefix_ids": _ids(x, g, x.B)}, bank=3),
     "bank ragged": Call(
         replace(_ROWS, B=5), lambda x, g: {"prefix_ids": _ids(x, g, x.B), "prefix_lens": _lens(x)}, bank=3
+    ),
+    "bank packed": Call(
+        replace(_ROWS, B=5),
+        lambda x, g: {"prefix_ids": _ids(x, g, x.B), "prefix_lens": _lens(x)},
+        bank=3,
+        packed=True,
+        master=True,
     ),
     "bank by row": Call(_ROWS, lambda x, g: {"prefix_ids": _ids(x, g, x.B, x.S), "prefix_lens": _lens(x)}, bank=3),
     "decode, padding": Call(_DECODE, lambda x, g: {"key_padding_mask": padding(x, "left")}),

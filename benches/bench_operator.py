@@ -1,4 +1,4 @@
-"""The operator against its peers, a group a problem: forward, forward and backward, decoding.
+"""The operator against its peers, a group a problem: forward, forward and backward, decoding; one prefix and a bank.
 
 Nothing is timed before its result is right: ours against fp64 truth on a smaller problem of the same kind, a peer
 against ours on the problem itself.
@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
 
+from benches.arguments import Call
 from fastprefix.measure import Leaves, Mode, Peer, Problem, peers_for, runner
 from fastprefix.measure.check import broken_rule, disagreement, results
 from fastprefix.measure.peers import OURS
@@ -54,3 +56,30 @@ def test_operator(problem: Problem, mode: Mode, peer: Peer, time_it: Callable[[s
     wrong = disagreement(call(), _ours(problem, mode), problem.dtype) if peer.exact else None
     assert wrong is None, wrong
     time_it(f"{mode}: {problem.label}", call)
+
+
+# A mixed batch: a prefix of its own for every sample, beside the one that all share.
+_MIXED = Problem.train(8, 9, 3, 64, 128, 64)
+_LENGTHS = (16, 48, 80, 112, 144, 176, 208, 240)
+
+
+def _bank(lengths: tuple[int, ...]) -> Call:
+    options = {"prefix_ids": torch.arange(8), "prefix_lens": torch.tensor(lengths)}
+    return Call(_MIXED, lambda x, g: options, bank=8, packed=True)
+
+
+MIXED = {
+    "one prefix": Call(_MIXED, lambda x, g: {}),
+    "bank": Call(_MIXED, lambda x, g: {"prefix_ids": torch.arange(8)}, bank=8),
+    "packed bank": _bank((128,) * 8),
+    "packed bank of many lengths": _bank(_LENGTHS),
+}
+
+
+@pytest.mark.parametrize("name", MIXED)
+def test_mixed_batch(name: str, time_it: Callable[[str, Callable[[], Any]], None]) -> None:
+    leaves, options = MIXED[name].build()
+    call = partial(results, leaves, causal=True, backend="auto", **options)
+    wrong = broken_rule(_MIXED, leaves, call(), options)
+    assert wrong is None, wrong
+    time_it(f"mixed batch: {_MIXED.label}", call)

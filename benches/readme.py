@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from benches import peft
 from fastprefix.measure.problem import Mode, Problem
 from fastprefix.measure.run import measure
 from fastprefix.measure.tables import environment, markdown_table, write_atomically
@@ -23,7 +24,7 @@ from fastprefix.measure.timing import Timing, ratio
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benches" / "results" / "cpu" / "readme.json"
 BEGIN, END = "<!-- measured -->", "<!-- end of measured -->"
-PARTS = ("operator", "step", "saved")
+PARTS = ("operator", "step", "saved", "peft")
 _NAMES = {
     "cat_mask": "cat, repeat_kv, dense mask (PEFT as shipped)",
     "cat_sdpa": "cat + SDPA, lower-right causal",
@@ -51,6 +52,8 @@ def take(parts: Sequence[str], repeats: int) -> dict[str, Any]:
         found["step"] = [_step(length) for length in (16, 512)]
     if "saved" in parts:
         found["saved"] = [_saved(batch) for batch in (1, 16)]
+    if "peft" in parts:
+        found["peft"] = peft.take(_model(), repeats=5)
     return found
 
 
@@ -138,6 +141,10 @@ def section(found: dict[str, Any]) -> str:
             markdown_table(("P", "PEFT / ours", "ours / no prefix", "saved: ours", "PEFT", "no prefix"), steps),
             "",
             f"What P = 512 adds to the saved bytes: {extra}.",
+            "",
+            "PEFT's models as shipped beside the same ones patched, and a mixed batch beside one prefix, SmolLM2-135M:",
+            "",
+            peft.table(found["peft"]),
         )
     )
 

@@ -6,13 +6,27 @@ from fastprefix import init
 from fastprefix.explain import explain
 from fastprefix.functional import prefix_attention
 from fastprefix.prefixes.config import PrefixConfig
+from fastprefix.prefixes.prompt import PromptConfig
 
 if TYPE_CHECKING:
-    from fastprefix.hf.api import attach, bake, detach, load, save, set_prefix
+    from fastprefix.hf.api import (
+        attach,
+        bake,
+        detach,
+        load,
+        patch,
+        prefix_batch,
+        register,
+        save,
+        set_prefix,
+        shared_prompt,
+        unpatch,
+    )
 
 __version__ = "0.1.0"
 __all__ = [
     "PrefixConfig",
+    "PromptConfig",
     "__version__",
     "attach",
     "bake",
@@ -20,12 +34,29 @@ __all__ = [
     "explain",
     "init",
     "load",
+    "patch",
     "prefix_attention",
+    "prefix_batch",
+    "register",
     "save",
     "set_prefix",
+    "shared_prompt",
+    "unpatch",
 ]
 
-_HF = ("attach", "bake", "detach", "load", "save", "set_prefix")
+_HF = (
+    "attach",
+    "bake",
+    "detach",
+    "load",
+    "patch",
+    "prefix_batch",
+    "register",
+    "save",
+    "set_prefix",
+    "shared_prompt",
+    "unpatch",
+)
 
 
 def __getattr__(name: str) -> Any:

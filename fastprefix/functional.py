@@ -65,7 +65,9 @@ def prefix_attention(  # type: ignore[misc]  # the overloads tell the return typ
         q: ``[B, H, S, D]`` fp16, bf16, fp32 or fp64, any strides.
         k, v: ``[B, H_kv, T, D]`` and ``[B, H_kv, T, D_v]`` in q's dtype; ``H % H_kv == 0``, never repeated.
         prefix_k, prefix_v: ``[H_kv, P, D]`` and ``[H_kv, P, D_v]``, always visible; with ``prefix_ids`` a bank
-            ``[N, H_kv, P, D]``. Any float dtype: they are read in q's and their gradients return in their own.
+            ``[N, H_kv, P, D]`` or, with ``prefix_lens`` too, a packed one ``[H_kv, P, D]``: its prefixes one behind
+            the other, P the sum of their lengths. Any float dtype: they are read in q's and their gradients return
+            in their own.
         causal: query row i sees content key j only if ``j <= q_start + i``.
         scale: multiplies ``q k^T``; default ``1 / sqrt(D)``.
         key_padding_mask: ``[B, T]`` bool, True = attend. A row without any visible key gives o = 0, lse = -inf.
@@ -80,7 +82,7 @@ def prefix_attention(  # type: ignore[misc]  # the overloads tell the return typ
             -1e37 and below, and False in a bool bias, hide the key.
         gate: ``[H]``; ``o = o_content + gate * o_prefix`` with two softmaxes (LLaMA-Adapter, Zhang et al. 2023).
         prefix_ids: ``[B]`` or ``[B, S]`` int, the row's prefix in the bank, -1 = none.
-        prefix_lens: ``[N]`` int, tokens of each prefix in the bank.
+        prefix_lens: ``[N]`` int, tokens of each prefix in the bank, 0 and more.
         dropout_p: probability of dropping an attention weight.
         return_lse: also return the log-sum-exp.
         backend: ``auto``, or a name: that backend or an error, never another.
@@ -109,7 +111,7 @@ def _validated(*, gate: Tensor | None, **named: Any) -> AttentionArgs:
     q, k, v = (_autocast(named[x]) for x in ("q", "k", "v"))
     prefix_k, prefix_v, scale, bias = named["prefix_k"], named["prefix_v"], named["scale"], named["bias"]
     validation.check_content(q, k, v)
-    validation.check_prefix(q, v, prefix_k, prefix_v, bank=named["prefix_ids"] is not None)
+    validation.check_prefix(q, v, prefix_k, prefix_v, named["prefix_ids"], named["prefix_lens"])
     validation.check_masks(
         q, k, *(named[x] for x in ("causal", "key_padding_mask", "segment_ids", "q_start", "window"))
     )

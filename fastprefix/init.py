@@ -1,5 +1,5 @@
 """``fastprefix.init``: where a prefix starts. See :mod:`fastprefix.prefixes.init`."""
 
-from fastprefix.prefixes.init import Init, kv, normal, text, token_ids
+from fastprefix.prefixes.init import Init, kv, normal, text, token_ids, vocabulary
 
-__all__ = ["Init", "kv", "normal", "text", "token_ids"]
+__all__ = ["Init", "kv", "normal", "text", "token_ids", "vocabulary"]

@@ -1,4 +1,4 @@
-"""Which content key a query row may see, as a dense mask: for the oracle, and for vendor kernels that need one."""
+"""Which key a query row may see, as a dense mask: for the oracle, and for vendor kernels that need one."""
 
 from __future__ import annotations
 
@@ -43,6 +43,12 @@ def visible_keys(args: AttentionArgs) -> Tensor | None:
     for other in visible[1:]:
         mask = mask & other
     return mask
+
+
+def prefix_owner(lens: Tensor, tokens: int) -> Tensor:
+    """The prefix that each token of a packed bank belongs to, ``[P]``; N behind the last. Nothing is read back."""
+    # The first prefix that ends behind the token: one of length 0 ends where it begins and owns none.
+    return torch.searchsorted(lens.cumsum(0), torch.arange(tokens, device=lens.device), right=True)
 
 
 def additive_bias(args: AttentionArgs) -> Tensor | None:

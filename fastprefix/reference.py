@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastprefix.masks import additive_bias, visible_keys
+from fastprefix.masks import additive_bias, prefix_owner, visible_keys
 from fastprefix.types import AttentionArgs, Grads, Needs, lse_dtype
 
 
@@ -21,7 +21,7 @@ class _Dense(NamedTuple):
     q: Tensor  # [B, H, S, D]
     k: Tensor  # [B, H, T, D]
     v: Tensor  # [B, H, T, D_v]
-    prefix_k: Tensor  # [B, H, P, D]; [B*S, H, P, D] when every row has its own prefix
+    prefix_k: Tensor  # [B or 1, H, P, D]; [B*S, H, P, D] when every row has its own prefix
     prefix_v: Tensor  # likewise, D_v
     prefix_visible: Tensor | None  # [B or B*S, 1, 1, P]; None: all of it
 
@@ -38,12 +38,14 @@ def _dense(args: AttentionArgs) -> _Dense:
     if args.key_padding_mask is not None:
         hidden = ~args.key_padding_mask[:, None, :, None]
         k, v = k.masked_fill(hidden, 0.0), v.masked_fill(hidden, 0.0)
-    if args.prefix_k.dim() == 3:
+    if args.prefix_ids is None:
         prefix_k, prefix_v = (heads(x.unsqueeze(0)) for x in (args.prefix_k, args.prefix_v))
         return _Dense(args.q.to(compute), k, v, prefix_k, prefix_v, None)
     ids, visible = _bank_rows(args)
     hidden = ~visible.unsqueeze(-1)  # [rows, 1, P, 1]
-    prefix_k, prefix_v = (heads(x[ids]).masked_fill(hidden, 0.0) for x in (args.prefix_k, args.prefix_v))
+    # Of a packed bank every row has all tokens, those of other prefixes hidden.
+    own = (x.expand(len(ids), -1, -1, -1) if args.packed else x[ids] for x in (args.prefix_k, args.prefix_v))
+    prefix_k, prefix_v = (heads(x).masked_fill(hidden, 0.0) for x in own)
     return _Dense(args.q.to(compute), k, v, prefix_k, prefix_v, visible.unsqueeze(2))
 
 
@@ -51,6 +53,9 @@ def _bank_rows(args: AttentionArgs) -> tuple[Tensor, Tensor]:
     """Bank index ``[rows]`` (0 where there is no prefix) and visible prefix tokens ``[rows, 1, P]``."""
     assert args.prefix_ids is not None
     ids = args.prefix_ids.reshape(-1).long()
+    if args.packed:
+        assert args.prefix_lens is not None
+        return ids.clamp(min=0), (prefix_owner(args.prefix_lens, args.num_prefix_tokens) == ids[:, None]).unsqueeze(1)
     visible = (ids >= 0)[:, None]
     ids = ids.clamp(min=0)
     if args.prefix_lens is not None:
@@ -167,9 +172,11 @@ def bwd(args: AttentionArgs, o: Tensor, lse: Tensor, do: Tensor, needs: Needs) -
 
     def prefix_grad(dx: Tensor, like: Tensor) -> Tensor:
         dx = dx.unflatten(1, (-1, args.groups)).sum(2)  # [B or B*S, H_kv, P, X]
-        if like.dim() == 3:
+        if args.prefix_ids is None:
             return dx.sum(0).to(like.dtype)
-        ids, _ = _bank_rows(args)
+        ids, visible = _bank_rows(args)
+        if args.packed:  # what is wrong with a row must not reach the prefixes that it does not read
+            return dx.masked_fill(~visible.unsqueeze(-1), 0.0).sum(0).to(like.dtype)
         return dx.new_zeros(like.shape).index_add_(0, ids, dx).to(like.dtype)
 
     dq = None

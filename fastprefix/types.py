@@ -30,8 +30,8 @@ class AttentionArgs:
     q: Tensor  # [B, H, S, D]
     k: Tensor  # [B, H_kv, T, D]
     v: Tensor  # [B, H_kv, T, D_v]
-    prefix_k: Tensor  # [H_kv, P, D], or a bank [N, H_kv, P, D]
-    prefix_v: Tensor  # [H_kv, P, D_v], or a bank [N, H_kv, P, D_v]
+    prefix_k: Tensor  # [H_kv, P, D]; a bank is [N, H_kv, P, D] or, packed, [H_kv, P, D] with P the sum of its lengths
+    prefix_v: Tensor  # likewise, D_v
     scale: float
     causal: bool = True
     key_padding_mask: Tensor | None = None  # [B, T] bool
@@ -49,7 +49,21 @@ class AttentionArgs:
 
     @property
     def num_prefix_tokens(self) -> int:
+        """P: of a padded bank its longest, of a packed one all together."""
         return self.prefix_k.shape[-2]
+
+    @property
+    def packed(self) -> bool:
+        """Whether the prefixes of a bank lie one behind the other in one tensor."""
+        return self.prefix_ids is not None and self.prefix_k.dim() == 3
+
+    @property
+    def num_prefixes(self) -> int:
+        """N, 1 without a bank."""
+        if self.packed:
+            assert self.prefix_lens is not None
+            return self.prefix_lens.shape[0]
+        return self.prefix_k.shape[0] if self.prefix_k.dim() == 4 else 1
 
     @property
     def groups(self) -> int:

@@ -27,12 +27,15 @@ def _tensor(name: str, x: object, dims: str, rank: tuple[int, ...], dtypes: tupl
     return x
 
 
+def _sizes(want: list[int | None]) -> str:
+    return f"[{', '.join('any' if n is None else str(n) for n in want)}]"
+
+
 def _shape(name: str, x: Tensor, dims: str, want: list[int | None]) -> None:
     """``want`` holds sizes; None leaves a dimension free."""
     for have, need in zip(x.shape, want, strict=True):
         if need is not None and have != need:
-            sizes = ", ".join("any" if n is None else str(n) for n in want)
-            raise fail(name, f"shape {list(x.shape)}", f"{dims} = [{sizes}]")
+            raise fail(name, f"shape {list(x.shape)}", f"{dims} = {_sizes(want)}")
 
 
 def check_content(q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -56,10 +59,20 @@ def check_content(q: Tensor, k: Tensor, v: Tensor) -> None:
     _shape("v", v, "[B, H_kv, T, D_v]", [q.shape[0], k.shape[1], k.shape[2], None])
 
 
-def check_prefix(q: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor, bank: bool) -> None:
-    """The prefix (a bank when ``bank``) fits q and v; its dtype is its own."""
+def check_prefix(
+    q: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor, prefix_ids: object, prefix_lens: object
+) -> None:
+    """The prefix (with ``prefix_ids`` a bank, packed if it has three dimensions) fits q and v; its dtype is its own."""
+    bank = prefix_ids is not None
+    packed = bank and prefix_lens is not None and isinstance(prefix_k, Tensor) and prefix_k.dim() == 3
+    bank = bank and not packed
     lead, rank = ("[N, H_kv, P, ", 4) if bank else ("[H_kv, P, ", 3)
-    hint = "" if bank else " (a bank [N, H_kv, P, D] needs prefix_ids)"
+    if packed:
+        hint = " (a packed bank: P is the sum of prefix_lens)"
+    elif bank:
+        hint = " (a bank; packed, [H_kv, P, D] with P the sum of its lengths, it needs prefix_lens)"
+    else:
+        hint = " (a bank [N, H_kv, P, D] needs prefix_ids)"
     _tensor("prefix_k", prefix_k, f"{lead}D]{hint}", (rank,), FLOATS)
     _tensor("prefix_v", prefix_v, f"{lead}D_v]{hint}", (rank,), FLOATS)
     if prefix_v.dtype != prefix_k.dtype:
@@ -78,7 +91,7 @@ def check_prefix(q: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor, bank:
 def _optional(q: Tensor, name: str, x: object, dims: str, want: list[int | None], dtypes: Any) -> None:
     if x is None:
         return
-    t = _tensor(name, x, f"{dims} = {want}", (len(want),), dtypes)
+    t = _tensor(name, x, f"{dims} = {_sizes(want)}", (len(want),), dtypes)
     _shape(name, t, dims, want)
     if t.device != q.device:
         raise fail(name, f"device {t.device}", f"q's device {q.device}")
@@ -132,17 +145,30 @@ def check_bank(q: Tensor, prefix_k: Tensor, prefix_ids: object, prefix_lens: obj
             raise fail("prefix_lens", "lengths without prefix_ids", "prefix_ids, which make a bank of the prefix")
         return
     batch, seq = q.shape[0], q.shape[2]
+    packed = prefix_k.dim() == 3
     per_row = isinstance(prefix_ids, Tensor) and prefix_ids.dim() == 2
     dims, want = ("[B, S]", [batch, seq]) if per_row else ("[B] or [B, S]", [batch])
     _optional(q, "prefix_ids", prefix_ids, dims, list(want), INTS)
-    _optional(q, "prefix_lens", prefix_lens, "[N]", [prefix_k.shape[0]], INTS)
+    _optional(q, "prefix_lens", prefix_lens, "[N]", [None if packed else prefix_k.shape[0]], INTS)
+    number = prefix_k.shape[0]
+    if packed:
+        assert isinstance(prefix_lens, Tensor)
+        number = prefix_lens.shape[0]
+        if number == 0:
+            raise fail("prefix_lens", "no length", "a bank of at least one prefix")
     if torch.compiler.is_compiling() or q.device.type != "cpu":
         return
     assert isinstance(prefix_ids, Tensor)
-    if prefix_ids.numel() and (prefix_ids.max() >= prefix_k.shape[0] or prefix_ids.min() < -1):
-        raise fail("prefix_ids", f"{int(prefix_ids.min())}..{int(prefix_ids.max())}", f"-1..{prefix_k.shape[0] - 1}")
-    if isinstance(prefix_lens, Tensor) and (prefix_lens.max() > prefix_k.shape[-2] or prefix_lens.min() < 0):
-        raise fail("prefix_lens", prefix_lens.tolist(), f"lengths within 0..{prefix_k.shape[-2]}")
+    if prefix_ids.numel():
+        low, high = (int(x) for x in prefix_ids.aminmax())
+        if low < -1 or high >= number:
+            raise fail("prefix_ids", f"{low}..{high}", f"-1..{number - 1}")
+    if isinstance(prefix_lens, Tensor):
+        lens, tokens = prefix_lens.tolist(), prefix_k.shape[-2]
+        if packed and (min(lens) < 0 or sum(lens) != tokens):
+            raise fail("prefix_lens", lens, f"lengths of 0 and more that add up to prefix_k's {tokens} tokens")
+        if min(lens) < 0 or max(lens) > tokens:
+            raise fail("prefix_lens", lens, f"lengths within 0..{tokens}")
 
 
 def _is_number(x: object) -> TypeGuard[float]:

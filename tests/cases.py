@@ -92,6 +92,39 @@ CASES: dict[str, Callable[[], Call]] = {
         key_padding_mask=torch.tensor([[False] * 5, [False, True, True, True, True]]),
     ),
     "bank_and_gate": lambda: make_call(N=2, prefix_ids=torch.tensor([1, 0]), gate=torch.randn(6).requires_grad_()),
+    "bank_packed": lambda: make_call(B=4, packed=(7, 0, 3), prefix_ids=torch.tensor([2, -1, 0, 2])),
+    "bank_packed_side_by_side": lambda: make_call(
+        B=7, packed=(2, 6, 6, 6, 1, 6), prefix_ids=torch.tensor([0, 1, 2, 3, -1, 4, 5])
+    ),
+    "bank_packed_two_samples_each": lambda: make_call(
+        B=6, S=40, H_kv=3, packed=(4, 9, 4), prefix_ids=torch.tensor([0, 0, 2, 2, 1, 1], dtype=torch.int32)
+    ),
+    "bank_packed_per_row": lambda: make_call(
+        S=6,
+        packed=(7, 2, 0, 3),
+        prefix_ids=torch.tensor([[0, 0, 1, 1, -1, 3], [3, 2, 3, -1, 0, 0]]),
+    ),
+    "bank_packed_documents": lambda: make_call(
+        B=1,
+        S=9,
+        packed=(5, 2, 2),
+        prefix_ids=torch.tensor([[1, 1, 1, 2, 2, 2, 0, 0, 0]]),
+        segment_ids=_segments(1, 9),
+    ),
+    "bank_packed_unused": lambda: make_call(packed=(3, 4), prefix_ids=torch.tensor([-1, -1])),
+    "bank_packed_empty": lambda: make_call(packed=(0, 0), prefix_ids=torch.tensor([1, 0])),
+    "bank_packed_no_content": lambda: make_call(
+        B=3, T=0, causal=False, packed=(3, 4), prefix_ids=torch.tensor([1, -1, 0])
+    ),
+    "bank_packed_decoding": lambda: make_call(B=4, S=1, T=6, packed=(5, 3, 5), prefix_ids=torch.tensor([0, 2, -1, 1])),
+    "bank_packed_d_v_smaller": lambda: make_call(D=24, D_v=16, packed=(3, 3), prefix_ids=torch.tensor([0, 1])),
+    "bank_packed_d_v_larger": lambda: make_call(D=8, D_v=24, packed=(3, 5), prefix_ids=torch.tensor([1, 0])),
+    "bank_packed_and_padding": lambda: make_call(
+        B=3, packed=(3, 2), prefix_ids=torch.tensor([1, -1, 0]), key_padding_mask=padding(3, 5, "left")
+    ),
+    "bank_packed_and_gate": lambda: make_call(
+        packed=(3, 2), prefix_ids=torch.tensor([1, 0]), gate=torch.randn(6).requires_grad_()
+    ),
     "everything": lambda: make_call(
         B=3,
         S=6,
@@ -110,4 +143,8 @@ EAGER = [
     for name in CASES
     if not name.startswith(("bank", "gate", "no_", "nothing", "q_start_before", "a_sample", "padding_no", "sinks_"))
     and name not in ("more_rows_than_keys", "bias_trained", "segments_without_content")
+]
+# And with a bank.
+EAGER_BANKS = [
+    name for name in CASES if name.startswith("bank") and not name.endswith(("gate", "empty", "no_content", "padding"))
 ]

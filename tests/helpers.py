@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,11 +46,14 @@ def make_call(
     D: int = 16,
     D_v: int | None = None,
     N: int | None = None,
+    packed: Sequence[int] | None = None,
     dtype: torch.dtype = torch.float32,
     **options: Any,
 ) -> Call:
-    """Random leaves in [B, S, H, D] storage, as models have them; ``N`` makes the prefix a bank."""
+    """Random leaves in [B, S, H, D] storage, as models have them; ``N`` or ``packed`` lengths make a bank."""
     T, D_v = S if T is None else T, D_v or D
+    if packed is not None:
+        P, options["prefix_lens"] = sum(packed), torch.tensor(packed)
 
     def bshd(heads: int, length: int, dim: int) -> Tensor:
         return torch.randn(B, length, heads, dim, dtype=torch.float64).transpose(1, 2)
@@ -129,7 +133,11 @@ def brute_force(call: Call) -> dict[str, Tensor]:
                 if ids is not None:
                     n = int(ids[b] if ids.dim() == 1 else ids[b, i])
                     length = 0 if n < 0 else (int(lens[n]) if lens is not None else pk.shape[2])
-                    my_k, my_v = pk[n, :, :length], pv[n, :, :length]
+                    if pk.dim() == 4:
+                        my_k, my_v = pk[n, :, :length], pv[n, :, :length]
+                    else:
+                        before = int(lens[: max(n, 0)].sum())
+                        my_k, my_v = (x[:, before : before + length] for x in (pk, pv))
                 prefix = score(q[b, h, i], my_k[h // groups])
                 extra = [] if sinks is None else [sinks[h : h + 1]]
                 values_c, values_p = v[b, h // groups, seen], my_v[h // groups]
@@ -161,7 +169,8 @@ def truth(call: Call) -> dict[str, Tensor]:
 def eager(call: Call) -> dict[str, Tensor]:
     """Concatenate, matmul, softmax, matmul, every step in the call's own dtype: the error that dtype is entitled to.
 
-    Content masks come from the library (``tests/test_masks.py`` holds them to brute force); plain prefixes only.
+    Content masks come from the library (``tests/test_masks.py`` holds them to brute force). A bank is one long prefix,
+    of which a row sees its own part.
     """
     from fastprefix.masks import additive_bias, visible_keys
     from fastprefix.types import AttentionArgs
@@ -170,6 +179,8 @@ def eager(call: Call) -> dict[str, Tensor]:
     q, k, v, pk, pv = (leaves[n] for n in ("q", "k", "v", "prefix_k", "prefix_v"))
     B, H, S, D = q.shape
     args = AttentionArgs(**leaves, scale=D**-0.5 if call.options.get("scale") is None else call.options["scale"], **opt)
+    if pk.dim() == 4:
+        pk, pv = (x.transpose(0, 1).flatten(1, 2) for x in (pk, pv))
     keys = torch.cat([pk.to(q.dtype).expand(B, -1, -1, -1), k], 2).repeat_interleave(args.groups, 1)
     values = torch.cat([pv.to(q.dtype).expand(B, -1, -1, -1), v], 2).repeat_interleave(args.groups, 1)
     s = q @ keys.transpose(-1, -2) * args.scale
@@ -182,10 +193,25 @@ def eager(call: Call) -> dict[str, Tensor]:
     if visible is not None:
         full = torch.nn.functional.pad(visible.expand(*visible.shape[:-1], k.shape[2]), (P, 0), value=True)
         s = s.masked_fill(~full, float("-inf"))
+    if args.prefix_ids is not None:
+        own = torch.nn.functional.pad(_own_prefix(args), (0, k.shape[2]), value=True)
+        s = s.masked_fill(~own, float("-inf"))
     if args.sinks is not None:
         s = torch.cat([s, args.sinks.to(s.dtype)[None, :, None, None].expand(B, H, S, 1)], -1)
     o = torch.softmax(s, -1)[..., : values.shape[2]] @ values
     return {"o": o.detach(), "lse": torch.logsumexp(s, -1).detach(), **gradients(o, call)}
+
+
+def _own_prefix(args: Any) -> Tensor:
+    """``[B, 1, S or 1, columns]`` bool: the tokens of a bank, laid out side by side, that a row reads."""
+    if args.prefix_k.dim() == 3:
+        columns = [(n, True) for n, length in enumerate(args.prefix_lens.tolist()) for _ in range(length)]
+    else:
+        N, P = args.prefix_k.shape[0], args.prefix_k.shape[2]
+        lens = [P] * N if args.prefix_lens is None else args.prefix_lens.tolist()
+        columns = [(n, t < lens[n]) for n in range(N) for t in range(P)]
+    ids = args.prefix_ids.view(args.q.shape[0], 1, -1, 1)
+    return (ids == torch.tensor([n for n, _ in columns])) & torch.tensor([there for _, there in columns])
 
 
 def assert_within_rule(got: dict[str, Tensor], call: Call, tiny: float = 1e-6) -> None:

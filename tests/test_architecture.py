@@ -74,7 +74,7 @@ def test_imports_go_down(path: Path) -> None:
 
 @pytest.mark.parametrize("path", sorted((ROOT / "backends").glob("*.py")), ids=lambda p: p.name)
 def test_backends_know_neither_each_other_nor_the_reference(path: Path) -> None:
-    primitives = ("vendor", "vendor_cuda", "merge", "fold", "parts", "joined", "launch")
+    primitives = ("vendor", "vendor_cuda", "merge", "bank", "fold", "parts", "joined", "launch")
     shared = {f"backends.{name}" for name in primitives}
     for name in imports(path):
         assert name != "reference"

@@ -9,6 +9,7 @@ import torch
 
 from fastprefix import ops, prefix_attention
 from fastprefix.backends import vendor
+from fastprefix.measure.saved import saved_bytes
 from tests.cases import CASES
 from tests.helpers import Call, make_call, run
 
@@ -34,6 +35,8 @@ def raw_inputs(call: Call, backend: str) -> tuple[Any, ...]:
         "left_padding",
         "q_start_scalar",
         "bank",
+        "bank_packed",
+        "bank_packed_per_row",
         "sinks",
         "bias_trained",
         "with_a_cache",
@@ -44,7 +47,7 @@ def test_opcheck(case: str, backend: str) -> None:
     torch.library.opcheck(torch.ops.fastprefix.prefix_attn_fwd, inputs)
 
 
-@pytest.mark.parametrize("case", ["plain", "d_v_smaller", "bank", "bias_trained", "sinks"])
+@pytest.mark.parametrize("case", ["plain", "d_v_smaller", "bank", "bank_packed", "bias_trained", "sinks"])
 def test_opcheck_backward(case: str, backend: str) -> None:
     inputs = raw_inputs(CASES[case]().to(torch.float32), backend)
     o, lse = torch.ops.fastprefix.prefix_attn_fwd(*inputs)
@@ -57,7 +60,10 @@ def test_opcheck_backward(case: str, backend: str) -> None:
     )
 
 
-@pytest.mark.parametrize("case", ["plain", "left_padding", "gate", "bank", "softcap", "q_start_scalar", "window"])
+COMPILED = ("plain", "left_padding", "gate", "bank", "bank_packed", "softcap", "q_start_scalar", "window")
+
+
+@pytest.mark.parametrize("case", [*COMPILED, "bank_packed_per_row", "bank_packed_and_gate"])
 def test_compile_fullgraph(case: str, backend: str) -> None:
     torch._dynamo.reset()
     call = CASES[case]().to(torch.float32)
@@ -172,3 +178,15 @@ def test_saved_bytes_do_not_hold_a_copy_of_the_prefix(backend: str) -> None:
         params = {call.leaves[n].untyped_storage().data_ptr() for n in ("prefix_k", "prefix_v")}
         saved[P] = sum(n for ptr, n in seen.items() if ptr not in params)
     assert saved[64] == saved[0] > 0
+
+
+def test_saved_bytes_do_not_grow_with_padding(backend: str) -> None:
+    """A packed bank saves nothing but ids and lengths, however unequal these are."""
+    saved = {}
+    for name, lens in (("equal", [20] * 8), ("unequal", [4] * 7 + [132]), ("none", [0] * 8)):
+        call = make_call(B=8, S=8, packed=lens, prefix_ids=torch.arange(8))
+        saved[name] = saved_bytes(
+            lambda call=call: prefix_attention(**call.leaves, **call.options, backend=backend),
+            exclude=[call.leaves["prefix_k"], call.leaves["prefix_v"]],
+        )
+    assert saved["unequal"] == saved["equal"] == saved["none"] > 0

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import fastprefix
 from fastprefix import PrefixConfig, init
-from fastprefix.hf.storage import pack, unpack
+from fastprefix.hf.formats import pack, unpack
 from fastprefix.prefixes.config import LayerShape
 from tests.models import ROWS, VOCAB
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
 from fastprefix.backends import triton as backend
-from fastprefix.backends.launch import run, shapes, tiles
+from fastprefix.backends.launch import packed, run, shapes, tiles
 from fastprefix.backends.launch.tiles import Tile
 from fastprefix.types import AttentionArgs, Needs
 from tests.helpers import Call, assert_close, assert_within_rule, make_call, truth
@@ -168,6 +169,23 @@ def test_a_large_bank_of_which_few_are_used() -> None:
     ids = torch.tensor([[77, 77, 3, 3, -1], [50, 3, 77, 77, 99]])
     call = make_call(B=2, H=2, H_kv=1, S=5, P=3, D=16, N=100, prefix_ids=ids, prefix_lens=torch.arange(100) % 4)
     assert_close(run_call(call, "triton"), truth(call), 1e-5)
+
+
+def test_a_packed_bank_is_spread_out_for_a_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    call = make_call(B=3, packed=(3, 0, 5), prefix_ids=torch.tensor([2, -1, 0]))
+    given = AttentionArgs(**{n: x.detach() for n, x in call.leaves.items()}, scale=0.25, **call.options)
+    args = packed.padded(given)
+    assert args.prefix_k.shape == (3, 2, 5, 16) and not args.packed and packed.padded(args) is args
+    assert torch.equal(args.prefix_k[2], given.prefix_k[:, 3:]) and torch.equal(
+        args.prefix_v[0, :, :3], given.prefix_v[:, :3]
+    )
+    back = packed.pack(args.prefix_k, given)
+    assert back is not None and torch.equal(back, given.prefix_k)
+    for a, b in zip(backend.fwd_with_mass(given), backend.fwd_with_mass(args), strict=True):
+        assert torch.equal(a, b)
+    names = ("q", "k", "v", "prefix_k", "prefix_v", "prefix_ids", "prefix_lens")
+    there = replace(given, **{name: getattr(given, name).to("meta") for name in names})
+    assert packed.padded(there).prefix_k.shape == (3, 2, 8, 16), "lengths that cannot be read: room for any"
 
 
 def test_reasons_in_words() -> None:

@@ -37,7 +37,22 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
         "prefix_v: got dtype torch.float16, expected prefix_k's",
     ),
     "bank without ids": ({"prefix_k": torch.randn(3, 2, 7, 16)}, "prefix_k: .* needs prefix_ids"),
-    "ids without bank": ({"prefix_ids": torch.tensor([0, 0])}, "prefix_k: got shape"),
+    "ids without bank": (
+        {"prefix_ids": torch.tensor([0, 0])},
+        r"prefix_k: got shape \[2, 7, 16\], expected \[N, H_kv, P, D\].*packed.*needs prefix_lens",
+    ),
+    "packed values of another length": (
+        {"prefix_ids": torch.tensor([0, 0]), "prefix_lens": torch.tensor([7]), "prefix_v": torch.randn(2, 6, 16)},
+        r"prefix_v: got shape \[2, 6, 16\], expected .* \[2, 7, 16\]",
+    ),
+    "packed without a prefix": (
+        {"prefix_ids": torch.tensor([-1, -1]), "prefix_lens": torch.zeros(0, dtype=torch.long)},
+        "prefix_lens: got no length, expected a bank of at least one prefix",
+    ),
+    "packed lengths of two dimensions": (
+        {"prefix_ids": torch.tensor([0, 0]), "prefix_lens": torch.tensor([[7]])},
+        r"prefix_lens: got shape \[1, 1\], expected \[N\] = \[any\]",
+    ),
     "lens without ids": ({"prefix_lens": torch.tensor([1])}, "prefix_lens: got lengths without prefix_ids"),
     "backend": ({"backend": "fastest"}, "backend: got 'fastest', expected 'auto' or 'reference'"),
     "padding dtype": ({"key_padding_mask": torch.ones(2, 5)}, "key_padding_mask: got dtype torch.float32"),
@@ -86,6 +101,28 @@ def test_wrong_bank(ids: list[int], lens: list[int] | None, message: str) -> Non
     options = {"prefix_ids": torch.tensor(ids), "prefix_lens": None if lens is None else torch.tensor(lens)}
     with pytest.raises(ValueError, match=message):
         prefix_attention(**make_call(N=3).leaves, **options)
+
+
+@pytest.mark.parametrize(
+    ("ids", "lens", "message"),
+    [
+        ([2, 0], [3, 4], r"prefix_ids: got 0..2, expected -1..1"),
+        ([0, 1], [3, 5], r"prefix_lens: got \[3, 5\], expected .* add up to prefix_k's 7 tokens"),
+        ([0, 1], [3, 3], r"prefix_lens: got \[3, 3\], expected .* add up to"),
+        ([0, 1], [8, -1], r"prefix_lens: got \[8, -1\], expected lengths of 0 and more"),
+    ],
+)
+def test_wrong_packed_bank(ids: list[int], lens: list[int], message: str) -> None:
+    options = {"prefix_ids": torch.tensor(ids), "prefix_lens": torch.tensor(lens)}
+    with pytest.raises(ValueError, match=message):
+        prefix_attention(**make_call(P=7).leaves, **options)
+    with pytest.raises(ValueError, match=message):
+        explain(**make_call(P=7).leaves, **options)
+
+
+def test_a_packed_bank_is_explained() -> None:
+    call = make_call(packed=(3, 0, 4), prefix_ids=torch.tensor([2, -1]))
+    assert "aten       chosen by auto" in explain(**call.leaves, **call.options)
 
 
 def test_explain_checks_too() -> None:

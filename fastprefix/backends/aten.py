@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from fastprefix.backends import joined, vendor
-from fastprefix.backends.fold import fold, prefixes, unfold
-from fastprefix.backends.merge import add_sink, merge
+from fastprefix.backends.fold import PrefixRows, fold, prefixes, token_major, unfold, units
+from fastprefix.backends.merge import add_sink, merge, mix, shares
 from fastprefix.backends.parts import int_start, mask_dtype, parts, spill
 from fastprefix.types import AttentionArgs, Grads, Needs
 
@@ -89,12 +89,29 @@ def _content(args: AttentionArgs) -> tuple[Tensor, Tensor] | None:
 
 
 def _merged(args: AttentionArgs, state: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
-    """The content's state merged with a vendor call for each prefix."""
-    for prefix in prefixes(args):
-        o, lse = vendor.fwd(fold(args.q, prefix), *prefix.keys_values(), False, None, args.scale)
-        other = (unfold(o, args.q, prefix, 0.0), unfold(lse, args.q, prefix, float("-inf")))
-        state = other if state is None else merge(*state, *other)
-    return _nothing(args) if state is None else state
+    """The content's state merged with a vendor call for each prefix, or for several of one length."""
+    heads = args.q.shape[1]
+    found = [
+        (prefix, *vendor.fwd(fold(args.q, prefix), *prefix.keys_values(args), False, None, args.scale))
+        for prefix in prefixes(args)
+    ]
+    if not found:
+        return _nothing(args) if state is None else state
+    prefix, o, lse = found[0]
+    if prefix.whole:
+        o, lse = (unfold(x, heads, prefix).transpose(1, 2) for x in (o, lse.unsqueeze(-1)))
+        return (o, lse.squeeze(-1)) if state is None else merge(*state, o, lse.squeeze(-1))
+    o, lse = _nothing(args) if state is None else state
+    o, own_lse = token_major(o), torch.full_like(token_major(lse.unsqueeze(-1)), float("-inf"))
+    for prefix, _, part in found:
+        units(own_lse, prefix.by_token)[prefix.cell.units] = unfold(part.unsqueeze(-1), heads, prefix)
+    lse, mass = shares(lse, own_lse.squeeze(-1))
+    for prefix, part, _ in found:
+        place, share = (units(x, prefix.by_token) for x in (o, mass))
+        mixed = mix(prefix.cell.chosen(place), unfold(part, heads, prefix), prefix.cell.chosen(share))
+        if isinstance(prefix.cell.units, Tensor):  # what was mixed is a copy
+            place.index_copy_(0, prefix.cell.units, mixed)
+    return o, lse
 
 
 def _short(args: AttentionArgs) -> ModuleType | None:
@@ -147,9 +164,7 @@ def bwd(args: AttentionArgs, o: Tensor, lse: Tensor, do: Tensor, needs: Needs) -
         if short is not None and not short.bwd_reasons(args):
             dq, dprefix_k, dprefix_v = short.bwd(args, o, lse, do, dq, needs)
         elif needs.prefix:
-            part_dq, dprefix_k, dprefix_v = _prefix_bwd(args, o, lse, do)
-            if needs.q and part_dq is not None:
-                dq = part_dq if dq is None else dq.add_(part_dq)
+            dq, dprefix_k, dprefix_v = _prefix_bwd(args, o, lse, do, dq, needs)
     if needs.q and dq is None:
         dq = torch.zeros_like(args.q)
     return Grads(
@@ -182,17 +197,38 @@ def _content_bwd(args: AttentionArgs, o: Tensor, lse: Tensor, do: Tensor) -> tup
     return dq, dk, dv
 
 
-def _prefix_bwd(args: AttentionArgs, o: Tensor, lse: Tensor, do: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
-    """dq of the prefix part, and dPrefix summed over batch, rows and the heads of a group."""
-    dq: Tensor | None = None
-    dprefix_k, dprefix_v = torch.zeros_like(args.prefix_k), torch.zeros_like(args.prefix_v)
-    for prefix in prefixes(args):
+def _prefix_bwd(
+    args: AttentionArgs, o: Tensor, lse: Tensor, do: Tensor, dq: Tensor | None, needs: Needs
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """dq with the prefix part's added in place, and dPrefix summed over batch, rows and the heads of a group."""
+    found = list(prefixes(args))
+    read = sum(prefix.cell.prefixes * prefix.cell.length for prefix in found)
+    every = read * args.k.shape[1] * args.q.shape[3] == args.prefix_k.numel()
+    room = torch.empty_like if every else torch.zeros_like
+    dprefix_k = room(args.prefix_k) if needs.prefix_k else None
+    dprefix_v = room(args.prefix_v) if needs.prefix_v else None
+    for prefix in found:
         q, do_, o_ = (fold(x, prefix) for x in (args.q, do, o))
         lse_ = fold(lse.unsqueeze(-1), prefix).squeeze(-1)
-        part_dq, part_dk, part_dv = vendor.bwd(do_, q, *prefix.keys_values(), o_, lse_, False, None, args.scale)
-        full = unfold(part_dq, args.q, prefix, 0.0)
-        dq = full if dq is None else dq.add_(full)
-        for out, grad in ((dprefix_k, part_dk), (dprefix_v, part_dv)):
-            target = out if prefix.number is None else out[prefix.number]
-            target[:, : grad.shape[2]] = grad.sum(0, dtype=lse.dtype)
+        keys, values = prefix.keys_values(args)
+        part, *parts_kv = vendor.bwd(do_, q, keys, values, o_, lse_, False, None, args.scale)
+        if needs.q:
+            dq = _with_rows(dq, args, prefix, unfold(part, args.q.shape[1], prefix))
+        for out, grad in zip((dprefix_k, dprefix_v), parts_kv, strict=True):
+            if out is not None:
+                several = prefix.chunks > prefix.cell.prefixes  # chunks of one prefix
+                prefix.cell.members(out).copy_(grad.sum(0, keepdim=True, dtype=lse.dtype) if several else grad)
     return dq, dprefix_k, dprefix_v
+
+
+def _with_rows(dq: Tensor | None, args: AttentionArgs, prefix: PrefixRows, part: Tensor) -> Tensor:
+    """dq with what the prefix adds to the units that read it."""
+    if dq is None and prefix.whole:
+        return part.transpose(1, 2)
+    dq = token_major(torch.zeros_like(args.q) if dq is None else dq)
+    place, own = units(dq, prefix.by_token), prefix.cell.units
+    if isinstance(own, Tensor):
+        place.index_add_(0, own, part)
+    else:
+        place[own].add_(part)
+    return dq

@@ -11,13 +11,23 @@ from torch import Tensor
 
 
 def merge(o_a: Tensor, lse_a: Tensor, o_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
-    """Merge two states. ``o_a [B, H, S, D_v]`` is overwritten in fp32/fp64; ``lse [B, H, S]``."""
+    """Merge two states. ``o_a [B, H, S, D_v]`` is overwritten; ``lse [B, H, S]``."""
+    lse, mass_b = shares(lse_a, lse_b)
+    return mix(o_a, o_b, mass_b), lse
+
+
+def shares(lse_a: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
+    """``lse [B, H, S]`` of both and b's share of it, ``[B, H, S, 1]``."""
     lse = torch.logaddexp(lse_a, lse_b)
     # A row that sees nothing in either part keeps lse = -inf; shifting by 0 there leaves weight 0 instead of nan.
-    mass_b = torch.exp(lse_b - lse.masked_fill(lse == float("-inf"), 0.0)).unsqueeze(-1)  # [B, H, S, 1]
+    return lse, torch.exp(lse_b - lse.masked_fill(lse == float("-inf"), 0.0)).unsqueeze(-1)
+
+
+def mix(o_a: Tensor, o_b: Tensor, mass_b: Tensor) -> Tensor:
+    """``o_a``, overwritten with what is left of it beside b's share of ``o_b``."""
     if o_a.dtype == mass_b.dtype:
-        return o_a.lerp_(o_b, mass_b), lse
-    return torch.lerp(o_a.to(mass_b.dtype), o_b.to(mass_b.dtype), mass_b).to(o_a.dtype), lse
+        return o_a.lerp_(o_b, mass_b)
+    return o_a.copy_(torch.lerp(o_a.to(mass_b.dtype), o_b.to(mass_b.dtype), mass_b))
 
 
 def add_sink(o: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:

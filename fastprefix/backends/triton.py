@@ -57,9 +57,9 @@ def _installed() -> bool:
 
 def fwd(args: AttentionArgs) -> tuple[Tensor, Tensor]:
     """``o [B, H, S, D_v]`` and ``lse [B, H, S]`` of the merged softmax."""
-    from fastprefix.backends.launch import forward
+    from fastprefix.backends.launch import forward, packed
 
-    return forward.fwd(args)
+    return forward.fwd(packed.padded(args))
 
 
 def fwd_with_mass(args: AttentionArgs) -> tuple[Tensor, Tensor, Tensor]:
@@ -67,15 +67,16 @@ def fwd_with_mass(args: AttentionArgs) -> tuple[Tensor, Tensor, Tensor]:
 
     ``m = exp(lse_prefix - lse)``: a prefix adds ``m * o_prefix`` and scales the rest by ``1 - m`` (Petrov et al. 2024).
     """
-    from fastprefix.backends.launch import forward
+    from fastprefix.backends.launch import forward, packed
 
     prefix_lse = args.q.new_empty(args.q.shape[:3], dtype=torch.float32)
-    o, lse = forward.fwd(args, prefix_lse)
+    o, lse = forward.fwd(packed.padded(args), prefix_lse)
     return o, lse, torch.exp(prefix_lse - lse.masked_fill(lse == float("-inf"), 0.0))
 
 
 def bwd(args: AttentionArgs, o: Tensor, lse: Tensor, do: Tensor, needs: Needs) -> Grads:
     """Gradients of :func:`fwd`; a part that nothing needs is not launched."""
-    from fastprefix.backends.launch import backward
+    from fastprefix.backends.launch import backward, packed
 
-    return backward.fused(args, o, lse, do, needs)
+    grads = backward.fused(packed.padded(args), o, lse, do, needs)
+    return grads._replace(prefix_k=packed.pack(grads.prefix_k, args), prefix_v=packed.pack(grads.prefix_v, args))

@@ -8,9 +8,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from fastprefix.functional import prefix_attention
-from fastprefix.prefixes.prefix import LayerSlot
+from fastprefix.hf import masks
+from fastprefix.prefixes.prefix import LayerKV, LayerSlot
 
 NAME = "fastprefix"
 SLOT = "fastprefix"  # the child of an attention module that holds its prefixes
@@ -63,13 +65,17 @@ def attention_forward(
         raise ValueError(
             "cache: got a paged cache, expected none: continuous batching cannot run with a prefix attached"
         )
-    prefix_k, prefix_v = _prefix(module, query, key, value)
+    slot = module._modules.get(SLOT)
+    if isinstance(slot, LayerSlot) and masks.beside is not None and slot.beside is not None:
+        return _beside(slot, module, query, key, value, attention_mask, scaling, dropout, is_causal, kwargs)
+    prefix_k, prefix_v, *choice = _prefix(module, query, key, value)
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     options: dict[str, Any] = {"scale": scaling, "dropout_p": dropout, "sinks": kwargs.get("s_aux")}
     if kwargs.get("softcap") is not None:
         options["softcap"] = float(kwargs["softcap"])
     options.update(_mask_options(attention_mask, causal, query.shape[2], key.shape[2]))
     _add_position_bias(options, kwargs.get("position_bias"))
+    options.update((n, x) for n, x in zip(("prefix_ids", "prefix_lens", "gate"), choice, strict=True) if x is not None)
     tensors = {"q": query, "k": key, "v": value, "prefix_k": prefix_k, "prefix_v": prefix_v}
     if _recorders and not torch.compiler.is_compiling():
         _recorders[-1].append(AttentionCall(module, tensors, options))
@@ -77,15 +83,53 @@ def attention_forward(
     return o.transpose(1, 2), None
 
 
-def _prefix(module: nn.Module, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+def _beside(
+    slot: LayerSlot,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None,
+    dropout: float,
+    is_causal: bool | None,
+    kwargs: dict[str, Any],
+) -> tuple[Tensor, None]:
+    """The layer's own attention over its content, and what a gated prompt adds to it."""
+    slot.ran = True
+    if slot.keeps_query:
+        slot.query = query
+    own = {**kwargs, "scaling": scaling, "dropout": dropout}
+    if is_causal is not None:
+        own["is_causal"] = is_causal
+    output, _ = ALL_ATTENTION_FUNCTIONS[slot.beside](module, query, key, value, attention_mask, **own)
+    kv = slot()
+    if kv is None:
+        return output, None
+    assert kv.gate is not None
+    nothing_k, nothing_v = key[:, :, :0], value[:, :, :0]
+    o = prefix_attention(query, nothing_k, nothing_v, kv.k, kv.v, causal=False, scale=scaling)  # [B, H, S, D_v]
+    return output + (kv.gate.to(o.dtype)[:, None, None] * o).transpose(1, 2), None
+
+
+def _prefix(module: nn.Module, query: Tensor, key: Tensor, value: Tensor) -> LayerKV:
     slot = module._modules.get(SLOT)
     if isinstance(slot, LayerSlot):
         slot.ran = True
+        if slot.capturing:
+            slot.captured = key, value
+        if slot.keeps_query:
+            slot.query = query
         kv = slot()
         if kv is not None:
-            return kv[0].to(query.device), kv[1].to(query.device)
+            device = query.device
+            return LayerKV(
+                kv.k.to(device),
+                kv.v.to(device),
+                *(x if x is None else x.to(device) for x in (kv.ids, kv.lens, kv.gate)),
+            )
     heads = key.shape[1]
-    return query.new_empty(heads, 0, query.shape[3]), query.new_empty(heads, 0, value.shape[3])
+    return LayerKV(query.new_empty(heads, 0, query.shape[3]), query.new_empty(heads, 0, value.shape[3]))
 
 
 def _mask_options(mask: Tensor | None, causal: bool, rows: int, keys: int) -> dict[str, Any]:

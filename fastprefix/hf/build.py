@@ -10,19 +10,31 @@ from fastprefix.hf import probe
 from fastprefix.prefixes.config import LayerShape, PrefixConfig
 from fastprefix.prefixes.kv import PrefixEncoder
 from fastprefix.prefixes.prefix import Prefix
+from fastprefix.prefixes.prompt import PromptConfig, SoftPrompt, start
 
 if TYPE_CHECKING:
-    from fastprefix.hf.install import Installation
+    from fastprefix.hf.installation import Installation
 
 
-def build(state: Installation, config: PrefixConfig) -> Prefix:
-    """A new prefix for the layers that the model was found to have, filled with its start."""
+def build(state: Installation, config: PrefixConfig | PromptConfig) -> Prefix | SoftPrompt:
+    """A new prefix for the layers that the model was found to have, or a soft prompt, filled with its start."""
+    if isinstance(config, PromptConfig):
+        text_config = state.model.config.get_text_config()
+        size, dim = text_config.vocab_size, text_config.hidden_size
+        embeddings = state.model.get_input_embeddings()
+        dim = getattr(embeddings, "embedding_dim", dim)
+        return SoftPrompt(config, start(config, embeddings, size, dim))
+    return build_prefix(state, config)
+
+
+def build_prefix(state: Installation, config: PrefixConfig) -> Prefix:
+    """Keys and values for every layer."""
     layers = state.layers
     indices = config.active_layers(len(layers.modules))
     shapes = [layers.shapes[i] for i in indices]
     devices = [layers.devices[i] for i in indices]
     prefix = Prefix(config, shapes, indices)
-    start = _start(state, config, indices)
+    given = _start(state, config, indices)
     if config.prefix_projection:
         hidden_size = state.model.config.get_text_config().hidden_size
         encoder = PrefixEncoder(
@@ -30,13 +42,13 @@ def build(state: Installation, config: PrefixConfig) -> Prefix:
         )
         encoder.to(devices[0])
         prefix.set_encoder(encoder)
-        if start is not None:
-            prefix.check(*start)
-            encoder.fit(*([x.to(devices[0]) for x in part] for part in start))
+        if given is not None:
+            prefix.check(*given)
+            encoder.fit(*([x.to(devices[0]) for x in part] for part in given))
         return prefix
-    if start is None:
-        start = _random(config, shapes)
-    keys, values = ([x.float().to(d) for x, d in zip(part, devices, strict=True)] for part in start)
+    if given is None:
+        given = _random(config, shapes)
+    keys, values = ([x.float().to(d) for x, d in zip(part, devices, strict=True)] for part in given)
     prefix.set_direct(keys, values)
     return prefix
 
@@ -56,16 +68,17 @@ def _start(
         if len(init.keys) == len(state.layers.modules) == len(init.values):
             return [init.keys[i] for i in indices], [init.values[i] for i in indices]
         return list(init.keys), list(init.values)
-    if init.ids is None:
+    if not init.of_tokens:
         return None
     active = state.active
     state.activate(None)
-    state.configs.switch(on=True)
+    state.switch(on=True)
     state.hooks.paused = True
     try:
         modules = [state.layers.modules[i] for i in indices]
         # Not the whole model: the logits of thousands of tokens would be made for nothing.
-        return probe.key_values(state.layers.owner, init.tokens(config.num_virtual_tokens), modules)
+        ids = init.tokens(config.num_virtual_tokens, state.model.config.get_text_config().vocab_size)
+        return probe.key_values(state.layers.owner, ids, modules)
     finally:
         state.hooks.paused = False
         state.activate(active)

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from fastprefix.hf.reading import Reading
+from fastprefix.prefixes.prefix import LayerKV
+
 if TYPE_CHECKING:
-    from fastprefix.hf.install import Installation
+    from fastprefix.hf.installation import Installation
 
 _FUNCTION = "_gradient_checkpointing_func"
 
 
 class _Recompute:
-    """A checkpointing function whose recomputation sees the prefix that was active in the forward."""
+    """A checkpointing function whose recomputation reads what the forward read."""
 
     def __init__(self, state: Installation, original: Callable[..., Any]) -> None:
         self.state, self.original = state, original
@@ -24,13 +28,33 @@ class _Recompute:
     def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
             return self.original(function, *args, **kwargs)
-        active = self.state.active
+        reading, active = self.state.running, self.state.active
 
         def run(*inputs: Any, **options: Any) -> Any:
-            with self.state.using(active):
+            with self.state.again(reading, active):
                 return function(*inputs, **options)
 
         return self.original(run, *args, **kwargs)
+
+
+class Bridge(torch.autograd.Function):
+    """The way of gradients around reentrant checkpointing, which runs a backward of its own for every layer.
+
+    The layers read leaves in place of what the prompt's own graph gave, and collect gradients there. This function
+    stands in front of the first layer, so its backward runs after all of theirs: it hands over what they collected.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, leaves: list[Tensor], *originals: Tensor) -> Tensor:
+        ctx.leaves = leaves
+        return hidden.view_as(hidden)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        collected = [leaf.grad for leaf in ctx.leaves]
+        for leaf in ctx.leaves:
+            leaf.grad = None
+        return (grad if ctx.needs_input_grad[0] else None, None, *collected)
 
 
 class Checkpointing:
@@ -44,8 +68,18 @@ class Checkpointing:
         """Whether layers are recomputed in the backward pass."""
         return any(m.gradient_checkpointing and m.training for m in self.modules)
 
-    def remember_prefix(self) -> None:
-        """Have every layer recomputed with the prefix that its forward runs with."""
+    def reentrant(self) -> bool:
+        """Whether they are, by a backward pass of their own inside the backward pass."""
+        for module in self.modules:
+            if module.gradient_checkpointing and module.training:
+                function = getattr(module, _FUNCTION, None)
+                function = function.original if isinstance(function, _Recompute) else function
+                keywords = function.keywords if isinstance(function, functools.partial) else {}
+                return bool(keywords.get("use_reentrant", True))
+        return False
+
+    def remember_reading(self) -> None:
+        """Have every layer recomputed with what its forward reads."""
         for module in self.modules:
             function = getattr(module, _FUNCTION, None)
             if function is not None and not isinstance(function, _Recompute):
@@ -58,14 +92,26 @@ class Checkpointing:
             if isinstance(function, _Recompute):
                 setattr(module, _FUNCTION, function.original)
 
-    def needs_input_gradient(self, hidden: Tensor) -> bool:
-        """Whether reentrant checkpointing would otherwise drop the prefix's gradient."""
-        if hidden.requires_grad or not torch.is_grad_enabled():
-            return False
-        for module in self.modules:
-            if module.gradient_checkpointing and module.training:
-                function = getattr(module, _FUNCTION, None)
-                function = function.original if isinstance(function, _Recompute) else function
-                keywords = function.keywords if isinstance(function, functools.partial) else {}
-                return bool(keywords.get("use_reentrant", True))
-        return False
+    def leave(self, reading: Reading) -> Reading:
+        """The reading with leaves in place of what has a graph, where reentrant checkpointing would run it twice."""
+        if reading.layers is None or not reading.tensors() or not torch.is_grad_enabled() or not self.reentrant():
+            return reading
+        leaves: dict[int, tuple[Tensor, Tensor]] = {}
+
+        def leaf(x: Tensor | None) -> Tensor | None:
+            if x is None or not x.requires_grad:
+                return x
+            return leaves.setdefault(id(x), (x.detach().requires_grad_(), x))[0]
+
+        layers = [kv if kv is None else LayerKV(*map(leaf, kv)) for kv in reading.layers]  # type: ignore[arg-type]
+        return replace(reading, layers=layers, leaves=list(leaves.values()))
+
+    def enter(self, reading: Reading, embeds: Tensor) -> Tensor:
+        """The layers' input, asking for a gradient where reentrant checkpointing would otherwise drop the prefix's."""
+        if not torch.is_grad_enabled() or not self.reentrant():
+            return embeds
+        if reading.leaves:
+            leaves, originals = zip(*reading.leaves, strict=True)
+            reading.leaves = []
+            return Bridge.apply(embeds, list(leaves), *originals)
+        return embeds if embeds.requires_grad else embeds.detach().requires_grad_()

@@ -24,6 +24,7 @@ class OwnConfigs:
 
     def __init__(self, model: Any) -> None:
         self.model = model
+        self.on = False  # whether attention runs through fastprefix
         memo: dict[int, Any] = {}
         found: dict[int, Any] = {}
         for module in model.modules():
@@ -38,8 +39,17 @@ class OwnConfigs:
 
     def switch(self, on: bool) -> None:
         """Let the model's attention run through fastprefix, or as it did before."""
+        self.on = on
         for config in self.configs:
             config.own._attn_implementation = NAME if on else config.implementation
+
+    def before(self, module: Any) -> str | None:
+        """What a module's attention ran before, if it can be asked for by name; None for eager."""
+        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+        names = (c.implementation for c in self.configs if c.own is getattr(module, "config", None))
+        name = next(names, self.configs[0].implementation)
+        return name if name in ALL_ATTENTION_FUNCTIONS else None
 
     def changed(self) -> str | None:
         """Another implementation that somebody has set meanwhile; None while it is ours."""

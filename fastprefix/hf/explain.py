@@ -4,36 +4,48 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from fastprefix import functional
-from fastprefix.hf import probe
-from fastprefix.hf.install import installation
+from fastprefix.hf import probe, sharing
+from fastprefix.hf.installation import Installation, installation
+from fastprefix.hf.reading import Entry
 
 
 def explain_model(model: Any) -> str:
     """A line a prefix, then each attention layer: shape, prefix, the backend of a 2-token forward and why."""
-    import torch
-
     state = installation(model)
+    choice = state.choice()
+    active = [] if choice is None else choice.distinct()
     lines = []
-    for name, prefix in state.prefixes.items():
-        count = sum(p.numel() for p in prefix.parameters() if p.requires_grad)
-        how = "MLP" if prefix.encoder is not None else "keys and values"
-        mark = "active" if name == state.active else "attached"
-        where = f"{len(prefix.layer_indices)} of {len(state.layers.modules)} layers"
-        lines.append(f"prefix {name!r}: {mark}, P={prefix.num_virtual_tokens}, {where}, {count:,} trainable ({how})")
-    if state.active is None:
+    for name in state.source.resident():
+        entry = state.source.entry(name)
+        count = sum(p.numel() for p in entry.parameters if p.requires_grad)
+        mark = "active" if name in active else "attached"
+        lines.append(f"{entry.kind} {name!r}: {mark}, P={entry.tokens}, {_where(state, entry)}, {count:,} trainable")
+        if entry.prompt is not None:
+            reason = sharing.inexact(state, entry.tokens, {})
+            lines.append(f"      {'computed once per forward' if reason is None else f'concatenated: {reason}'}")
+    if not active:
         return "\n".join([*lines, "no prefix is active: the model runs its own attention"])
     names = {id(module): name for name, module in model.named_modules()}
-    state.hooks.paused = True  # positions do not matter here, and a look must not change what the hooks know
+    # What the checks know must not change by a look.
+    checked, state.hooks.checked = state.hooks.checked, True
     try:
-        calls = probe.run_tokens(model, torch.zeros(1, 2, dtype=torch.long))
+        calls = probe.run_tokens(state.layers.owner, torch.zeros(1, 2, dtype=torch.long))[-len(state.slots) :]
+    except ValueError as error:  # a forward that needs more than tokens: PEFT's multitask prompts
+        return "\n".join([*lines, f"a forward of two tokens says: {error}"])
     finally:
-        state.hooks.paused = False
+        state.hooks.checked = checked
     for index, call in enumerate(calls):
         tokens = call.tensors["prefix_k"].shape[-2]
         shape = state.layers.shapes[index]
         heads = f"H={call.tensors['q'].shape[1]} H_kv={shape.num_kv_heads} D={shape.head_dim}"
         heads += f" D_v={shape.value_dim}" if shape.value_dim != shape.head_dim else ""
-        lines.append(f"{index:3d} {names[id(call.module)]}: {heads} P={tokens}")
+        lines.append(f"{index:3d} {names.get(id(call.module), '?')}: {heads} P={tokens}")
         lines += [f"      {line}" for line in functional.explain(**call.tensors, **call.options).splitlines()]
     return "\n".join(lines)
+
+
+def _where(state: Installation, entry: Entry) -> str:
+    return "input embeddings" if entry.layers is None else f"{entry.layers} of {len(state.slots)} layers"

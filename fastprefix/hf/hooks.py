@@ -1,4 +1,4 @@
-"""What runs around each forward of an attached model: positions, packing, the shared MLP, a check that all ran."""
+"""What runs around each forward of an attached model: prefixes, positions, packing, a check that all layers ran."""
 
 from __future__ import annotations
 
@@ -7,16 +7,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from fastprefix.hf import masks, positions
+from fastprefix.hf import concatenation, masks, positions
 from fastprefix.hf.checkpointing import Checkpointing
+from fastprefix.hf.heads import HeadHooks
+from fastprefix.hf.reading import Reading
 from fastprefix.validation import fail
 
 if TYPE_CHECKING:
-    from fastprefix.hf.install import Installation
+    from fastprefix.hf.installation import Installation
 
 
 class ForwardHooks:
-    """Hooks on the module that makes positions and masks, and on the input embedding."""
+    """Hooks on the module that makes positions and masks, on the input embedding and on the model around them."""
 
     def __init__(self, state: Installation) -> None:
         self.state = state
@@ -25,6 +27,7 @@ class ForwardHooks:
         owner = state.layers.owner
         self.table = positions.learned_table(owner)
         self.checkpointing = Checkpointing(state)
+        self.heads = HeadHooks(state)
         self.handles = [
             owner.register_forward_pre_hook(self.before, with_kwargs=True),
             owner.register_forward_hook(self.after, always_call=True),
@@ -35,31 +38,59 @@ class ForwardHooks:
         """Take the hooks off."""
         for handle in self.handles:
             handle.remove()
+        self.heads.remove()
         self.checkpointing.remove()
 
     def before(self, owner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Shift positions behind the prefix and refuse what cannot be right."""
+        """Find what the layers read, shift positions behind it and refuse what cannot be right."""
         state = self.state
-        if self.paused or state.active is None:
+        if self.paused or state.idle():
             return None
-        prefix = state.prefixes[state.active]
         kwargs = {**dict(zip(state.layers.owner_arguments, args, strict=False)), **kwargs}
+        reading = state.nested.reading if state.nested is not None else state.read(kwargs)
+        if reading is None and state.nested is None:
+            state.switch(on=False)
+            return None
+        state.switch(on=True)
         self.refuse(kwargs)
+        if reading is not None and reading.beside:
+            masks.beside = state.slots[0].beside
+            return self.start(reading, kwargs)
         kwargs["attention_mask"] = _whole_mask(kwargs)
         self.separate_documents(owner, kwargs)
-        if prefix.config.position_offset == "after_prefix":
-            offset = prefix.num_virtual_tokens
-            kwargs["position_ids"] = positions.content_positions(kwargs, offset, state.layers.causal, self.table)
-        elif state.layers.causal and kwargs.get("position_ids") is None:
-            kwargs["position_ids"] = positions.content_positions(kwargs, 0, True, self.table)
+        reading = Reading(layers=[None] * len(state.slots)) if reading is None else reading
+        self.place(reading, kwargs)
+        return self.start(reading, kwargs)
+
+    def start(self, reading: Reading, kwargs: dict[str, Any]) -> Any:
+        """Hand the reading to the layers."""
+        state = self.state
+        reading = self.checkpointing.leave(reading)
+        state.running = reading
+        if reading.layers is not None:
+            state.give(reading)
+        if reading.concatenated is not None:
+            concatenation.prepend(state, reading, kwargs)
         embeds = kwargs.get("inputs_embeds")
-        if embeds is not None and self.checkpointing.needs_input_gradient(embeds):
-            kwargs["inputs_embeds"] = embeds.detach().requires_grad_()
+        if embeds is not None:
+            kwargs["inputs_embeds"] = self.checkpointing.enter(reading, embeds)
         if self.checkpointing.active():
-            self.checkpointing.remember_prefix()
-        elif prefix.encoder is not None:
-            prefix.encoder.share()
+            self.checkpointing.remember_reading()
+        elif reading.layers is None:
+            state.share_encoder()
         return (), kwargs
+
+    def place(self, reading: Reading, kwargs: dict[str, Any]) -> None:
+        """Give the content the positions behind it."""
+        state = self.state
+        causal, in_cache = state.layers.causal, reading.tokens_in_cache
+        shifted = isinstance(reading.offset, Tensor) or reading.offset > 0
+        if shifted or (causal and kwargs.get("position_ids") is None):
+            ids = positions.content_positions(kwargs, reading.offset, causal, self.table, in_cache)
+            kwargs["position_ids"] = ids
+        mask = kwargs.get("attention_mask")
+        if in_cache and isinstance(mask, Tensor):
+            kwargs["attention_mask"] = nn.functional.pad(mask, (in_cache, 0), value=1)
 
     def refuse(self, kwargs: dict[str, Any]) -> None:
         """Raise where the prefix would be ignored or cannot be right."""
@@ -84,20 +115,37 @@ class ForwardHooks:
         if masks.boundary is not None and takes_cache:
             kwargs["use_cache"] = False
 
-    def after(self, owner: nn.Module, args: Any, output: Any) -> None:
+    def after(self, owner: nn.Module, args: Any, output: Any) -> Any:
         """Forget what belongs to this forward; after the first one, check that no layer passed the prefix by."""
+        state, reading = self.state, self.state.running
+        if self.paused:
+            return None
+        if not torch.compiler.is_compiling():
+            masks.boundary = masks.beside = None
+        if reading is None:
+            return None
+        state.running = None
+        if reading.layers is not None:
+            state.take_back()
+        else:
+            state.unshare_encoder()
+        if output is None:
+            return None
+        if state.nested is not None:
+            state.nested.hidden = output[0]
+            return None
+        if not torch.compiler.is_compiling() and not self.checked:
+            self.check(owner)
+        if reading.concatenated is not None:
+            return concatenation.cut(output, reading.concatenated.shape[1], int(self.heads.wanted))
+        if self.heads.wanted and reading.last is not None:
+            return self.heads.widen(output, reading.last)
+        return None
+
+    def check(self, owner: nn.Module) -> None:
+        """Raise if a layer's attention went past our function."""
         state = self.state
-        if self.paused or state.active is None:
-            return
-        prefix = state.prefixes[state.active]
-        if prefix.encoder is not None:
-            prefix.encoder.unshare()
-        if torch.compiler.is_compiling():
-            return
-        masks.boundary = None
-        if self.checked or output is None:
-            return
-        missed = [i for i in prefix.layer_indices if not state.slots[i].ran]
+        missed = [i for i, slot in enumerate(state.slots) if not slot.ran]
         skips_layers = owner.training and getattr(state.model.config, "layerdrop", 0.0) > 0.0
         if missed and not skips_layers:
             name = type(state.model).__name__
@@ -106,10 +154,11 @@ class ForwardHooks:
             )
         self.checked = True
 
-    def embedded(self, embedding: nn.Module, args: Any, output: Tensor) -> None:
+    def embedded(self, embedding: nn.Module, args: Any, output: Tensor) -> Any:
         """Reentrant checkpointing returns gradients only through a layer's inputs: make them ask for one."""
-        if not self.paused and self.state.active is not None and self.checkpointing.needs_input_gradient(output):
-            output.requires_grad_()
+        if self.paused or self.state.running is None:
+            return None
+        return self.checkpointing.enter(self.state.running, output)
 
 
 def _whole_mask(kwargs: dict[str, Any]) -> Any:

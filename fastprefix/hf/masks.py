@@ -10,7 +10,8 @@ A prefix is always visible, so masks speak of content only. What is returned, an
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -24,6 +25,22 @@ Index = int | Tensor
 # Row and first position of a document behind another, while a packed batch runs: no mask may let it see the one before.
 boundary: tuple[int, int] | None = None
 
+# The attention implementation whose masks are wanted, while a model keeps its own attention beside a gated prompt.
+beside: str | None = None
+
+_windows: list[list[int]] = []
+
+
+@contextmanager
+def windows() -> Iterator[list[int]]:
+    """Collect the windows and chunks of local layers inside the block."""
+    sizes: list[int] = []
+    _windows.append(sizes)
+    try:
+        yield sizes
+    finally:
+        _windows.remove(sizes)
+
 
 def mask_function(**arguments: Any) -> Tensor | None:
     """:func:`content_mask` of the arguments that transformers gives.
@@ -31,6 +48,11 @@ def mask_function(**arguments: Any) -> Tensor | None:
     Raises:
         ValueError: rows are packed and the mask lets a document see the one before it.
     """
+    if beside is not None:
+        made: Tensor | None = masking_utils.ALL_MASK_ATTENTION_FUNCTIONS[beside](**arguments)
+        return made
+    if _windows and arguments.get("local_size") is not None:
+        _windows[-1].append(int(arguments["local_size"]))
     mask = content_mask(**arguments)
     if boundary is not None:
         row, first = boundary

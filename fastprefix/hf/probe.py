@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastprefix.hf import masks
 from fastprefix.hf.attention import AttentionCall, recording
 from fastprefix.prefixes.config import LayerShape
 from fastprefix.validation import fail
@@ -26,6 +27,7 @@ class Layers:
     causal: bool
     owner: nn.Module  # the module whose forward makes positions and masks
     owner_arguments: tuple[str, ...]  # of its forward, without self
+    window: int | None  # the smallest of its sliding windows or chunks, in tokens
 
 
 def check_model(model: Any) -> None:
@@ -85,7 +87,8 @@ def _takes(model: nn.Module, name: str) -> bool:
 def find_layers(model: nn.Module) -> Layers:
     """Probe a model whose attention implementation is fastprefix's already; raises ValueError naming its class."""
     try:
-        calls = run_tokens(model, torch.zeros(1, 2, dtype=torch.long))
+        with masks.windows() as windows:
+            calls = run_tokens(model, torch.zeros(1, 2, dtype=torch.long))
     except KeyError as error:  # models that look their classes up by the implementation's name
         raise does_not_dispatch(model, f" ({error})") from error
     if not calls:
@@ -108,6 +111,7 @@ def find_layers(model: nn.Module) -> Layers:
         causal=bool(calls[0].options["causal"]),
         owner=owner,
         owner_arguments=arguments,
+        window=min(windows, default=None),
     )
 
 

@@ -11,10 +11,11 @@ from torch import nn
 from transformers import Trainer
 from transformers.trainer import TRAINING_ARGS_NAME
 
-from fastprefix.hf import files, storage
-from fastprefix.hf.install import Installation, installation
+from fastprefix.hf import files, formats, storage
+from fastprefix.hf.installation import Installation, installation
 from fastprefix.prefixes.kv import DirectKV
 from fastprefix.prefixes.prefix import Prefix
+from fastprefix.prefixes.prompt import SoftPrompt
 from fastprefix.validation import fail
 
 _PLAIN = "transformers.Trainer saves the whole model"
@@ -74,30 +75,32 @@ def _folder(state: Installation, folder: Path, name: str) -> Path:
 
 
 @torch.no_grad()
-def restore(prefix: Prefix, dir: str | os.PathLike[str]) -> None:
+def restore(prefix: Prefix | SoftPrompt, dir: str | os.PathLike[str]) -> None:
     """Read what :func:`fastprefix.save` wrote of the same prefix into its parameters, objects that stay.
 
     Raises:
         ValueError: a file is missing or malformed, or of a prefix with another configuration; names the field.
     """
     folder = Path(dir)
-    path = folder / storage.OWN_CONFIG
-    own, config, encoder = files.read_json(path), prefix.config, prefix.encoder
-    mine = {
-        "format_version": storage.FORMAT_VERSION,
-        "num_virtual_tokens": config.num_virtual_tokens,
-        "position_offset": config.position_offset,
-        "num_frozen_tokens": config.num_frozen_tokens,
-        "projected": encoder is not None,
-    }
+    path, weights = folder / formats.OWN_CONFIG, folder / formats.WEIGHTS
+    own, encoder = files.read_json(path), prefix.encoder if isinstance(prefix, Prefix) else None
+    mine: dict[str, Any] = {"format_version": formats.FORMAT_VERSION, "num_virtual_tokens": prefix.num_virtual_tokens}
+    if isinstance(prefix, SoftPrompt):
+        mine["kind"] = "prompt"
+    else:
+        config = prefix.config
+        mine.update(position_offset=config.position_offset, num_frozen_tokens=config.num_frozen_tokens)
+        mine["projected"] = encoder is not None
     for field, expected in mine.items():
         if own.get(field) != expected:
             raise fail(f"{path}: {field}", own.get(field), f"{expected}, the attached prefix's")
-    if encoder is not None:
-        storage.load_encoder(prefix, files.read_tensors(folder / storage.ENCODER), folder / storage.ENCODER)
+    if isinstance(prefix, SoftPrompt):
+        prefix.embedding.copy_(formats.stored_embedding(files.read_tensors(weights), prefix, weights))
         return
-    weights = folder / storage.WEIGHTS
-    keys, values = storage.stored_key_values(files.read_tensors(weights), prefix, weights)
+    if encoder is not None:
+        storage.load_encoder(prefix, files.read_tensors(folder / formats.ENCODER), folder / formats.ENCODER)
+        return
+    keys, values = formats.stored_key_values(files.read_tensors(weights), prefix, weights)
     for layer, key, value in zip(prefix.layers, keys, values, strict=True):
         assert isinstance(layer, DirectKV)
         frozen = layer.num_frozen_tokens

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastprefix.functional import prefix_attention
-from fastprefix.masks import additive_bias, visible_keys
+from fastprefix.masks import additive_bias, prefix_owner, visible_keys
 from fastprefix.measure.problem import Leaves, Problem
 from fastprefix.types import AttentionArgs
 
@@ -130,19 +130,22 @@ def _capped(scores: Tensor, softcap: float | None) -> Tensor:
 
 
 def _one_prefix(x: Tensor, args: AttentionArgs) -> Tensor:
-    """``[B, H, N * P, D]`` in q's dtype."""
-    bank = x if x.dim() == 4 else x[None]
+    """``[B, H, N * P, D]`` in q's dtype; of a packed bank ``[B, H, P, D]``."""
+    bank = x if x.dim() == 4 else x[None]  # a packed one is flat already
     flat = bank.to(args.q.dtype).transpose(0, 1).flatten(1, 2).repeat_interleave(args.groups, 0)
     return flat.expand(args.q.shape[0], -1, -1, -1)
 
 
 def _own_prefix(args: AttentionArgs) -> Tensor | None:
-    """``[B, 1, S or 1, N * P]`` bool: which tokens of a bank are the row's own; None without a bank."""
+    """``[B, 1, S or 1, N * P]`` bool (packed: P): which tokens of a bank are the row's own; None without a bank."""
     if args.prefix_ids is None:
         return None
-    number, tokens = args.prefix_k.shape[0], args.num_prefix_tokens
-    token = torch.arange(number * tokens, device=args.q.device)
     ids = args.prefix_ids if args.prefix_ids.dim() == 2 else args.prefix_ids[:, None]
+    number, tokens = args.num_prefixes, args.num_prefix_tokens
+    if args.packed:
+        assert args.prefix_lens is not None
+        return ids[:, None, :, None] == prefix_owner(args.prefix_lens, tokens)
+    token = torch.arange(number * tokens, device=args.q.device)
     own = ids[:, None, :, None] == token // max(tokens, 1)
     if args.prefix_lens is not None:
         own = own & (token % max(tokens, 1) < args.prefix_lens.repeat_interleave(tokens))

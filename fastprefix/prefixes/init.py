@@ -25,9 +25,17 @@ class Init:
     ids: tuple[int, ...] | None = None
     keys: tuple[Tensor, ...] | None = None
     values: tuple[Tensor, ...] | None = None
+    most_common: int | None = None
 
-    def tokens(self, num_virtual_tokens: int) -> Tensor:
-        """``[P]`` token ids: cut to P, or repeated from the start until there are P."""
+    @property
+    def of_tokens(self) -> bool:
+        """Whether it starts from tokens of the vocabulary."""
+        return self.ids is not None or self.most_common is not None
+
+    def tokens(self, num_virtual_tokens: int, vocab_size: int) -> Tensor:
+        """``[P]`` token ids: drawn, or the given ones cut to P or repeated from the start until there are P."""
+        if self.most_common is not None:
+            return torch.randint(min(self.most_common, vocab_size), (num_virtual_tokens,))
         assert self.ids is not None
         ids = torch.tensor(self.ids, dtype=torch.long)
         return ids.repeat(-(-num_virtual_tokens // len(ids)))[:num_virtual_tokens]
@@ -38,6 +46,13 @@ def normal(std: float = 0.02) -> Init:
     if not std > 0:
         raise fail("std", std, "a positive number")
     return Init("normal", std=std)
+
+
+def vocabulary(most_common: int = 5000) -> Init:
+    """Tokens drawn from the first ``most_common`` ids, the commonest of a BPE vocabulary (Lester et al. 2021)."""
+    if not isinstance(most_common, int) or most_common < 1:
+        raise fail("most_common", repr(most_common), "an int of at least 1")
+    return Init("vocabulary", most_common=most_common)
 
 
 def token_ids(ids: Sequence[int] | Tensor) -> Init:

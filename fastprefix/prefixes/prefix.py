@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +39,11 @@ class Prefix(nn.Module):
         """Prefix tokens P."""
         return self.config.num_virtual_tokens
 
+    @property
+    def offset(self) -> int:
+        """Positions that content behind it is shifted by."""
+        return self.num_virtual_tokens if self.config.position_offset == "after_prefix" else 0
+
     def devices(self) -> list[torch.device]:
         """Each layer's device."""
         return [layer()[0].device for layer in self.layers]
@@ -72,18 +78,47 @@ class Prefix(nn.Module):
                     raise fail(name, f"shape {list(x.shape)}", want)
 
 
+class LayerKV(NamedTuple):
+    """What one layer's attention reads beside its content."""
+
+    k: Tensor  # [H_kv, P, D]; with ids a packed bank, P the sum of its prefixes' lengths
+    v: Tensor  # [H_kv, P, D_v]
+    ids: Tensor | None = None  # [B], the row's prefix in the bank, -1 = none
+    lens: Tensor | None = None  # [N]
+    gate: Tensor | None = None  # [H]
+
+
 class LayerSlot(nn.Module):
-    """What an attention module holds: the prefixes attached to it by name, one of them active or none."""
+    """What an attention module holds: the prefixes attached to it by name, one of them active or none.
+
+    A forward may bring keys and values of its own (``given``): a bank, or what the model computed from a prompt.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.prefixes = nn.ModuleDict()
         self.active: str | None = None
+        self.given: LayerKV | None = None
+        self.overridden = False  # whether ``given`` speaks, None included, and not ``active``
+        self.capturing = False
+        self.captured: tuple[Tensor, Tensor] | None = None  # the content's [B, H_kv, T, D], [B, H_kv, T, D_v]
+        self.beside: str | None = None  # the attention implementation that keeps the content to itself
+        self.keeps_query = False
+        self.query: Tensor | None = None  # [B, H, S, D]
         self.ran = False  # whether the attention function has come by, for the check after the first forward
 
-    def forward(self) -> tuple[Tensor, Tensor] | None:
-        """The active prefix's keys and values, or None where this layer has none."""
+    def give(self, kv: LayerKV | None) -> None:
+        """Read these, or nothing, whichever prefix is active."""
+        self.given, self.overridden = kv, True
+
+    def take_back(self) -> None:
+        """Read the active prefix again."""
+        self.given, self.overridden = None, False
+
+    def forward(self) -> LayerKV | None:
+        """What this layer reads, or None where it has no prefix."""
+        if self.overridden:
+            return self.given
         if self.active is None or self.active not in self.prefixes:
             return None
-        k, v = self.prefixes[self.active]()
-        return k, v
+        return LayerKV(*self.prefixes[self.active]())

@@ -1,0 +1,82 @@
+"""PEFT's models beside the same ones patched, on SmolLM2-135M: ``python -m benches.peft`` (some minutes on two cores).
+
+Also what a mixed batch of prefixes costs beside one prefix. Ratios of candidates taken in turns in one process.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastprefix.measure import patched
+from fastprefix.measure.patched import ATTACHED, PATCHED, PEFT, Run
+from fastprefix.measure.tables import markdown_table
+from fastprefix.measure.timing import interleaved, ratio
+
+Make = Callable[[Any], dict[str, Run]]
+
+
+def _ids(batch: int, tokens: int) -> Tensor:
+    return torch.randint(5, 40000, (batch, tokens), generator=torch.Generator().manual_seed(0))
+
+
+# What it is, how its candidates are made, which is divided by which, whether its saved bytes say something.
+CASES: tuple[tuple[str, Make, tuple[str, str], bool], ...] = (
+    ("step, PREFIX_TUNING B8 S64 P512", lambda m: patched.prefix_steps(m, _ids(8, 64), 512), (PEFT, PATCHED), True),
+    ("step, PROMPT_TUNING B16 S32 P100", lambda m: patched.prompt_steps(m, _ids(16, 32), 100), (PEFT, PATCHED), True),
+    (
+        "step, PROMPT_TUNING B16 S32 P100, attached",
+        lambda m: patched.prompt_steps(m, _ids(16, 32), 100),
+        (PEFT, ATTACHED),
+        True,
+    ),
+    (
+        "32 tokens generated, PREFIX_TUNING B16 S16 P1024",
+        lambda m: patched.generations(m, _ids(16, 16), 1024, 32),
+        (PEFT, PATCHED),
+        False,
+    ),
+    (
+        "step, 8 prefixes of P128 mixed, B8 S64",
+        lambda m: patched.mixed_steps(m, _ids(8, 64), 128),
+        ("mixed", "one"),
+        True,
+    ),
+)
+
+
+def take(model: Any, repeats: int) -> list[dict[str, Any]]:
+    """Measure every case on a model."""
+    rows = []
+    for title, make, (first, second), saves in CASES:
+        runs = {name: run for name, run in make(model).items() if name in (first, second)}
+        saved = {name: run.saved_bytes() for name, run in runs.items()} if saves else {}
+        timings = interleaved(runs, repeats, warmup=1)
+        row = {"title": title, "names": [first, second], "ratio": list(ratio(timings, first, second)), "saved": saved}
+        rows.append(row)
+        print(row, flush=True)
+        del runs
+        gc.collect()
+    return rows
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """As Markdown."""
+    lines = []
+    for row in rows:
+        first, second = row["names"]
+        median, low, high = row["ratio"]
+        saved = [f"{row['saved'][name] / 2**20:.0f} MiB" if row["saved"] else "-" for name in (first, second)]
+        what = f"{first} / {second}"
+        lines.append((row["title"], what, f"{median:.2f}x ({low:.2f} to {high:.2f})", *saved))
+    return markdown_table(("what", "of", "time", "saved: the first", "the second"), lines)
+
+
+if __name__ == "__main__":
+    from fastprefix.assets.smollm2 import load_smollm2
+
+    print(table(take(load_smollm2()[0], repeats=5)))

@@ -1,0 +1,61 @@
+"""A packed bank for kernels, which read padded ones: spread out for the length of a launch, its gradients packed again.
+
+Nothing of it is saved: the backward spreads it out once more.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from fastprefix.masks import prefix_owner
+from fastprefix.types import AttentionArgs
+
+# Up to so many bytes every prefix gets room for all tokens of the bank: an H100 writes that in the 10 to 20 us that it
+# takes to read the longest length back, which would also hold up the host and cannot be captured in a graph. Kernels
+# stop at a prefix's own end, so that what is behind it costs no more than room. An estimate: not run on a GPU.
+ROOM_WITHOUT_ASKING = 32 * 1024 * 1024
+
+
+def padded(args: AttentionArgs) -> AttentionArgs:
+    """The call with a bank ``[N, H_kv, P_max, D]`` for a packed ``[H_kv, P, D]``; any other as it is."""
+    if not args.packed:
+        return args
+    assert args.prefix_lens is not None
+    lens, tokens = args.prefix_lens, args.num_prefix_tokens
+    token = torch.arange(_longest(args), device=lens.device)
+    # Behind its end a prefix repeats tokens that no row reads.
+    place = (_starts(lens)[:, None] + token).clamp_(max=max(tokens - 1, 0))  # [N, P_max]
+    prefix_k, prefix_v = (x.detach()[:, place].transpose(0, 1) for x in (args.prefix_k, args.prefix_v))
+    return replace(args, prefix_k=prefix_k, prefix_v=prefix_v)
+
+
+def pack(grad: Tensor | None, args: AttentionArgs) -> Tensor | None:
+    """``[N, H_kv, P_max, D]`` as ``[H_kv, P, D]``, if ``args`` have a packed bank."""
+    if grad is None or not args.packed:
+        return grad
+    assert args.prefix_lens is not None
+    lens, tokens = args.prefix_lens, args.num_prefix_tokens
+    owner = prefix_owner(lens, tokens)
+    token = torch.arange(tokens, device=lens.device) - _starts(lens)[owner]
+    return grad[owner, :, token].transpose(0, 1)
+
+
+def _starts(lens: Tensor) -> Tensor:
+    return lens.cumsum(0) - lens
+
+
+def _longest(args: AttentionArgs) -> int:
+    """P_max: of the longest prefix, or no less than that."""
+    lens, tokens = args.prefix_lens, args.num_prefix_tokens
+    assert lens is not None
+    bytes_a_token = sum(x.shape[0] * x.shape[2] * x.element_size() for x in (args.prefix_k, args.prefix_v))
+    match lens.device.type:
+        case "cpu":
+            return int(lens.max())
+        case "cuda" if lens.shape[0] * tokens * bytes_a_token > ROOM_WITHOUT_ASKING:
+            return tokens if torch.cuda.is_current_stream_capturing() else int(lens.max())
+        case _:
+            return tokens

@@ -1,0 +1,72 @@
+"""Names of what :func:`fastprefix.attach` attached, or :func:`fastprefix.register` keeps on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING
+
+from fastprefix.hf.reading import Choice, Entry, Name
+from fastprefix.hf.sharing import KeyValues
+from fastprefix.prefixes.prefix import LayerKV, Prefix
+from fastprefix.prefixes.prompt import SoftPrompt
+from fastprefix.validation import fail
+
+if TYPE_CHECKING:
+    from fastprefix.hf.installation import Installation
+    from fastprefix.hf.shelf import Shelf
+
+
+class Attached:
+    """The source of an attached model."""
+
+    beside = False
+
+    def __init__(self, state: Installation) -> None:
+        self.state = state
+        self.shelf: Shelf | None = None
+
+    def names(self) -> list[str]:
+        """Attached ones, then those on disk."""
+        return [*self.state.prefixes, *(self.shelf.paths if self.shelf is not None else ())]
+
+    def resident(self) -> list[str]:
+        """Those in memory."""
+        return [*self.state.prefixes, *(self.shelf.resident if self.shelf is not None else ())]
+
+    def active(self) -> Choice | None:
+        """The one that every row reads."""
+        return None if self.state.active is None else Choice((self.state.active,))
+
+    def entry(self, name: Name) -> Entry:
+        """What a name leads to; raises ValueError when it leads nowhere."""
+        prefix = self.state.prefixes.get(name) if isinstance(name, str) else None
+        if prefix is None:
+            if self.shelf is None or name not in self.shelf.paths:
+                raise fail("names", repr(name), f"None or one of {sorted(self.names())}")
+            prefix = self.shelf.take(str(name))
+        return entry(prefix, len(self.state.slots))
+
+    def held(self, names: Sequence[str]) -> AbstractContextManager[None]:
+        """Keep what lies on disk in memory for a block."""
+        return nullcontext() if self.shelf is None else self.shelf.held(names)
+
+
+def entry(prefix: Prefix | SoftPrompt, num_layers: int) -> Entry:
+    """What a prefix or soft prompt gives a model of so many attention layers."""
+    tokens, parameters = prefix.num_virtual_tokens, tuple(prefix.parameters())
+    if isinstance(prefix, SoftPrompt):
+        return Entry("soft prompt", tokens, tokens, parameters, prompt=prefix)
+
+    def key_values() -> KeyValues:
+        found: KeyValues = [None] * num_layers
+        if prefix.encoder is not None:
+            prefix.encoder.share()
+        for index, kv in zip(prefix.layer_indices, prefix.key_values(), strict=True):
+            found[index] = LayerKV(*kv)
+        if prefix.encoder is not None:
+            prefix.encoder.unshare()
+        return found
+
+    kind = "prefix" if prefix.encoder is None else "prefix through an MLP"
+    return Entry(kind, tokens, prefix.offset, parameters, key_values, layers=len(prefix.layer_indices))

@@ -1,0 +1,79 @@
+"""A prompt in front of every row as embeddings, where sharing it would not be exact."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from fastprefix.hf.reading import Reading, batch_size
+from fastprefix.validation import fail
+
+if TYPE_CHECKING:
+    from fastprefix.hf.installation import Installation
+
+
+def prepend(state: Installation, reading: Reading, kwargs: dict[str, Any]) -> None:
+    """Put the reading's embeddings in front of the rows of a forward whose position ids are set already."""
+    assert reading.concatenated is not None
+    batch = batch_size(kwargs)
+    embeds = kwargs.get("inputs_embeds")
+    if embeds is None:
+        embeds = state.model.get_input_embeddings()(kwargs.pop("input_ids"))
+    prompt = reading.concatenated.to(embeds.dtype).expand(batch, -1, -1)
+    tokens = prompt.shape[1]
+    prompt_mask = reading.concatenated_mask
+    prompt_mask = None if prompt_mask is None else prompt_mask.expand(batch, -1)
+    mask = kwargs.get("attention_mask")
+    if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
+        raise fail("attention_mask", "a mask made in advance", "[B, S] padding: the prompt is concatenated here")
+    if mask is not None or prompt_mask is not None:
+        mask = embeds.new_ones(batch, embeds.shape[1], dtype=torch.long) if mask is None else mask
+        prompt_mask = mask.new_ones(batch, tokens) if prompt_mask is None else prompt_mask.to(mask.dtype)
+        kwargs["attention_mask"] = torch.cat([prompt_mask, mask], 1)
+    kwargs["input_ids"], kwargs["inputs_embeds"] = None, torch.cat([prompt, embeds], 1)
+    positions = kwargs["position_ids"].expand(batch, -1)
+    first = _first_position(state)
+    if prompt_mask is None:
+        own = torch.arange(tokens, device=positions.device).expand(batch, -1)
+    else:
+        own = (prompt_mask.long().cumsum(1) - 1).clamp(min=0)
+    kwargs["position_ids"] = torch.cat([own + first + reading.concatenated_from, positions], 1)
+    if kwargs.get("token_type_ids") is not None:
+        types = kwargs["token_type_ids"]
+        kwargs["token_type_ids"] = torch.cat([types.new_zeros(batch, tokens), types], 1)
+    _settle_cache(state, kwargs)
+
+
+def _first_position(state: Installation) -> int:
+    """RoBERTa's positions count from behind its padding index."""
+    table = state.hooks.table
+    return 0 if table is None or table.padding_idx is None else table.padding_idx + 1
+
+
+def _settle_cache(state: Installation, kwargs: dict[str, Any]) -> None:
+    """A cache that holds the prompt has to be known by its name."""
+    if not state.layers.causal or "use_cache" not in state.layers.owner_arguments:
+        return
+    if state.layers.owner.training:
+        kwargs["use_cache"] = False
+    elif kwargs.get("use_cache") is not False and kwargs.get("past_key_values") is None:
+        kwargs["past_key_values"] = DynamicCache(config=state.layers.owner.config)
+
+
+def cut(output: Any, tokens: int, keep: int) -> Any:
+    """A forward's output without its first tokens, but for the last ``keep`` of them: hidden states of the rows."""
+
+    def rest(x: Any, kept: int) -> Any:
+        return x[:, tokens - kept :] if isinstance(x, Tensor) and x.dim() == 3 else x
+
+    if isinstance(output, tuple):
+        return (rest(output[0], keep), *output[1:])
+    for name, value in list(output.items()):
+        if name == "last_hidden_state":
+            output[name] = rest(value, keep)
+        elif name == "hidden_states":
+            output[name] = tuple(rest(x, 0) for x in value)
+    return output

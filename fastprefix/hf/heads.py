@@ -1,0 +1,102 @@
+"""A prompt's last token predicts a row's first one: what the model around the layers has to know of it."""
+
+from __future__ import annotations
+
+import inspect
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from fastprefix.hf.installation import Installation
+
+_LANGUAGE_MODELS = ("ForCausalLM", "LMHeadModel")
+IGNORED = -100
+
+
+def is_language_model(model: nn.Module) -> bool:
+    """Whether a model's logits predict the next token."""
+    return any(cls.__name__.endswith(_LANGUAGE_MODELS) for cls in type(model).__mro__)
+
+
+class HeadHooks:
+    """Hooks on the model itself: one more position in front of the rows, for its loss, and out of the logits again."""
+
+    def __init__(self, state: Installation) -> None:
+        self.state = state
+        self.wanted = False  # by the forward that runs
+        self.labelled = False
+        self.handles: list[Any] = []
+        model = state.model
+        if state.layers.owner is model or not is_language_model(model):
+            return
+        self.arguments = tuple(inspect.signature(model.forward).parameters)
+        self.handles = [
+            model.register_forward_pre_hook(self.before, with_kwargs=True),
+            model.register_forward_hook(self.after, always_call=True),
+        ]
+
+    def remove(self) -> None:
+        """Take the hooks off."""
+        for handle in self.handles:
+            handle.remove()
+
+    def before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Give the labels one place more."""
+        state = self.state
+        if state.nested is not None:
+            return None
+        self.wanted = self.labelled = False
+        if state.hooks.paused or not state.has_prompts():
+            return None
+        kwargs = {**dict(zip(self.arguments, args, strict=False)), **kwargs}
+        labels, keep = kwargs.get("labels"), kwargs.get("logits_to_keep", 0)
+        past = kwargs.get("past_key_values")
+        continues = past is not None and past.get_seq_length() > 0
+        windowed = isinstance(keep, Tensor) or keep > 0
+        if continues or windowed or kwargs.get("shift_labels") is not None:
+            return None
+        if labels is None and state.shared is None:
+            return None
+        self.wanted, self.labelled = True, labels is not None
+        if labels is not None:
+            labels = labels.clone()
+            prompted = state.prompted_rows(labels.shape[0])
+            if prompted is not None:
+                labels[~prompted.to(labels.device), 0] = IGNORED
+            kwargs["labels"] = torch.cat([labels.new_full((labels.shape[0], 1), IGNORED), labels], 1)
+        return (), kwargs
+
+    def widen(self, output: Any, last: Tensor) -> Any:
+        """The hidden states ``[B, S, d]`` with the prompt's last one in front."""
+        hidden = output[0]
+        first = last.to(hidden.dtype)[:, None].expand(hidden.shape[0], 1, -1)
+        return replace_first(output, torch.cat([first, hidden], 1))
+
+    def after(self, model: nn.Module, args: Any, output: Any) -> Any:
+        """Logits of the rows' own tokens; those in front of them are kept for whoever shares a prompt."""
+        if self.state.nested is not None:
+            return None
+        wanted, self.wanted = self.wanted, False
+        if not wanted or output is None:
+            return None
+        if isinstance(output, tuple):
+            at = 1 if self.labelled else 0
+            logits, output = output[at], (*output[:at], output[at][:, 1:], *output[at + 1 :])
+        else:
+            logits = output.logits
+            if logits is None:  # a loss fused with the head makes none
+                return None
+            output.logits = logits[:, 1:]
+        if self.state.shared is not None:
+            self.state.shared.next_logits = logits[:, 0]
+        return output
+
+
+def replace_first(output: Any, hidden: Tensor) -> Any:
+    """A forward's output with other hidden states."""
+    if isinstance(output, tuple):
+        return (hidden, *output[1:])
+    output[next(iter(output.keys()))] = hidden
+    return output

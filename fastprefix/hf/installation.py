@@ -1,0 +1,256 @@
+"""Everything fastprefix put into one model, and what it needs to take it out again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from fastprefix.hf import probe, reading
+from fastprefix.hf.attached import Attached
+from fastprefix.hf.attention import SLOT
+from fastprefix.hf.configs import OwnConfigs
+from fastprefix.hf.hooks import ForwardHooks
+from fastprefix.hf.memo import Memo
+from fastprefix.hf.reading import Choice, Reading, Source
+from fastprefix.hf.sharing import Nested
+from fastprefix.prefixes.prefix import LayerSlot, Prefix
+from fastprefix.prefixes.prompt import SoftPrompt
+from fastprefix.validation import fail
+
+if TYPE_CHECKING:
+    from fastprefix.hf.shared import SharedPrompt
+
+STATE = "_fastprefix"
+_ENCODERS = "fastprefix_encoders"
+
+
+class Installation:
+    """What is in one model: a slot in every attention layer, hooks around them, and which prefix they read."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.prefixes: dict[str, Prefix | SoftPrompt] = {}
+        self.active: str | None = None
+        self.source: Source = Attached(self)
+        self.chosen: Choice | None = None  # by a block of prefix_batch
+        self.shared: SharedPrompt | None = None  # by a block of shared_prompt
+        self.running: Reading | None = None  # what the forward that runs reads
+        self.nested: Nested | None = None
+        self.prepared: reading.Bank | None = None  # what was computed for the next forward already
+        self.memo = Memo()
+        self.said: set[str] = set()
+        self.trainable: list[tuple[nn.Parameter, bool]] = []
+        self.configs = OwnConfigs(model)
+        try:
+            self.switch(on=True)
+            self.layers = probe.find_layers(model)
+            self.check_masks()
+        except BaseException:
+            self.configs.restore()
+            raise
+        for module in self.layers.modules:
+            module.add_module(SLOT, LayerSlot())
+        self.hooks = ForwardHooks(self)
+
+    def check_masks(self) -> None:
+        """Some models merge masks with their own: what ours leave to the layer's causality would be lost on them."""
+        owner = self.layers.owner
+        ours = probe.sees_the_future(owner)
+        self.switch(on=False)
+        before = probe.sees_the_future(owner)
+        self.switch(on=True)
+        if ours != before:
+            raise probe.does_not_dispatch(self.model, ": it makes masks of its own")
+
+    @property
+    def slots(self) -> list[LayerSlot]:
+        """One per attention layer, in order."""
+        slots = [getattr(module, SLOT) for module in self.layers.modules]
+        assert all(isinstance(slot, LayerSlot) for slot in slots)
+        return slots
+
+    def switch(self, on: bool) -> None:
+        """Let the model's attention run through fastprefix, or as it did before."""
+        if on != self.configs.on:
+            self.configs.switch(on)
+
+    def freeze(self) -> None:
+        """Freeze the model, but for what was attached to it; what it was is remembered."""
+        ours = {id(p) for prefix in self.prefixes.values() for p in prefix.parameters()}
+        known = {id(p) for p, _ in self.trainable}
+        for parameter in self.model.parameters():
+            if id(parameter) not in ours:
+                if id(parameter) not in known:
+                    self.trainable.append((parameter, parameter.requires_grad))
+                parameter.requires_grad_(False)
+
+    def place(self, name: str, prefix: Prefix | SoftPrompt) -> None:
+        """Make a prefix's modules children of the model."""
+        slots = self.slots
+        if isinstance(prefix, Prefix):
+            for layer, index in zip(prefix.layers, prefix.layer_indices, strict=True):
+                slots[index].prefixes[name] = layer
+        for module, slot in zip(self.layers.modules, slots, strict=True):
+            slot.train(module.training)
+        encoder = prefix if isinstance(prefix, SoftPrompt) else prefix.encoder
+        encoders = self.layers.owner._modules.get(_ENCODERS)
+        if encoder is not None:
+            if encoders is None:
+                encoders = nn.ModuleDict()
+                self.layers.owner.add_module(_ENCODERS, encoders)
+            assert isinstance(encoders, nn.ModuleDict)
+            encoders[name] = encoder
+        elif isinstance(encoders, nn.ModuleDict) and name in encoders:
+            del encoders[name]
+            if not encoders:
+                del self.layers.owner._modules[_ENCODERS]
+
+    def named(self, name: str) -> Prefix | SoftPrompt:
+        """The prefix of a name; raises ValueError when none is attached under it."""
+        if name not in self.prefixes:
+            raise fail("name", repr(name), f"one of {sorted(self.prefixes)}")
+        return self.prefixes[name]
+
+    def activate(self, name: str | None) -> None:
+        """Use one prefix, or none: then the model runs exactly what it ran before."""
+        if name is not None and name not in self.source.names():
+            raise fail("name", repr(name), f"None or one of {sorted(self.source.names())}")
+        self.active = name
+        for slot in self.slots:
+            slot.active = name
+        self.switch(on=name is not None)
+
+    def choice(self) -> Choice | None:
+        """What the next forward's rows read."""
+        return self.source.active() if self.chosen is None else self.chosen
+
+    def idle(self) -> bool:
+        """Whether a forward is the bare model's, and nothing has to be switched off for it."""
+        busy = self.configs.on or self.nested is not None or self.shared is not None
+        return not busy and self.choice() is None
+
+    def has_prompts(self) -> bool:
+        """Whether a row of the next forward has a soft or shared prompt in front of it."""
+        choice = self.choice()
+        if self.shared is not None or choice is None:
+            return self.shared is not None
+        return any(self.source.entry(name).prompt is not None for name in choice.distinct())
+
+    def prompted_rows(self, batch: int) -> Tensor | None:
+        """``[B]`` bool, the rows that have one; None for all."""
+        import torch
+
+        choice = self.choice()
+        if self.shared is not None or choice is None:
+            return None
+        spoken = {name: self.source.entry(name).prompt is not None for name in choice.distinct()}
+        found = [name is not None and spoken[name] for name in choice.rows(batch)]
+        return None if all(found) else torch.tensor(found)
+
+    def read(self, kwargs: dict[str, Any]) -> Reading | None:
+        """What a forward reads; None for the bare model."""
+        choice = self.choice()
+        if self.shared is not None:
+            return self.shared.read(self, choice, kwargs)
+        return None if choice is None else self.read_choice(choice, kwargs)
+
+    def read_choice(self, choice: Choice, kwargs: dict[str, Any]) -> Reading | None:
+        """What a choice of names means in a forward."""
+        if len(choice.names) == 1 and choice.names[0] == self.active and self.active in self.prefixes:
+            prefix = self.prefixes[self.active]
+            if isinstance(prefix, Prefix):
+                return Reading(prefix.offset)
+        return reading.read(self, choice, kwargs)
+
+    @contextmanager
+    def preparing(self, bank: reading.Bank) -> Iterator[None]:
+        """Let the forward inside the block read what was computed already."""
+        self.prepared = bank
+        try:
+            yield
+        finally:
+            self.prepared = None
+
+    def give(self, reading: Reading) -> None:
+        """Let the layers read it."""
+        assert reading.layers is not None
+        for slot, kv in zip(self.slots, reading.layers, strict=True):
+            slot.give(kv)
+
+    def take_back(self) -> None:
+        """Let the layers read the active prefix again."""
+        for slot in self.slots:
+            slot.take_back()
+
+    def share_encoder(self) -> None:
+        """Compute the active prefix's MLP for all layers at once."""
+        prefix = self.prefixes.get(self.active) if self.active is not None else None
+        if isinstance(prefix, Prefix) and prefix.encoder is not None:
+            prefix.encoder.share()
+
+    def unshare_encoder(self) -> None:
+        """Forget what it gave."""
+        prefix = self.prefixes.get(self.active) if self.active is not None else None
+        if isinstance(prefix, Prefix) and prefix.encoder is not None:
+            prefix.encoder.unshare()
+
+    @contextmanager
+    def again(self, reading: Reading | None, active: str | None) -> Iterator[None]:
+        """Run a part of a forward again with what it read, whatever is chosen by now."""
+        slots, on = self.slots, self.configs.on
+        outside = [(slot.active, slot.given, slot.overridden) for slot in slots]
+        self.switch(on=True)
+        for slot, kv in zip(slots, (reading and reading.layers) or [None] * len(slots), strict=True):
+            slot.active, slot.given = active, kv
+            slot.overridden = reading is not None and reading.layers is not None
+        try:
+            yield
+        finally:
+            for slot, (name, kv, overridden) in zip(slots, outside, strict=True):
+                slot.active, slot.given, slot.overridden = name, kv, overridden
+            self.switch(on=on)
+
+    def remove(self) -> None:
+        """Undo everything."""
+        self.hooks.remove()
+        for module in self.layers.modules:
+            del module._modules[SLOT]
+        self.layers.owner._modules.pop(_ENCODERS, None)
+        self.configs.restore()
+        for parameter, requires_grad in self.trainable:
+            parameter.requires_grad_(requires_grad)
+
+
+def found(model: Any) -> Installation | None:
+    """What is in a model, or in the one it wraps."""
+    state = getattr(model, STATE, None)
+    return state if isinstance(state, Installation) else None
+
+
+def installation(model: Any) -> Installation:
+    """What is attached to a model; raises ValueError when nothing is."""
+    state = found(model)
+    if state is None:
+        expected = "a model that fastprefix.attach or fastprefix.patch was called on"
+        raise fail("model", f"{type(model).__name__} without a prefix", expected)
+    return state
+
+
+def install(model: Any) -> Installation:
+    """Put slots and hooks into a bare model; raises ValueError when it cannot carry a prefix."""
+    probe.check_model(model)
+    if any(SLOT in module._modules for module in model.modules()):
+        raise fail("model", f"{type(model).__name__} around a model with a prefix", "the model it was attached to")
+    state = Installation(model)
+    object.__setattr__(model, STATE, state)
+    return state
+
+
+def uninstall(state: Installation) -> None:
+    """Take everything out of the model."""
+    state.remove()
+    # A wrapper (a compiled model, a PeftModel) finds the state by delegation: it lies in the model itself.
+    del state.model.__dict__[STATE]

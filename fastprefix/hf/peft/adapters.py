@@ -1,0 +1,128 @@
+"""A PEFT model's adapters as what the layers read: nothing is copied, its own parameters are read and trained."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fastprefix.hf.peft.fitting import Fit
+from fastprefix.hf.reading import Choice, Entry, Name
+from fastprefix.hf.sharing import KeyValues
+from fastprefix.validation import fail
+
+if TYPE_CHECKING:
+    from fastprefix.hf.installation import Installation
+
+PREFIXES = ("PREFIX_TUNING", "CARTRIDGE")
+PROMPTS = ("PROMPT_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING")
+MULTITASK = "MULTITASK_PROMPT_TUNING"
+BASE = "__base__"  # PEFT's name for no adapter in a mixed batch
+
+
+def kind(config: Any) -> str:
+    """A PEFT configuration's type by name."""
+    return str(getattr(config.peft_type, "value", config.peft_type))
+
+
+def task(model: Any) -> str:
+    """A PEFT model's task by name."""
+    task_type = model.active_peft_config.task_type
+    return str(getattr(task_type, "value", task_type))
+
+
+class Adapters:
+    """The source of a patched model: names are PEFT's adapters; with several tasks, ``(name, task)``."""
+
+    beside = False
+
+    def __init__(self, state: Installation, peft_model: Any) -> None:
+        self.state = state
+        self.peft_model = peft_model
+        self.bypassed = False  # while PEFT's own forward concatenates the prompt
+        self.shifted = False  # while the caller's position ids start behind the prefix already
+        self.fit = Fit(state)
+
+    def names(self) -> list[str]:
+        """PEFT's adapters."""
+        return list(self.peft_model.peft_config)
+
+    def resident(self) -> list[str]:
+        """All of them: where they lie is PEFT's business."""
+        return self.names()
+
+    def held(self, names: Sequence[Any]) -> AbstractContextManager[None]:
+        """Nothing lies on disk."""
+        return nullcontext()
+
+    def active(self) -> Choice | None:
+        """PEFT's active adapter, unless PEFT has disabled it."""
+        model = self.peft_model
+        if self.bypassed or model._adapters_disabled or model.active_adapter not in self.names():
+            return None
+        return Choice((model.active_adapter,))
+
+    def choose(self, adapter_names: Sequence[str | None] | None, task_ids: Any) -> Choice | None:
+        """What a call's own arguments say of its rows; None where they say nothing."""
+        if adapter_names is not None:
+            names = [None if name in (None, BASE) else name for name in adapter_names]
+            for name in names:
+                if name is not None and name not in self.names():
+                    raise fail("adapter_names", repr(name), f"{BASE!r}, None or one of {sorted(self.names())}")
+        elif self.peft_model.active_adapter in self.names():
+            names = [self.peft_model.active_adapter]
+        else:
+            return None
+        tasks = [None] if task_ids is None else torch.as_tensor(task_ids).reshape(-1).tolist()
+        if len(names) == 1 or len(tasks) == 1:
+            names, tasks = names * len(tasks), tasks * len(names)
+        if len(names) != len(tasks):
+            raise fail("task_ids", f"{len(tasks)} tasks", f"one for each of {len(names)} adapter_names")
+        rows = tuple(self._row(name, task) for name, task in zip(names, tasks, strict=True))
+        return None if adapter_names is None and rows == (self.peft_model.active_adapter,) else Choice(rows)
+
+    def _row(self, name: str | None, task: int | None) -> Name | None:
+        if name is None or kind(self.peft_model.peft_config[name]) != MULTITASK:
+            return name
+        if task is None:
+            raise ValueError("task_ids cannot be None")  # PEFT's words
+        return name, task
+
+    def entry(self, name: Name) -> Entry:
+        """What an adapter gives; raises ValueError for an unknown one."""
+        name, task = name if isinstance(name, tuple) else (name, None)
+        if name not in self.names():
+            raise fail("names", repr(name), f"None or one of {sorted(self.names())}")
+        config = self.peft_model.peft_config[name]
+        encoder = self.peft_model.prompt_encoder[name]
+        tokens, parameters, what = config.num_virtual_tokens, tuple(encoder.parameters()), kind(config)
+        if what in PREFIXES:
+
+            def key_values() -> KeyValues:
+                return self.fit(config, self.encoded(str(name)))
+
+            return Entry(
+                what, tokens, 0 if self.shifted else tokens, parameters, key_values, layers=len(self.state.slots)
+            )
+
+        def prompt() -> Tensor:
+            if what != MULTITASK:
+                return self.encoded(str(name))
+            if task is None:
+                raise ValueError("task_ids cannot be None")
+            device = encoder.embedding.weight.device
+            ids = self.peft_model.prompt_tokens[name][None].to(device)
+            return encoder(ids, torch.tensor([task], device=device))[0]
+
+        return Entry(what, tokens, tokens, parameters, prompt=prompt)
+
+    def encoded(self, name: str) -> Tensor:
+        """What an adapter's encoder gives, once: ``[P, 2*L*H_kv*D]`` or ``[P, d]``."""
+        config, encoder = self.peft_model.peft_config[name], self.peft_model.prompt_encoder[name]
+        if config.inference_mode:
+            return encoder.embedding.weight
+        ids = self.peft_model.prompt_tokens[name][: config.num_virtual_tokens]
+        return encoder(ids[None].to(encoder.embedding.weight.device))[0]

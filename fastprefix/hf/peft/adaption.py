@@ -1,0 +1,142 @@
+"""LLaMA-Adapter (Zhang et al. 2023) as PEFT has it: its gated prompt read by the layer's own attention.
+
+PEFT projects the queries again, repeats the prompt for every row and multiplies its output by ``o_proj`` a second
+time. Here keys and values are made once per forward, and ``o_content + gate * o_prompt`` is one call of the operator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+from peft.tuners.adaption_prompt.config import TRANSFORMERS_MODEL_CONFIG
+from peft.tuners.adaption_prompt.layer import AdaptedAttention, AdaptedAttentionGPT
+from torch import Tensor
+
+from fastprefix.functional import prefix_attention
+from fastprefix.hf.attention import SLOT
+from fastprefix.hf.reading import Choice, Entry, Name
+from fastprefix.hf.sharing import KeyValues
+from fastprefix.prefixes.prefix import LayerKV
+from fastprefix.validation import fail
+
+if TYPE_CHECKING:
+    from fastprefix.hf.installation import Installation
+
+
+class FusedAttention(AdaptedAttention):
+    """The layer's own attention, which reads the gated prompt itself."""
+
+    def forward(self, **kwargs: Any) -> Any:
+        """Of the layer's attention."""
+        return self.model(**kwargs)
+
+    def key_values(self) -> tuple[Tensor, Tensor]:
+        """Keys and values ``[H_kv, P, D]`` of the prompt, without rotary positions."""
+        names = TRANSFORMERS_MODEL_CONFIG[self.model_type]
+        made = (getattr(self.model, name)(self.adaption_prompt) for name in (names.k_proj_layer, names.v_proj_layer))
+        k, v = (x[0].unflatten(-1, (-1, self.model.head_dim)).transpose(0, 1) for x in made)
+        return k, v
+
+
+class FusedAttentionGPT(AdaptedAttentionGPT):
+    """GPT-2's, whose gated prompt PEFT adds behind the output projection."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Of the layer's attention, and the prompt's part for the same queries."""
+        slot = self.model._modules[SLOT]
+        slot.keeps_query, slot.query = True, None
+        output, *rest = self.model(*args, **kwargs)
+        q, slot.query, slot.keeps_query = slot.query, None, False
+        k, v = self.key_values()
+        nothing = q.new_empty(q.shape[0], k.shape[0], 0, q.shape[3])
+        o = prefix_attention(q, nothing, nothing, k, v, causal=False)  # [B, H, S, D]
+        o = self.adaption_gate.to(o.dtype) * o.transpose(1, 2).flatten(2)
+        return output + o, *rest
+
+    def key_values(self) -> tuple[Tensor, Tensor]:
+        """Keys and values ``[H, P, D]`` of the prompt."""
+        made = self.model.c_attn(self.adaption_prompt)[0].chunk(3, dim=-1)[1:]
+        k, v = (x.unflatten(-1, (-1, self.model.head_dim)).transpose(0, 1) for x in made)
+        return k, v
+
+
+FUSED = {AdaptedAttention: FusedAttention, AdaptedAttentionGPT: FusedAttentionGPT}
+
+
+class Gated:
+    """The source of a model with adaption prompts: PEFT swaps its modules in and out, this reads those that are in.
+
+    The content stays with the attention that the model had: with gates at zero it computes the same bits.
+    """
+
+    beside = True
+
+    def __init__(self, state: Installation, peft_model: Any) -> None:
+        self.state = state
+        self.peft_model = peft_model
+
+    def names(self) -> list[str]:
+        """PEFT's adapters; only the active one can be read, as one batch has one gate."""
+        active = self.peft_model.base_model._active_adapter
+        return [] if active is None else [active]
+
+    def resident(self) -> list[str]:
+        """The active one."""
+        return self.names()
+
+    def held(self, names: Sequence[Any]) -> AbstractContextManager[None]:
+        """Nothing lies on disk."""
+        return nullcontext()
+
+    def active(self) -> Choice | None:
+        """The one whose modules are in the model."""
+        return Choice(tuple(self.names())) if self.names() and self.peft_model.base_model._enabled else None
+
+    def modules(self) -> list[Any]:
+        """Those of the active adapter, from the lowest layer up."""
+        tuner = self.peft_model.base_model
+        name = tuner._active_adapter
+        target = tuner.peft_config[name].target_modules
+        return [getattr(parent, target) for parent in tuner._parents[name]]
+
+    def entry(self, name: Name) -> Entry:
+        """Gated keys and values of the adapted layers."""
+        if name not in self.names():
+            raise fail("names", repr(name), f"the active adapter, {self.names()}")
+        modules = self.modules()
+        parameters = tuple(x for m in modules for x in (m.adaption_prompt, m.adaption_gate))
+
+        def key_values() -> KeyValues:
+            index = {id(module): i for i, module in enumerate(self.state.layers.modules)}
+            found: KeyValues = [None] * len(index)
+            for module in modules:
+                if isinstance(module, FusedAttention):
+                    k, v = module.key_values()
+                    gate = module.adaption_gate.expand(module.num_heads)
+                    found[index[id(module.model)]] = LayerKV(k, v, gate=gate)
+            return found
+
+        tokens = modules[0].adapter_len
+        return Entry("ADAPTION_PROMPT", tokens, 0, parameters, key_values, layers=len(modules))
+
+
+def fuse(peft_model: Any) -> None:
+    """Change the classes of all adapted attentions, those that PEFT keeps aside included."""
+    for module in adapted(peft_model):
+        module.__class__ = FUSED.get(type(module), type(module))
+
+
+def unfuse(peft_model: Any) -> None:
+    """Give them PEFT's classes back."""
+    back = {ours: theirs for theirs, ours in FUSED.items()}
+    for module in adapted(peft_model):
+        module.__class__ = back.get(type(module), type(module))
+
+
+def adapted(peft_model: Any) -> list[Any]:
+    """Every adapted attention, of all adapters."""
+    tuner = peft_model.base_model
+    inside = [m for m in tuner.modules() if isinstance(m, tuple(FUSED))]
+    return inside + [m for modules in tuner._cached_adapters.values() for m in modules]

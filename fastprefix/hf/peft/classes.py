@@ -1,0 +1,244 @@
+"""What a patched PeftModel's own methods become. Its class changes, not its attributes: it copies and pickles."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastprefix.hf import sharing
+from fastprefix.hf.installation import Installation, installation
+from fastprefix.hf.peft import prompts, resume
+from fastprefix.hf.peft.adapters import PREFIXES, Adapters, kind, task
+
+_NAME, _ADAPTION, _CONCATENATING = "FastPrefix", "FastPrefixAdaption", "FastPrefixConcatenating"
+
+
+class Patched:
+    """Mixed into the class of a PeftModel with prefixes or soft prompts."""
+
+    peft_config: dict[str, Any]
+    base_model: Any
+    _adapters_disabled: bool
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """PEFT's forward; ``adapter_names`` (one for each row) and caches of one's own are honoured."""
+        kwargs = _bind(self, args, kwargs)
+        names, tasks = kwargs.pop("adapter_names", None), kwargs.pop("task_ids", None)
+        state, adapters = _parts(self)
+        if self._adapters_disabled:
+            return self.base_model(**kwargs)
+        chosen = adapters.choose(names, tasks)
+        choice = chosen or adapters.active()
+        prompted = choice is not None and any(adapters.entry(n).prompt is not None for n in choice.distinct())
+        if prompted and names is None:
+            reason = _concatenates(self, state, choice, kwargs)
+            if reason is not None:
+                return _theirs(self, adapters, reason, task_ids=tasks, **kwargs)
+        _token_types(self, kwargs)
+        with _chosen(state, chosen), _shifted(adapters, chosen or prompted, kwargs):
+            if prompted and names is None and choice is not None:
+                return prompts.forward(self, state, choice, kwargs)
+            return self.base_model(**kwargs)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """PEFT's generate; also with ``adapter_names``, a cache of an earlier turn, static caches or none."""
+        names, tasks = kwargs.pop("adapter_names", None), kwargs.pop("task_ids", None)
+        state, adapters = _parts(self)
+        with _chosen(state, None if self._adapters_disabled else adapters.choose(names, tasks)):
+            return self.base_model.generate(*args, **kwargs)
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """PEFT's; the base model is bare inside, also when it is called directly."""
+        outside, self._adapters_disabled = self._adapters_disabled, True
+        try:
+            yield
+        finally:
+            self._adapters_disabled = outside
+
+    def add_adapter(self, adapter_name: str, peft_config: Any, *args: Any, **kwargs: Any) -> None:
+        """PEFT's; also while gradient checkpointing is on."""
+        _, adapters = _parts(self)
+        with _checkpointing_off(self.base_model):
+            super().add_adapter(adapter_name, peft_config, *args, **kwargs)  # type: ignore[misc]
+        try:
+            check(adapters, adapter_name)
+        except ValueError:
+            self.delete_adapter(adapter_name)  # type: ignore[attr-defined]
+            raise
+        break_symmetry(self, adapter_name)
+
+    def save_pretrained(self, save_directory: str, *args: Any, **kwargs: Any) -> None:
+        """PEFT's files, and beside them what is trained in front of them, so that training resumes."""
+        super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+        if kwargs.get("is_main_process", True):
+            resume.save(self, save_directory, kwargs.get("selected_adapters"))
+
+    def load_adapter(self, model_id: Any, adapter_name: str, is_trainable: bool = False, **kwargs: Any) -> Any:
+        """PEFT's; also to go on training (``is_trainable=True``), with the encoder that was trained."""
+        trained = adapter_name in self.peft_config and not self.peft_config[adapter_name].inference_mode
+        if is_trainable or trained:
+            return resume.load(self, model_id, adapter_name, is_trainable, **kwargs)
+        return super().load_adapter(model_id, adapter_name, is_trainable=is_trainable, **kwargs)  # type: ignore[misc]
+
+
+@functools.cache
+def patched(cls: Any) -> type:
+    """The patched class of one of PEFT's."""
+    # Read here: torch.compile cannot trace it.
+    names = tuple(inspect.signature(cls.forward).parameters)[1:]
+    members = {"__module__": __name__, "__doc__": cls.__doc__, "_arguments": names}
+    return type(_NAME + cls.__name__, (Patched, cls), members)
+
+
+class PatchedAdaption:
+    """Mixed into the class of a PeftModel with adaption prompts: everything is PEFT's, new adapters are fused too."""
+
+    def add_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """PEFT's."""
+        from fastprefix.hf.peft import adaption
+
+        super().add_adapter(*args, **kwargs)  # type: ignore[misc]
+        adaption.fuse(self)
+
+
+class PatchedConcatenating:
+    """Mixed into the class of a PeftModel whose soft prompts cannot be shared: everything is PEFT's."""
+
+
+@functools.cache
+def patched_concatenating(cls: Any) -> type:
+    """The same where nothing can be shared."""
+    name = _CONCATENATING + cls.__name__
+    return type(name, (PatchedConcatenating, cls), {"__module__": __name__, "__doc__": cls.__doc__})
+
+
+@functools.cache
+def patched_adaption(cls: Any) -> type:
+    """The same with adaption prompts."""
+    return type(_ADAPTION + cls.__name__, (PatchedAdaption, cls), {"__module__": __name__, "__doc__": cls.__doc__})
+
+
+def __getattr__(name: str) -> Any:
+    # Where pickle looks for the classes made above.
+    import peft
+
+    made = ((_ADAPTION, patched_adaption), (_CONCATENATING, patched_concatenating), (_NAME, patched))
+    for start, make in made:
+        if name.startswith(start) and hasattr(peft, name.removeprefix(start)):
+            return make(getattr(peft, name.removeprefix(start)))
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def theirs(model: Any) -> Any:
+    """PEFT's own class of a patched model."""
+    return type(model).__bases__[1]
+
+
+def _parts(model: Any) -> tuple[Installation, Adapters]:
+    state = installation(model)
+    assert isinstance(state.source, Adapters)
+    return state, state.source
+
+
+def _bind(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """All arguments by PEFT's names, without those left at None, which not every model takes."""
+    given = {**dict(zip(model._arguments, args, strict=False)), **kwargs}
+    return {name: value for name, value in given.items() if value is not None}
+
+
+@contextmanager
+def _chosen(state: Installation, choice: Any) -> Iterator[None]:
+    if choice is None:
+        yield
+        return
+    outside, state.chosen = state.chosen, choice
+    state.switch(on=True)
+    try:
+        yield
+    finally:
+        state.chosen = outside
+
+
+def _concatenates(model: Any, state: Installation, choice: Any, kwargs: dict[str, Any]) -> str | None:
+    """Why a soft prompt takes PEFT's own way; None when it is shared."""
+    if task(model) == "QUESTION_ANS":
+        return "a question-answering head has its softmax over the prompt's positions too"
+    tokens = max(state.source.entry(name).tokens for name in choice.distinct())
+    # PEFT's forward knows no cache: what outgrows a window while generating is the reading's to see.
+    return sharing.inexact(state, tokens, {**kwargs, "past_key_values": None})
+
+
+def _theirs(model: Any, adapters: Adapters, reason: str, **kwargs: Any) -> Any:
+    sharing.say(adapters.state, reason)
+    adapters.bypassed = True
+    try:
+        return theirs(model).forward(model, **kwargs)
+    finally:
+        adapters.bypassed = False
+
+
+def _token_types(model: Any, kwargs: dict[str, Any]) -> None:
+    """PEFT drops them for these tasks, and says so."""
+    if task(model) in ("CAUSAL_LM", "FEATURE_EXTRACTION") and "token_type_ids" in kwargs:
+        message = "Token type ids are not supported for parameter efficient tuning. Ignoring token type ids"
+        warnings.warn(message, stacklevel=3)
+        del kwargs["token_type_ids"]
+
+
+@contextmanager
+def _shifted(adapters: Adapters, mixed: Any, kwargs: dict[str, Any]) -> Iterator[None]:
+    """Where PEFT does it: given position ids reach the base model behind the prefix."""
+    active = adapters.active()
+    if mixed or active is None or "position_ids" not in kwargs:
+        yield
+        return
+    kwargs["position_ids"] = kwargs["position_ids"] + adapters.entry(active.names[0]).tokens
+    adapters.shifted = True
+    try:
+        yield
+    finally:
+        adapters.shifted = False
+
+
+@contextmanager
+def _checkpointing_off(model: nn.Module) -> Iterator[None]:
+    """PEFT refuses to add a prefix while it is on."""
+    modules: list[Any] = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False)]
+    for module in modules:
+        module.gradient_checkpointing = False
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.gradient_checkpointing = True
+
+
+def check(adapters: Adapters, name: str) -> None:
+    """Raise ValueError unless an adapter is one that the model's layers can read."""
+    config = adapters.peft_model.peft_config[name]
+    if kind(config) in PREFIXES:
+        adapters.fit.check(config)
+
+
+@torch.no_grad()
+def break_symmetry(model: Any, name: str) -> None:
+    """Rows that start equal get equal gradients for ever: PEFT's ``init_weights="zero"`` trains one token P times."""
+    config, encoder = model.peft_config[name], model.prompt_encoder[name]
+    if kind(config) != "PREFIX_TUNING" or config.prefix_projection or config.inference_mode:
+        return
+    weight = encoder.embedding.weight
+    if weight.shape[0] > 1 and not weight.is_meta and not weight.any():
+        weight.normal_(std=0.02)
+        warnings.warn(
+            "fastprefix: init_weights='zero' makes all prefix tokens equal, and equal they would stay; they start at "
+            "N(0, 0.02^2) instead",
+            stacklevel=3,
+        )

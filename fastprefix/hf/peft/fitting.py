@@ -1,0 +1,88 @@
+"""PEFT's one tensor of keys and values, cut for the layers that a model really has."""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fastprefix.hf.sharing import KeyValues
+from fastprefix.prefixes.prefix import LayerKV
+from fastprefix.validation import fail
+
+if TYPE_CHECKING:
+    from fastprefix.hf.installation import Installation
+
+
+class Fit:
+    """Which slots of PEFT's tensor a layer reads, and how much of them.
+
+    Layers of one model may differ (Gemma 4): PEFT provides for the largest, cuts what is smaller and leaves out what
+    is larger. A layer without keys of its own reads the ones of the layer that it shares with, prefix included.
+    """
+
+    def __init__(self, state: Installation) -> None:
+        self.state = state
+        self.warned = False
+
+    def check(self, config: Any) -> None:
+        """Raise ValueError unless the layers can read what such an adapter holds."""
+        layers, shapes = len(self.state.slots), self.state.layers.shapes
+        if config.num_layers != layers:
+            raise fail("num_layers", config.num_layers, f"{layers}, the model's attention layers")
+        heads, dim = config.num_attention_heads, config.token_dim // config.num_attention_heads
+        uneven = [shape for shape in shapes if shape.head_dim != shape.value_dim]
+        if uneven:
+            got = f"a prefix with one head dim, {dim}"
+            raise fail(
+                "token_dim", got, f"keys of {uneven[0].head_dim} and values of {uneven[0].value_dim}: attach one"
+            )
+        if not any(s.num_kv_heads <= heads and s.head_dim <= dim for s in shapes):
+            want = ", ".join(f"{n} of {d}" for n, d in sorted({(s.num_kv_heads, s.head_dim) for s in shapes}))
+            raise fail("token_dim", f"{heads} key/value heads of {dim}", f"at least those of some layer: {want}")
+
+    def shape(self, layer: int) -> tuple[int, int]:
+        """A layer's key/value heads and head dim; where layers differ, as PEFT reads them from the model's config."""
+        from peft import peft_model
+
+        config = self.state.model.config.get_text_config()
+        rule = getattr(peft_model, "_get_layer_kv_target_shape", lambda config, layer: None)
+        found = rule(config, layer)
+        real = self.state.layers.shapes[layer]
+        return (real.num_kv_heads, real.head_dim) if found is None else found
+
+    def __call__(self, config: Any, embeddings: Tensor) -> KeyValues:
+        """Each layer's keys and values of ``[P, 2*L*H_kv*D]``: views, so that nothing more is saved for backward."""
+        heads, dim = config.num_attention_heads, config.token_dim // config.num_attention_heads
+        slots = embeddings.unflatten(1, (2 * config.num_layers, heads, dim)).permute(1, 2, 0, 3)
+        if not torch.is_grad_enabled():  # for the life of a cache: worth laying out anew
+            slots = slots.contiguous()
+        found: KeyValues = []
+        sources = self.sources()
+        for source in sources:
+            n, d = self.shape(source)
+            fits = n <= heads and d <= dim
+            # [H_kv, P, D]
+            found.append(LayerKV(slots[2 * source][:n, :, :d], slots[2 * source + 1][:n, :, :d]) if fits else None)
+        if all(kv is None for kv in found):
+            raise ValueError(
+                f"Prefix tuning skipped every layer: its {heads} key/value heads of {dim} are smaller than any layer's"
+            )
+        skipped = [i for i, kv in enumerate(found) if kv is None or sources[i] != i]
+        if skipped and not self.warned:
+            self.warned = True
+            warnings.warn(
+                f"Prefix tuning skipped {skipped} due to KV shape mismatch or shared-KV layers: their slots are not "
+                "trained (a layer that shares keys reads the prefix of the layer it shares them with)",
+                stacklevel=2,
+            )
+        return found
+
+    def sources(self) -> list[int]:
+        """The layer whose keys each layer reads: its own, but for the last ones of models that share them."""
+        layers, config = len(self.state.slots), self.state.model.config.get_text_config()
+        types = getattr(config, "layer_types", None) or ["full_attention"] * layers
+        own = layers - (getattr(config, "num_kv_shared_layers", 0) or 0)
+        return [i if i < own else max(j for j in range(own) if types[j] == types[i]) for i in range(layers)]

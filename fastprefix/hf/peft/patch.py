@@ -1,0 +1,116 @@
+"""``patch`` and ``unpatch``."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+from fastprefix.hf import probe
+from fastprefix.hf.installation import Installation, found, install, uninstall
+from fastprefix.hf.peft import classes
+from fastprefix.hf.peft.adapters import PREFIXES, PROMPTS, Adapters, kind
+from fastprefix.validation import fail
+
+ADAPTION = "ADAPTION_PROMPT"
+
+
+def patch(peft_model: Any) -> Any:
+    """Accelerate a PEFT model in place, for training and use, and make it right where PEFT is not.
+
+    For PREFIX_TUNING, CARTRIDGE, PROMPT_TUNING, P_TUNING, MULTITASK_PROMPT_TUNING and ADAPTION_PROMPT. Parameters,
+    optimizer state, ``save_pretrained``, adapters and their switching stay PEFT's own. A prefix is read inside the
+    attention of every row, a soft prompt runs through the model once per forward; neither is in the cache. The base
+    model reads the active adapter also when it is called directly, as trainers that unwrap do.
+
+    Beyond PEFT: gradient checkpointing, left padding without position ids, packed rows, caches of one's own
+    (``use_cache=False``, static, a second turn), ``adapter_names`` for each row in forward and generate,
+    sliding windows that never hide the prefix, and training that resumes through an encoder
+    (``load_adapter(dir, name, is_trainable=True)``, as ``Trainer`` does).
+
+    Args:
+        peft_model: a ``PeftModel`` around a decoder or encoder; patched ones are left as they are.
+
+    Returns:
+        The same object.
+
+    Raises:
+        ValueError: not such a model; the message names what it is.
+    """
+    from peft import PeftModel
+
+    if not isinstance(peft_model, PeftModel):
+        raise fail("peft_model", type(peft_model).__name__, "a peft.PeftModel (fastprefix.attach takes bare models)")
+    if is_patched(peft_model):
+        return peft_model
+    kinds = {kind(config) for config in peft_model.peft_config.values()}
+    known = (*PREFIXES, *PROMPTS, ADAPTION)
+    if not kinds or not kinds <= set(known):
+        raise fail("peft_model", f"adapters of type {', '.join(sorted(kinds)) or 'none'}", f"one of {', '.join(known)}")
+    base = peft_model.get_base_model()
+    if kinds <= set(PROMPTS) and getattr(base.config, "is_encoder_decoder", False):
+        # Its prompt's states depend on the row: PEFT concatenates, which is the only exact way.
+        reason = f"{type(base).__name__} is an encoder-decoder"
+        warnings.warn(f"fastprefix: the prompt is concatenated to every row, not shared: {reason}", stacklevel=2)
+        peft_model.__class__ = classes.patched_concatenating(peft_model.__class__)
+        return peft_model
+    probe.check_model(base)
+    if found(base) is not None:
+        raise fail(
+            "peft_model", f"a {type(base).__name__} that something is attached to", "one without; detach it first"
+        )
+    state = install(base)
+    try:
+        if ADAPTION in kinds:
+            _patch_adaption(state, peft_model)
+        else:
+            state.source = Adapters(state, peft_model)
+            for name in peft_model.peft_config:
+                classes.check(state.source, name)
+            for name in peft_model.peft_config:
+                classes.break_symmetry(peft_model, name)
+            peft_model.__class__ = classes.patched(peft_model.__class__)
+    except BaseException:
+        uninstall(state)
+        raise
+    # PEFT's disable_adapter leaves bound methods behind, which would hide the class's.
+    for method in ("forward", "prepare_inputs_for_generation"):
+        peft_model.__dict__.pop(method, None)
+    state.switch(on=True)
+    return peft_model
+
+
+def _patch_adaption(state: Installation, peft_model: Any) -> None:
+    from fastprefix.hf.peft import adaption
+
+    state.source = adaption.Gated(state, peft_model)
+    for module, slot in zip(state.layers.modules, state.slots, strict=True):
+        slot.beside = state.configs.before(module)
+    adaption.fuse(peft_model)
+    peft_model.__class__ = classes.patched_adaption(peft_model.__class__)
+
+
+def is_patched(peft_model: Any) -> bool:
+    """Whether :func:`patch` was called on a model."""
+    return isinstance(peft_model, classes.Patched | classes.PatchedAdaption | classes.PatchedConcatenating)
+
+
+def unpatch(peft_model: Any) -> Any:
+    """Undo :func:`patch`: the model is PEFT's again, with the parameters as they are now.
+
+    Returns:
+        The same object.
+
+    Raises:
+        ValueError: the model is not patched.
+    """
+    if not is_patched(peft_model):
+        raise fail("peft_model", type(peft_model).__name__, "a model that fastprefix.patch was called on")
+    state = found(peft_model.get_base_model())
+    if isinstance(peft_model, classes.PatchedAdaption):
+        from fastprefix.hf.peft import adaption
+
+        adaption.unfuse(peft_model)
+    peft_model.__class__ = classes.theirs(peft_model)
+    if state is not None:
+        uninstall(state)
+    return peft_model

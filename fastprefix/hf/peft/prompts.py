@@ -1,0 +1,57 @@
+"""The forward of PEFT's soft prompts: the prompt once, the rows beside it, and PEFT's output ``[B, P + S, ...]``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastprefix.hf.installation import Installation
+from fastprefix.hf.peft.adapters import task
+from fastprefix.hf.reading import Bank, Choice, batch_size, make_bank
+
+
+def forward(model: Any, state: Installation, choice: Choice, kwargs: dict[str, Any]) -> Any:
+    """The base model's output over rows, with the prompt's own positions in front as PEFT has them."""
+    base = model.base_model
+    return_dict = kwargs.pop("return_dict", None)
+    return_dict = getattr(base.config, "return_dict", True) if return_dict is None else return_dict
+    cache = kwargs.get("past_key_values")
+    keep = kwargs.get("logits_to_keep", 0)
+    continues = cache is not None and cache.get_seq_length() > 0
+    if continues or isinstance(keep, Tensor) or keep > 0 or pools(model):
+        output = base(**kwargs, return_dict=True)
+    else:
+        names = choice.distinct()
+        options = {name: kwargs[name] for name in ("output_hidden_states",) if name in kwargs}
+        bank, prompt = make_bank(state, names, [state.source.entry(name) for name in names], base, options)
+        with state.preparing(bank):
+            output = base(**kwargs, return_dict=True)
+        _join(output, prompt, _rows(bank, choice, kwargs))
+    return output if return_dict else output.to_tuple()
+
+
+def pools(model: Any) -> bool:
+    """Whether the output has no positions."""
+    return task(model) == "SEQ_CLS"
+
+
+def _rows(bank: Bank, choice: Choice, kwargs: dict[str, Any]) -> list[int]:
+    return [bank.names.index(name) for name in choice.rows(batch_size(kwargs))]
+
+
+def _join(output: Any, prompt: Any, rows: list[int]) -> None:
+    """Put the prompt's ``[N, P, ...]`` in front of the rows' ``[B, S, ...]``."""
+    shared = len(set(rows)) == 1
+
+    def join(first: Tensor, rest: Tensor) -> Tensor:
+        own = first[rows[0]].expand(len(rows), -1, -1) if shared else first[torch.tensor(rows, device=first.device)]
+        return torch.cat([own.to(rest.dtype), rest], 1)
+
+    for name in ("logits", "last_hidden_state"):
+        if isinstance(output.get(name), Tensor) and output[name].dim() == 3:
+            output[name] = join(prompt[name], output[name])
+    if output.get("hidden_states") is not None:
+        pairs = zip(prompt["hidden_states"], output["hidden_states"], strict=True)
+        output["hidden_states"] = tuple(join(*pair) for pair in pairs)

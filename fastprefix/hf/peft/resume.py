@@ -1,0 +1,71 @@
+"""Training of a PEFT adapter goes on: PEFT saves what its encoder gives, this the encoder beside it."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from safetensors.torch import save_file
+
+from fastprefix.hf.files import read_tensors, replace
+from fastprefix.validation import fail
+
+FILE = "prompt_encoder.safetensors"
+
+
+def reparameterised(config: Any) -> bool:
+    """Whether an adapter trains more than what PEFT saves of it."""
+    return bool(getattr(config, "prefix_projection", False)) or config.peft_type == "P_TUNING"
+
+
+def save(model: Any, dir: str | os.PathLike[str], names: Sequence[str] | None = None) -> None:
+    """Write the encoders that are trained beside PEFT's files, each replaced whole or not at all."""
+    for name in model.peft_config if names is None else names:
+        config = model.peft_config[name]
+        folder = Path(dir) if name == "default" else Path(dir) / name
+        if not reparameterised(config) or config.inference_mode:
+            (folder / FILE).unlink(missing_ok=True)
+            continue
+        state_dict = model.prompt_encoder[name].state_dict()
+        tensors = {key: x.detach().cpu().contiguous() for key, x in state_dict.items()}
+        replace(folder / FILE, functools.partial(save_file, tensors))
+
+
+def load(model: Any, dir: Any, name: str, is_trainable: bool, **kwargs: Any) -> Any:
+    """PEFT's ``load_adapter`` into an adapter that is trained, its encoder included.
+
+    Raises:
+        ValueError: the adapter was trained through an encoder that was not saved, or one of another shape.
+    """
+    from peft import PeftConfig, load_peft_weights, set_peft_model_state_dict
+
+    subfolder = kwargs.get("subfolder")
+    folder = Path(dir) / subfolder if subfolder else Path(dir)
+    if name not in model.peft_config:
+        config = PeftConfig.from_pretrained(dir, **({"subfolder": subfolder} if subfolder else {}))
+        config.inference_mode = False
+        model.add_adapter(name, config)
+    config, encoder = model.peft_config[name], model.prompt_encoder[name]
+    weights = load_peft_weights(dir, device="cpu", **({"subfolder": subfolder} if subfolder else {}))
+    if not reparameterised(config):
+        result = set_peft_model_state_dict(model, weights, adapter_name=name)
+    else:
+        if not (folder / FILE).exists():
+            expected = "the encoder that training goes on with (written by a patched model's save_pretrained)"
+            raise fail("model_id", f"no file {folder / FILE}", expected)
+        tensors = read_tensors(folder / FILE)
+        for key, x in encoder.state_dict().items():
+            if key not in tensors or tensors[key].shape != x.shape:
+                got = f"shape {list(tensors[key].shape)}" if key in tensors else "no such tensor"
+                raise fail(f"{folder / FILE}: {key}", got, f"shape {list(x.shape)}")
+        # PEFT would copy the encoder's output into its parameters, which has no inverse.
+        with mock.patch.object(type(encoder), "_load_adapter_state_dict", lambda self, state_dict: None):
+            result = set_peft_model_state_dict(model, weights, adapter_name=name)
+        encoder.load_state_dict(tensors)
+    if not is_trainable:
+        model.eval()
+    return result

@@ -1,0 +1,125 @@
+"""A prompt run through the model once: in a causal model its keys and values are the same beside every row."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastprefix.prefixes.prefix import LayerKV
+
+if TYPE_CHECKING:
+    from fastprefix.hf.installation import Installation
+    from fastprefix.hf.reading import Reading
+
+KeyValues = list[LayerKV | None]  # of every attention layer
+
+
+class Nested:
+    """The model's forward over prompts, inside a forward over rows."""
+
+    def __init__(self, reading: Reading | None) -> None:
+        self.reading = reading  # what the prompts themselves have in front of them
+        self.hidden: Tensor | None = None  # [N, P, d]
+
+
+class Prompted(NamedTuple):
+    """What the model made of N prompts."""
+
+    key_values: list[KeyValues]  # of each prompt
+    last: Tensor  # [N, d], hidden states of their last tokens: they predict what comes next
+    output: Any  # of the module that was run
+
+
+def run(
+    state: Installation,
+    prompts: Sequence[Tensor],
+    reading: Reading | None = None,
+    module: nn.Module | None = None,
+    options: dict[str, Any] | None = None,
+) -> Prompted:
+    """Run prompts, embeddings ``[P_n, d]`` or token ids ``[P_n]``, side by side in one forward.
+
+    Args:
+        reading: what stands in front of them, if anything.
+        module: the model or its part around all layers (default); ``options``: of its forward.
+    """
+    lengths = [len(x) for x in prompts]
+    padded = nn.utils.rnn.pad_sequence(list(prompts), batch_first=True)  # [N, P, d] or [N, P]
+    inputs: dict[str, Any] = {"inputs_embeds" if padded.dim() == 3 else "input_ids": padded}
+    if padded.dim() == 3:
+        inputs["inputs_embeds"] = padded.to(state.model.get_input_embeddings().weight.dtype)
+    if len(set(lengths)) > 1:
+        columns = torch.arange(padded.shape[1], device=padded.device)
+        inputs["attention_mask"] = (columns < torch.tensor(lengths, device=padded.device)[:, None]).long()
+    if "use_cache" in state.layers.owner_arguments:
+        inputs["use_cache"] = False
+    runs: Any = state.layers.owner if module is None else module
+    nested = Nested(reading)
+    # Reentrant checkpointing runs without gradients first: what is captured there would have none.
+    checkpointing = state.hooks.checkpointing
+    modules = [m for m in checkpointing.modules if m.gradient_checkpointing] if checkpointing.reentrant() else []
+    # No context managers of generators here: torch.compile traces this.
+    outside, state.nested = state.nested, nested
+    for slot in state.slots:
+        slot.capturing = True
+    for checkpointed in modules:
+        checkpointed.gradient_checkpointing = False
+    try:
+        output = runs(**inputs, **(options or {}))
+    finally:
+        state.nested = outside
+        for slot in state.slots:
+            slot.capturing = False
+        for checkpointed in modules:
+            checkpointed.gradient_checkpointing = True
+    captured = [slot.captured for slot in state.slots]
+    for slot in state.slots:
+        slot.captured = None
+    assert nested.hidden is not None
+    last = nested.hidden[torch.arange(len(lengths)), [n - 1 for n in lengths]]
+    pairs: list[KeyValues] = [
+        [None if kv is None else LayerKV(kv[0][i, :, :n], kv[1][i, :, :n]) for kv in captured]
+        for i, n in enumerate(lengths)
+    ]
+    return Prompted(pairs, last, output)
+
+
+def inexact(state: Installation, tokens: int, kwargs: dict[str, Any]) -> str | None:
+    """Why a prompt of so many tokens must be concatenated in a forward to be exact; None where it may be shared."""
+    if not state.layers.causal:
+        return f"{type(state.layers.owner).__name__} is bidirectional: its prompt sees the row"
+    if (name := _active_dropout(state.layers.owner)) is not None:
+        return f"dropout is active in the model ({name}): every row draws its own"
+    window = state.layers.window
+    if window is not None:
+        source = kwargs.get("input_ids") if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
+        rows = 0 if source is None else source.shape[1]
+        if kwargs.get("past_key_values") is not None or tokens + rows > window:
+            return f"a layer has a window of {window} tokens: rows outgrow it, and a prompt in their place would too"
+    return None
+
+
+def _active_dropout(owner: nn.Module) -> str | None:
+    """The name of a module that drops something in this mode."""
+    for name, module in owner.named_modules():
+        if not module.training:
+            continue
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            if module.p > 0.0:
+                return name
+            continue
+        for attribute, value in vars(module).items():
+            if isinstance(value, float) and value > 0.0 and "drop" in attribute:
+                return f"{name}.{attribute}"
+    return None
+
+
+def say(state: Installation, reason: str) -> None:
+    """Warn, once for each reason, that a prompt is concatenated."""
+    if reason not in state.said:
+        state.said.add(reason)
+        warnings.warn(f"fastprefix: the prompt is concatenated to every row, not shared: {reason}", stacklevel=2)

@@ -1,0 +1,82 @@
+"""``PromptConfig`` and ``SoftPrompt``: trained input embeddings, of which the frozen model makes keys and values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastprefix.prefixes.init import Init, vocabulary
+from fastprefix.validation import fail
+
+
+@dataclass
+class PromptConfig:
+    """A soft prompt: P trained input embeddings in front of every row (prompt tuning, Lester et al. 2021).
+
+    In a causal model what the prompt's tokens compute does not depend on what follows them. So they run through the
+    frozen model once per forward, whatever the batch, and their keys and values become every row's prefix: ``P + B*S``
+    tokens of work for ``B * (P + S)``, with the loss and the gradient of embeddings concatenated to every row. With
+    ``labels``, that loss counts the first token of a row too, which the prompt's last one predicts; logits are those
+    of the row's own tokens, ``[B, S, V]``. Where sharing would not be exact (bidirectional models, dropout active in
+    the frozen model) the embeddings are concatenated, with a warning that says so.
+
+    Args:
+        num_virtual_tokens: prompt tokens P, at least 1.
+        init: where training starts: ``fastprefix.init.vocabulary()`` (default), ``.text(text, tokenizer)``,
+            ``.token_ids(ids)``: the embeddings of these tokens; or ``.normal(std)``.
+
+    Raises:
+        ValueError: a field is out of range; the message names the field.
+    """
+
+    num_virtual_tokens: int
+    init: Init = field(default_factory=vocabulary)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.num_virtual_tokens, int) or self.num_virtual_tokens < 1:
+            raise fail("num_virtual_tokens", repr(self.num_virtual_tokens), "an int of at least 1")
+        if not isinstance(self.init, Init) or self.init.keys is not None:
+            expected = "what fastprefix.init.vocabulary, text, token_ids or normal return"
+            raise fail("init", repr(self.init.name if isinstance(self.init, Init) else self.init), expected)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data; ``init`` is kept as its name."""
+        return {"num_virtual_tokens": self.num_virtual_tokens, "init": self.init.name}
+
+
+class SoftPrompt(nn.Module):
+    """Trained embeddings ``[P, d]``. Also a child of the model, so that optimisers and checkpoints find it.
+
+    Attributes:
+        config: the :class:`PromptConfig` it was made from.
+        embedding: what is trained, fp32.
+    """
+
+    def __init__(self, config: PromptConfig, embedding: Tensor) -> None:
+        super().__init__()
+        if embedding.dim() != 2 or embedding.shape[0] != config.num_virtual_tokens:
+            raise fail("embedding", f"shape {list(embedding.shape)}", f"[P, d] with P = {config.num_virtual_tokens}")
+        self.config = config
+        self.embedding = nn.Parameter(embedding.detach().float().clone())
+
+    @property
+    def num_virtual_tokens(self) -> int:
+        """Prompt tokens P."""
+        return self.config.num_virtual_tokens
+
+    def forward(self) -> Tensor:
+        """``[P, d]``."""
+        return self.embedding
+
+
+@torch.no_grad()
+def start(config: PromptConfig, word_embeddings: nn.Module, vocab_size: int, dim: int) -> Tensor:
+    """``[P, d]`` to start from: what the model's input embedding makes of tokens, or noise."""
+    device = next(word_embeddings.parameters()).device
+    if config.init.of_tokens:
+        ids = config.init.tokens(config.num_virtual_tokens, vocab_size)
+        return word_embeddings(ids.to(device)).float()
+    return torch.randn(config.num_virtual_tokens, dim, device=device) * config.init.std
