@@ -166,7 +166,6 @@ def test_adapter_names_with_beams(options: dict[str, Any]) -> None:
     assert torch.equal(got, torch.cat(want))
 
 
-@pytest.mark.xfail(strict=True, reason="the classification head is the active adapter's in every row")
 def test_adapter_names_choose_their_heads() -> None:
     base = replace(ROWS["llama_gqa"], cls="LlamaForSequenceClassification")
     model, alone = (tuned(on, base=base.build(), task_type="SEQ_CLS") for on in (True, False))
@@ -180,7 +179,6 @@ def test_adapter_names_choose_their_heads() -> None:
         torch.testing.assert_close(got[i], alone(input_ids=ids(2)[i : i + 1]).logits[0], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.xfail(strict=True, reason="ignored, as PEFT does")
 def test_adapter_names_of_adaption_prompts_are_not_ignored() -> None:
     """One batch has one gate: they work or raise."""
     model = made(True, "adaption")
@@ -192,7 +190,6 @@ def test_adapter_names_of_adaption_prompts_are_not_ignored() -> None:
     torch.testing.assert_close(got[1], bare[1], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.xfail(strict=True, reason="no names are taken for the bare model")
 def test_no_names_at_all() -> None:
     with pytest.raises(ValueError, match="names"):
         tuned(True)(input_ids=ids(), adapter_names=[])

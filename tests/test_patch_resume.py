@@ -118,7 +118,6 @@ def test_loaded_for_use_is_peft_s(tmp_path: Path) -> None:
     assert isinstance(fastprefix.unpatch(ours), peft.PeftModelForCausalLM)
 
 
-@pytest.mark.xfail(strict=True, reason="the base model's own parameters are told as missing")
 def test_only_missing_parameters_of_the_adapter_are_told(tmp_path: Path) -> None:
     told = []
     for on in (False, True):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
@@ -47,9 +46,9 @@ class Attached:
             prefix = self.shelf.take(str(name))
         return entry(prefix, len(self.state.slots))
 
-    def held(self, names: Sequence[str]) -> AbstractContextManager[None]:
+    def held(self, choice: Choice) -> AbstractContextManager[None]:
         """Keep what lies on disk in memory for a block."""
-        return nullcontext() if self.shelf is None else self.shelf.held(names)
+        return nullcontext() if self.shelf is None else self.shelf.held(choice.distinct())
 
 
 def entry(prefix: Prefix | SoftPrompt, num_layers: int) -> Entry:

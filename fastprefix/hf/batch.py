@@ -39,7 +39,7 @@ def prefix_batch(model: Any, names: Sequence[str | None]) -> Iterator[None]:
     outside, state.chosen = state.chosen, Choice(tuple(names))
     on = state.configs.on
     try:
-        with state.source.held(state.chosen.distinct()):
+        with state.source.held(state.chosen):
             state.switch(on=True)
             yield
     finally:

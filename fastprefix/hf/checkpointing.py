@@ -26,8 +26,6 @@ class _Recompute:
         self.state, self.original = state, original
 
     def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():
-            return self.original(function, *args, **kwargs)
         reading, active = self.state.running, self.state.active
 
         def run(*inputs: Any, **options: Any) -> Any:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from fastprefix.hf import probe, reading
+from fastprefix.hf import masks, probe, reading
 from fastprefix.hf.attached import Attached
 from fastprefix.hf.attention import SLOT
 from fastprefix.hf.configs import OwnConfigs
@@ -200,9 +200,10 @@ class Installation:
     @contextmanager
     def again(self, reading: Reading | None, active: str | None) -> Iterator[None]:
         """Run a part of a forward again with what it read, whatever is chosen by now."""
-        slots, on = self.slots, self.configs.on
+        slots, on, beside = self.slots, self.configs.on, masks.beside
         outside = [(slot.active, slot.given, slot.overridden) for slot in slots]
         self.switch(on=True)
+        masks.beside = slots[0].beside if reading is not None and reading.beside else None
         for slot, kv in zip(slots, (reading and reading.layers) or [None] * len(slots), strict=True):
             slot.active, slot.given = active, kv
             slot.overridden = reading is not None and reading.layers is not None
@@ -212,6 +213,7 @@ class Installation:
             for slot, (name, kv, overridden) in zip(slots, outside, strict=True):
                 slot.active, slot.given, slot.overridden = name, kv, overridden
             self.switch(on=on)
+            masks.beside = beside
 
     def remove(self) -> None:
         """Undo everything."""

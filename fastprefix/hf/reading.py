@@ -46,7 +46,7 @@ class Source(Protocol):
 
     def entry(self, name: Name) -> Entry: ...
 
-    def held(self, names: Sequence[Any]) -> AbstractContextManager[None]: ...
+    def held(self, choice: Choice) -> AbstractContextManager[None]: ...
 
 
 class Choice(NamedTuple):
@@ -61,7 +61,7 @@ class Choice(NamedTuple):
     def rows(self, batch: int) -> list[Name | None]:
         """A name for each row of a batch; beams and returned sequences lie behind one another."""
         if batch % len(self.names):
-            expected = f"one for each of the batch's {batch} rows (or for each {batch}th of them, with beams)"
+            expected = f"one for each of the batch's {batch} rows"
             raise fail("names", f"{len(self.names)} names", expected)
         return [name for name in self.names for _ in range(batch // len(self.names))]
 

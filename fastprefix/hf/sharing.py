@@ -82,10 +82,16 @@ def run(
     assert nested.hidden is not None
     last = nested.hidden[torch.arange(len(lengths)), [n - 1 for n in lengths]]
     pairs: list[KeyValues] = [
-        [None if kv is None else LayerKV(kv[0][i, :, :n], kv[1][i, :, :n]) for kv in captured]
+        [None if kv is None else _one_dtype(kv[0][i, :, :n], kv[1][i, :, :n]) for kv in captured]
         for i, n in enumerate(lengths)
     ]
     return Prompted(pairs, last, output)
+
+
+def _one_dtype(k: Tensor, v: Tensor) -> LayerKV:
+    """Under autocast rotary positions leave keys in fp32 beside values in bf16."""
+    dtype = torch.promote_types(k.dtype, v.dtype)
+    return LayerKV(k.to(dtype), v.to(dtype))
 
 
 def inexact(state: Installation, tokens: int, kwargs: dict[str, Any]) -> str | None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from fastprefix.hf import storage
 from fastprefix.hf.attached import Attached
 from fastprefix.hf.install import check_name, found, own_installation, uninstall
+from fastprefix.hf.reading import Name
 from fastprefix.prefixes.prefix import Prefix
 from fastprefix.prefixes.prompt import SoftPrompt
 from fastprefix.validation import fail
@@ -43,9 +44,9 @@ class Shelf:
         return self.resident[name]
 
     @contextmanager
-    def held(self, names: Sequence[str]) -> Iterator[None]:
+    def held(self, names: Sequence[Name]) -> Iterator[None]:
         """Keep these in memory for a block."""
-        wanted = self.pinned | {name for name in names if name in self.paths}
+        wanted = self.pinned | {str(name) for name in names if name in self.paths}
         if len(wanted) > self.max_resident:
             raise fail("names", f"{len(wanted)} prefixes from disk", f"at most max_resident = {self.max_resident}")
         outside, self.pinned = self.pinned, wanted

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -54,9 +54,24 @@ class Adapters:
         """All of them: where they lie is PEFT's business."""
         return self.names()
 
-    def held(self, names: Sequence[Any]) -> AbstractContextManager[None]:
-        """Nothing lies on disk."""
-        return nullcontext()
+    @contextmanager
+    def held(self, choice: Choice) -> Iterator[None]:
+        """Let heads that PEFT trains along (``modules_to_save``) take each row's adapter, as its LoRA does."""
+        from peft.utils.other import AuxiliaryTrainingWrapper
+
+        names = [name[0] if isinstance(name, tuple) else name or BASE for name in choice.names]
+        mixed = len(set(names)) > 1 or names[0] != self.peft_model.active_adapter
+        heads = [m for m in self.state.model.modules() if mixed and isinstance(m, AuxiliaryTrainingWrapper)]
+
+        def name_rows(head: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+            return args, {**kwargs, "adapter_names": Choice(tuple(names)).rows(len(args[0]))}
+
+        handles = [head.register_forward_pre_hook(name_rows, with_kwargs=True) for head in heads]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def active(self) -> Choice | None:
         """PEFT's active adapter, unless PEFT has disabled it."""
@@ -69,6 +84,8 @@ class Adapters:
         """What a call's own arguments say of its rows; None where they say nothing."""
         if adapter_names is not None:
             names = [None if name in (None, BASE) else name for name in adapter_names]
+            if not names:
+                raise fail("adapter_names", "no names", "one for each row of the batch")
             for name in names:
                 if name is not None and name not in self.names():
                     raise fail("adapter_names", repr(name), f"{BASE!r}, None or one of {sorted(self.names())}")

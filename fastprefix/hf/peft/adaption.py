@@ -6,7 +6,6 @@ time. Here keys and values are made once per forward, and ``o_content + gate * o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -86,7 +85,7 @@ class Gated:
         """The active one."""
         return self.names()
 
-    def held(self, names: Sequence[Any]) -> AbstractContextManager[None]:
+    def held(self, choice: Choice) -> AbstractContextManager[None]:
         """Nothing lies on disk."""
         return nullcontext()
 

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import functools
 import inspect
+import types
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import nn
 
 from fastprefix.hf import sharing
 from fastprefix.hf.installation import Installation, installation
 from fastprefix.hf.peft import prompts, resume
-from fastprefix.hf.peft.adapters import PREFIXES, Adapters, kind, task
+from fastprefix.hf.peft.adapters import Adapters, task
+from fastprefix.hf.peft.checks import break_symmetry, check
+from fastprefix.hf.peft.mixins import PatchedAdaption, PatchedConcatenating
 
-_NAME, _ADAPTION, _CONCATENATING = "FastPrefix", "FastPrefixAdaption", "FastPrefixConcatenating"
+SHARING, ADAPTION, CONCATENATING = "FastPrefix", "FastPrefixAdaption", "FastPrefixConcatenating"
 
 
 class Patched:
@@ -56,7 +58,7 @@ class Patched:
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
-        """PEFT's; the base model is bare inside, also when it is called directly."""
+        """PEFT's; the base model reads no adapter inside, also when it is called directly. Trained heads stay."""
         outside, self._adapters_disabled = self._adapters_disabled, True
         try:
             yield
@@ -89,51 +91,33 @@ class Patched:
         return super().load_adapter(model_id, adapter_name, is_trainable=is_trainable, **kwargs)  # type: ignore[misc]
 
 
+def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+    return Patched.forward(self, *args, **kwargs)
+
+
 @functools.cache
-def patched(cls: Any) -> type:
+def patched(cls: Any, start: str) -> Any:
     """The patched class of one of PEFT's."""
-    # Read here: torch.compile cannot trace it.
-    names = tuple(inspect.signature(cls.forward).parameters)[1:]
-    members = {"__module__": __name__, "__doc__": cls.__doc__, "_arguments": names}
-    return type(_NAME + cls.__name__, (Patched, cls), members)
+    members: dict[str, Any] = {"__module__": __name__, "__doc__": cls.__doc__}
+    if start == SHARING:
+        # Read here, as torch.compile cannot trace it, and shown to whoever looks for the names of arguments.
+        signature = inspect.signature(cls.forward)
+        members["_arguments"] = tuple(signature.parameters)[1:]
+        members["forward"] = types.FunctionType(_forward.__code__, _forward.__globals__, "forward")
+        members["forward"].__signature__ = signature
+    return type(start + cls.__name__, (MIXINS[start], cls), members)
 
 
-class PatchedAdaption:
-    """Mixed into the class of a PeftModel with adaption prompts: everything is PEFT's, new adapters are fused too."""
-
-    def add_adapter(self, *args: Any, **kwargs: Any) -> None:
-        """PEFT's."""
-        from fastprefix.hf.peft import adaption
-
-        super().add_adapter(*args, **kwargs)  # type: ignore[misc]
-        adaption.fuse(self)
-
-
-class PatchedConcatenating:
-    """Mixed into the class of a PeftModel whose soft prompts cannot be shared: everything is PEFT's."""
-
-
-@functools.cache
-def patched_concatenating(cls: Any) -> type:
-    """The same where nothing can be shared."""
-    name = _CONCATENATING + cls.__name__
-    return type(name, (PatchedConcatenating, cls), {"__module__": __name__, "__doc__": cls.__doc__})
-
-
-@functools.cache
-def patched_adaption(cls: Any) -> type:
-    """The same with adaption prompts."""
-    return type(_ADAPTION + cls.__name__, (PatchedAdaption, cls), {"__module__": __name__, "__doc__": cls.__doc__})
+MIXINS = {ADAPTION: PatchedAdaption, CONCATENATING: PatchedConcatenating, SHARING: Patched}
 
 
 def __getattr__(name: str) -> Any:
     # Where pickle looks for the classes made above.
     import peft
 
-    made = ((_ADAPTION, patched_adaption), (_CONCATENATING, patched_concatenating), (_NAME, patched))
-    for start, make in made:
+    for start in MIXINS:
         if name.startswith(start) and hasattr(peft, name.removeprefix(start)):
-            return make(getattr(peft, name.removeprefix(start)))
+            return patched(getattr(peft, name.removeprefix(start)), start)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
@@ -162,7 +146,8 @@ def _chosen(state: Installation, choice: Any) -> Iterator[None]:
     outside, state.chosen = state.chosen, choice
     state.switch(on=True)
     try:
-        yield
+        with state.source.held(choice):
+            yield
     finally:
         state.chosen = outside
 
@@ -219,26 +204,3 @@ def _checkpointing_off(model: nn.Module) -> Iterator[None]:
     finally:
         for module in modules:
             module.gradient_checkpointing = True
-
-
-def check(adapters: Adapters, name: str) -> None:
-    """Raise ValueError unless an adapter is one that the model's layers can read."""
-    config = adapters.peft_model.peft_config[name]
-    if kind(config) in PREFIXES:
-        adapters.fit.check(config)
-
-
-@torch.no_grad()
-def break_symmetry(model: Any, name: str) -> None:
-    """Rows that start equal get equal gradients for ever: PEFT's ``init_weights="zero"`` trains one token P times."""
-    config, encoder = model.peft_config[name], model.prompt_encoder[name]
-    if kind(config) != "PREFIX_TUNING" or config.prefix_projection or config.inference_mode:
-        return
-    weight = encoder.embedding.weight
-    if weight.shape[0] > 1 and not weight.is_meta and not weight.any():
-        weight.normal_(std=0.02)
-        warnings.warn(
-            "fastprefix: init_weights='zero' makes all prefix tokens equal, and equal they would stay; they start at "
-            "N(0, 0.02^2) instead",
-            stacklevel=3,
-        )

@@ -7,7 +7,7 @@ from typing import Any
 
 from fastprefix.hf import probe
 from fastprefix.hf.installation import Installation, found, install, uninstall
-from fastprefix.hf.peft import classes
+from fastprefix.hf.peft import checks, classes
 from fastprefix.hf.peft.adapters import PREFIXES, PROMPTS, Adapters, kind
 from fastprefix.validation import fail
 
@@ -51,7 +51,7 @@ def patch(peft_model: Any) -> Any:
         # Its prompt's states depend on the row: PEFT concatenates, which is the only exact way.
         reason = f"{type(base).__name__} is an encoder-decoder"
         warnings.warn(f"fastprefix: the prompt is concatenated to every row, not shared: {reason}", stacklevel=2)
-        peft_model.__class__ = classes.patched_concatenating(peft_model.__class__)
+        peft_model.__class__ = classes.patched(peft_model.__class__, classes.CONCATENATING)
         return peft_model
     probe.check_model(base)
     if found(base) is not None:
@@ -65,10 +65,10 @@ def patch(peft_model: Any) -> Any:
         else:
             state.source = Adapters(state, peft_model)
             for name in peft_model.peft_config:
-                classes.check(state.source, name)
+                checks.check(state.source, name)
             for name in peft_model.peft_config:
-                classes.break_symmetry(peft_model, name)
-            peft_model.__class__ = classes.patched(peft_model.__class__)
+                checks.break_symmetry(peft_model, name)
+            peft_model.__class__ = classes.patched(peft_model.__class__, classes.SHARING)
     except BaseException:
         uninstall(state)
         raise
@@ -86,12 +86,12 @@ def _patch_adaption(state: Installation, peft_model: Any) -> None:
     for module, slot in zip(state.layers.modules, state.slots, strict=True):
         slot.beside = state.configs.before(module)
     adaption.fuse(peft_model)
-    peft_model.__class__ = classes.patched_adaption(peft_model.__class__)
+    peft_model.__class__ = classes.patched(peft_model.__class__, classes.ADAPTION)
 
 
 def is_patched(peft_model: Any) -> bool:
     """Whether :func:`patch` was called on a model."""
-    return isinstance(peft_model, classes.Patched | classes.PatchedAdaption | classes.PatchedConcatenating)
+    return isinstance(peft_model, tuple(classes.MIXINS.values()))
 
 
 def unpatch(peft_model: Any) -> Any:

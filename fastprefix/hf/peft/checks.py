@@ -1,0 +1,33 @@
+"""What an adapter must be to be read, and what must not stay as PEFT starts it."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+
+from fastprefix.hf.peft.adapters import PREFIXES, Adapters, kind
+
+
+def check(adapters: Adapters, name: str) -> None:
+    """Raise ValueError unless an adapter is one that the model's layers can read."""
+    config = adapters.peft_model.peft_config[name]
+    if kind(config) in PREFIXES:
+        adapters.fit.check(config)
+
+
+@torch.no_grad()
+def break_symmetry(model: Any, name: str) -> None:
+    """Rows that start equal get equal gradients for ever: PEFT's ``init_weights="zero"`` trains one token P times."""
+    config, encoder = model.peft_config[name], model.prompt_encoder[name]
+    if kind(config) != "PREFIX_TUNING" or config.prefix_projection or config.inference_mode:
+        return
+    weight = encoder.embedding.weight
+    if weight.shape[0] > 1 and not weight.is_meta and not weight.any():
+        weight.normal_(std=0.02)
+        warnings.warn(
+            "fastprefix: init_weights='zero' makes all prefix tokens equal, and equal they would stay; they start at "
+            "N(0, 0.02^2) instead",
+            stacklevel=3,
+        )
