@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 PREFIXES = ("PREFIX_TUNING", "CARTRIDGE")
 PROMPTS = ("PROMPT_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING")
 MULTITASK = "MULTITASK_PROMPT_TUNING"
+DIRECT = (*PREFIXES, "PROMPT_TUNING")  # what their encoders give is the parameter itself, without a projection
 BASE = "__base__"  # PEFT's name for no adapter in a mixed batch
 
 
@@ -139,7 +140,7 @@ class Adapters:
     def encoded(self, name: str) -> Tensor:
         """What an adapter's encoder gives, once: ``[P, 2*L*H_kv*D]`` or ``[P, d]``."""
         config, encoder = self.peft_model.peft_config[name], self.peft_model.prompt_encoder[name]
-        if config.inference_mode:
-            return encoder.embedding.weight
+        if config.inference_mode or kind(config) in DIRECT and not getattr(config, "prefix_projection", False):
+            return encoder.embedding.weight  # looking all rows up would copy them
         ids = self.peft_model.prompt_tokens[name][: config.num_virtual_tokens]
         return encoder(ids[None].to(encoder.embedding.weight.device))[0]
