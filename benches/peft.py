@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastprefix.measure import patched
-from fastprefix.measure.patched import ATTACHED, PATCHED, PEFT, Run
+from fastprefix.measure.patched import ATTACHED, FROZEN, PATCHED, PEFT, Run
 from fastprefix.measure.tables import markdown_table
 from fastprefix.measure.timing import interleaved, ratio
 
@@ -24,26 +24,25 @@ def _ids(batch: int, tokens: int) -> Tensor:
     return torch.randint(5, 40000, (batch, tokens), generator=torch.Generator().manual_seed(0))
 
 
-# What it is, how its candidates are made, which is divided by which, whether its saved bytes say something.
-CASES: tuple[tuple[str, Make, tuple[str, str], bool], ...] = (
-    ("step, PREFIX_TUNING B8 S64 P512", lambda m: patched.prefix_steps(m, _ids(8, 64), 512), (PEFT, PATCHED), True),
-    ("step, PROMPT_TUNING B16 S32 P100", lambda m: patched.prompt_steps(m, _ids(16, 32), 100), (PEFT, PATCHED), True),
+# What it is, how its candidates are made, which are divided by which, whether their saved bytes say something.
+CASES: tuple[tuple[str, Make, tuple[tuple[str, str], ...], bool], ...] = (
+    ("step, PREFIX_TUNING B8 S64 P512", lambda m: patched.prefix_steps(m, _ids(8, 64), 512), ((PEFT, PATCHED),), True),
     (
-        "step, PROMPT_TUNING B16 S32 P100, attached",
+        "step, PROMPT_TUNING B16 S32 P100",
         lambda m: patched.prompt_steps(m, _ids(16, 32), 100),
-        (PEFT, ATTACHED),
+        ((PEFT, PATCHED), (PEFT, ATTACHED)),
         True,
     ),
     (
         "32 tokens generated, PREFIX_TUNING B16 S16 P1024",
         lambda m: patched.generations(m, _ids(16, 16), 1024, 32),
-        (PEFT, PATCHED),
+        ((PEFT, PATCHED), (PATCHED, FROZEN)),
         False,
     ),
     (
         "step, 8 prefixes of P128 mixed, B8 S64",
         lambda m: patched.mixed_steps(m, _ids(8, 64), 128),
-        ("mixed", "one"),
+        (("mixed", "one"),),
         True,
     ),
 )
@@ -52,13 +51,19 @@ CASES: tuple[tuple[str, Make, tuple[str, str], bool], ...] = (
 def take(model: Any, repeats: int) -> list[dict[str, Any]]:
     """Measure every case on a model."""
     rows = []
-    for title, make, (first, second), saves in CASES:
-        runs = {name: run for name, run in make(model).items() if name in (first, second)}
+    for title, make, pairs, saves in CASES:
+        runs = make(model)
         saved = {name: run.saved_bytes() for name, run in runs.items()} if saves else {}
         timings = interleaved(runs, repeats, warmup=1)
-        row = {"title": title, "names": [first, second], "ratio": list(ratio(timings, first, second)), "saved": saved}
-        rows.append(row)
-        print(row, flush=True)
+        for first, second in pairs:
+            row = {
+                "title": title,
+                "names": [first, second],
+                "ratio": list(ratio(timings, first, second)),
+                "saved": saved,
+            }
+            rows.append(row)
+            print(row, flush=True)
         del runs
         gc.collect()
     return rows

@@ -11,7 +11,7 @@ from torch import Tensor
 import fastprefix
 from fastprefix import PrefixConfig
 from fastprefix.hf.formats import pack
-from fastprefix.hf.install import installation
+from fastprefix.hf.state import installation
 from fastprefix.prefixes.prefix import Prefix
 from tests.concat import run_concat
 from tests.models import REFUSED, ROWS, VOCAB

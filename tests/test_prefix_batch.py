@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 import fastprefix
 from fastprefix import PrefixConfig, PromptConfig, init
-from fastprefix.hf.installation import installation
+from fastprefix.hf.state import installation
 from tests.models import ROWS, VOCAB
 
 S = 6
@@ -124,6 +125,44 @@ def test_nothing_is_padded_to_the_longest_or_copied_for_a_row() -> None:
     with torch.no_grad(), fastprefix.prefix_batch(model, ["a", "long"] * 12):
         model(input_ids=ids)
     assert seen[0].k.shape[1] == 2 + 11 and seen[0].lens.tolist() == [2, 11] and seen[0].ids.tolist() == [0, 1] * 12
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_the_bare_model_under_checkpointing_is_bare(reentrant: bool) -> None:
+    model, ids = banked(), tokens(2)
+    model.train()
+    want = alone(model, None, lambda: model(input_ids=ids, use_cache=False).logits)
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    fastprefix.set_prefix(model, "a")
+    model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    with fastprefix.prefix_batch(model, [None, None]):
+        torch.testing.assert_close(model(input_ids=ids, use_cache=False).logits, want, rtol=0, atol=0)
+
+
+def test_an_interrupt_leaves_nothing_behind() -> None:
+    model, ids = banked(), tokens(2)
+    fastprefix.set_prefix(model, "a")
+    want = model(input_ids=ids).logits
+
+    def interrupt(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    handle = model.model.layers[1].register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt), fastprefix.prefix_batch(model, ["long", "long"]):
+        model(input_ids=ids)
+    handle.remove()
+    torch.testing.assert_close(model(input_ids=ids).logits, want, rtol=0, atol=0)
+
+
+def test_a_copy_made_inside_a_block_is_outside_of_it() -> None:
+    model, ids = banked(), tokens(2)
+    fastprefix.set_prefix(model, "a")
+    want = model(input_ids=ids).logits
+    with fastprefix.prefix_batch(model, ["long", None]):
+        twin = copy.deepcopy(model)
+        with pytest.raises(ValueError, match="name: got 'a' inside a block of prefix_batch"):
+            fastprefix.set_prefix(model, "a")
+    torch.testing.assert_close(twin(input_ids=ids).logits, want, rtol=0, atol=0)
 
 
 def test_wrong_calls() -> None:

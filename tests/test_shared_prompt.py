@@ -104,8 +104,8 @@ def test_concatenated_groups_are_right_too(ragged: bool) -> None:
     torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["llama_gqa", "mistral_window"])
-def test_generates_as_with_the_prompt_in_every_row(name: str) -> None:
+@pytest.mark.parametrize(("name", "use_cache"), [("llama_gqa", True), ("mistral_window", False)])
+def test_generates_as_with_the_prompt_in_every_row(name: str, use_cache: bool) -> None:
     model = ROWS[name].build(torch.float64)
     prompt, rows = ids(P), ids(B, S, seed=1)
     options = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
@@ -115,8 +115,52 @@ def test_generates_as_with_the_prompt_in_every_row(name: str) -> None:
     want = model.generate(whole, attention_mask=whole_mask, **options)[:, P:]
     with fastprefix.shared_prompt(model, prompt), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        got = model.generate(rows, attention_mask=mask, **options)
+        got = model.generate(rows, attention_mask=mask, use_cache=use_cache, **options)
     torch.testing.assert_close(got, want)
+
+
+def test_another_block_s_prompt_is_not_taken_for_the_first_one_s() -> None:
+    model = ROWS["llama_gqa"].build(torch.float64)
+    rows = ids(B, S, seed=1)
+    with torch.no_grad():
+        for seed in range(4):
+            with fastprefix.shared_prompt(model, ids(P, seed=10)):
+                cache = model(input_ids=rows[:, :2], use_cache=True).past_key_values
+            with fastprefix.shared_prompt(model, ids(P, seed=seed)):
+                got = model(input_ids=rows[:, 2:], past_key_values=copy.deepcopy(cache)).logits
+                again = model(input_ids=rows[:, 2:], past_key_values=cache).logits
+            torch.testing.assert_close(got, again)
+
+
+def test_mixed_lora_adapters_are_refused() -> None:
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
+    model = peft.get_peft_model(ROWS["llama_gqa"].build(), config, "a").eval()
+    model.add_adapter("b", config)
+    with (
+        pytest.raises(ValueError, match="adapter_names: got an adapter for each row"),
+        fastprefix.shared_prompt(model, ids(2, P), [1, 0]),
+    ):
+        model(input_ids=ids(2, S), adapter_names=["a", "b"])
+
+
+def test_the_attention_implementation_stays_the_user_s() -> None:
+    model = ROWS["llama_gqa"].build()
+    rows = ids(B, S)
+    with fastprefix.shared_prompt(model, ids(P)):
+        model(input_ids=rows)
+    assert model.config._attn_implementation == "sdpa"
+    model.set_attn_implementation("eager")
+    assert model(input_ids=rows, output_attentions=True).attentions[0] is not None
+    with fastprefix.shared_prompt(model, ids(P)):
+        model(input_ids=rows)
+    assert model.config._attn_implementation == "eager"
+    with (
+        pytest.raises(ValueError, match="input_ids"),
+        fastprefix.shared_prompt(other := ROWS["llama_gqa"].build(), "foo"),
+    ):
+        pass
+    assert not hasattr(other, "_fastprefix")
 
 
 def test_stands_behind_an_attached_prefix() -> None:
@@ -174,3 +218,16 @@ def test_an_unpatched_peft_prompt_is_refused() -> None:
         fastprefix.shared_prompt(model, [1]),
     ):
         pass
+
+
+def test_under_autocast() -> None:
+    """Rotary positions leave keys in fp32 beside values in bf16."""
+    model = ROWS["llama_gqa"].build()
+    prompt, rows = ids(P), ids(B, S, seed=1)
+    with torch.no_grad():
+        truth = repeated(model, prompt, rows).logits[:, P:]
+        with torch.autocast("cpu", torch.bfloat16):
+            want = repeated(model, prompt, rows).logits[:, P:]
+            with fastprefix.shared_prompt(model, prompt):
+                got = model(input_ids=rows).logits
+    assert (got.float() - truth).abs().max() <= 2 * (want.float() - truth).abs().max()

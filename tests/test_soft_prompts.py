@@ -12,7 +12,7 @@ from torch import Tensor
 
 import fastprefix
 from fastprefix import PromptConfig, init
-from fastprefix.hf.installation import installation
+from fastprefix.hf.state import installation
 from tests.models import ROWS, VOCAB
 
 P, B, S = 5, 3, 7
@@ -62,7 +62,7 @@ def test_equals_concatenated_embeddings(name: str, side: str) -> None:
     ids, mask = tokens(), padded(side) if side != "none" else None
     labels = ids if mask is None else ids.masked_fill(mask == 0, -100)
     if side == "left":
-        labels[:, 1:][mask.diff(dim=1) == 1] = -100  # predicted by padding, which nobody defines
+        labels[:, 1:][mask.diff(dim=1) == 1] = -100  # there concatenation has padding predict it
     twin = prompt.embedding.detach().clone().requires_grad_()
     want = concatenated(bare, twin, ids, mask, labels=labels)
     got = model(input_ids=ids, attention_mask=mask, labels=labels)
@@ -138,7 +138,7 @@ def generated_by_hand(bare: Any, embedding: Tensor, ids: Tensor, mask: Tensor, s
     return ids
 
 
-@pytest.mark.parametrize("name", ["llama_gqa", "gpt2", "mistral_window", "gemma2"])
+@pytest.mark.parametrize("name", ["llama_gqa", "gpt2"])
 @pytest.mark.parametrize(
     "options", [{}, {"use_cache": False}, {"num_beams": 2}, {"cache_implementation": "static"}], ids=str
 )
@@ -146,19 +146,53 @@ def test_generates(name: str, options: dict[str, Any]) -> None:
     bare, model, prompt = prompted(name)
     ids, mask = tokens(), padded("left")
     arguments = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None, "pad_token_id": 0, **options}
-    if options.get("cache_implementation") and ROWS[name].notes and "window" in ROWS[name].notes:
-        pytest.skip("a static cache has no room for a concatenated prompt")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        got = model.generate(ids, attention_mask=mask, **arguments)
+    got = model.generate(ids, attention_mask=mask, **arguments)
     if "num_beams" in options:
-        assert got.shape == (B, S + 5)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            alone = [model.generate(ids[i : i + 1], attention_mask=mask[i : i + 1], **arguments) for i in range(B)]
+        alone = [model.generate(ids[i : i + 1], attention_mask=mask[i : i + 1], **arguments) for i in range(B)]
         torch.testing.assert_close(got, torch.cat(alone))
         return
     torch.testing.assert_close(got, generated_by_hand(bare, prompt.embedding, ids, mask, 5))
+
+
+@pytest.mark.parametrize("name", ["mistral_window", "gemma2"])
+def test_generation_that_outgrows_a_window_is_exact_or_raises(name: str) -> None:
+    """A prompt concatenated into a cache would be content ever after."""
+    bare, model, prompt = prompted(name, tokens=2)
+    ids, mask = tokens(length=2), torch.ones(B, 2, dtype=torch.long)
+    options: dict[str, Any] = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    want = generated_by_hand(bare, prompt.embedding, ids, mask, 4)
+    with pytest.raises(ValueError, match=r"past_key_values: got a cache, .*window of 4.*, expected use_cache=False"):
+        model.generate(ids, attention_mask=mask, max_new_tokens=4, **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        got = model.generate(ids, attention_mask=mask, max_new_tokens=4, use_cache=False, **options)
+    torch.testing.assert_close(got, want)
+    with torch.no_grad():
+        first = model(input_ids=ids, use_cache=True)
+        with pytest.raises(ValueError, match="past_key_values"):
+            model(input_ids=ids, past_key_values=first.past_key_values)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            assert model(input_ids=tokens(length=7)).past_key_values is None
+
+
+def test_a_cache_filled_without_gradients_does_not_take_them_away() -> None:
+    _, model, prompt = prompted("llama_gqa")
+    ids = tokens()
+    with torch.no_grad():
+        cache = model(input_ids=ids[:, :3], use_cache=True).past_key_values
+        model(input_ids=ids[:, 3:4], past_key_values=cache)
+    model(input_ids=ids[:, 4:], past_key_values=cache).logits.sum().backward()
+    assert prompt.embedding.grad is not None and prompt.embedding.grad.abs().max() > 0
+
+
+def test_a_row_padded_on_the_left_has_its_first_token_predicted_by_the_prompt() -> None:
+    _, model, _ = prompted("llama_gqa")
+    ids, mask = tokens(), padded("left")
+    with torch.no_grad():
+        got = model(input_ids=ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100)).loss
+        alone = [(model(input_ids=ids[i : i + 1, i:], labels=ids[i : i + 1, i:]).loss, S - i) for i in range(B)]
+    torch.testing.assert_close(got, sum(loss * count for loss, count in alone) / sum(count for _, count in alone))
 
 
 def test_a_generation_computes_it_once() -> None:

@@ -23,12 +23,15 @@ from fastprefix.train import checkpoint_layers  # noqa: E402
 CONFIGS = {
     "direct": {"num_frozen_tokens": 1},
     "projected": {"prefix_projection": True, "encoder_hidden_size": 8},
+    "prompt": {"prompt": True},
 }
 
 
 def attached(**options: Any) -> tuple[Any, Any]:
     torch.manual_seed(1)
     model = tiny_model()
+    if options.pop("prompt", False):
+        return model, fastprefix.attach(model, fastprefix.PromptConfig(3))
     return model, fastprefix.attach(model, fastprefix.PrefixConfig(3, **options))
 
 
@@ -92,7 +95,9 @@ def test_checkpoints_hold_the_adapter_only(options: dict[str, Any], tmp_path: Pa
     trainer(model, tmp_path / "run", max_steps=3).train()
     folder = tmp_path / "run" / "checkpoint-3"
     weights = {file.name for file in folder.glob("*.safetensors")}
-    assert weights == {"adapter_model.safetensors"} | ({"prefix_encoder.safetensors"} if prefix.encoder else set())
+    assert weights == {"adapter_model.safetensors"} | (
+        {"prefix_encoder.safetensors"} if getattr(prefix, "encoder", None) else set()
+    )
     fresh = tiny_model()
     fastprefix.load(fresh, folder)
     ids = torch.arange(4, 10).view(1, -1)

@@ -33,6 +33,10 @@ class Attached:
         """Those in memory."""
         return [*self.state.prefixes, *(self.shelf.resident if self.shelf is not None else ())]
 
+    def enabled(self) -> bool:
+        """Always."""
+        return True
+
     def active(self) -> Choice | None:
         """The one that every row reads."""
         return None if self.state.active is None else Choice((self.state.active,))

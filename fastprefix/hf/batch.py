@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from fastprefix.hf.installation import installation
 from fastprefix.hf.reading import Choice
+from fastprefix.hf.state import installation
 from fastprefix.validation import fail
 
 
@@ -17,8 +17,8 @@ def prefix_batch(model: Any, names: Sequence[str | None]) -> Iterator[None]:
 
     The prefixes in use lie behind one another in memory, once, however different their lengths: nothing is padded to
     the longest and nothing copied for a row. Content starts behind its own row's prefix. Prefixes and soft prompts
-    may be mixed, and every one that is trained gets its gradient. Under ``generate``, beams and
-    ``num_return_sequences`` of a row read its prefix.
+    may be mixed (where a soft prompt need not be concatenated), and every one that is trained gets its gradient.
+    Under ``generate``, beams and ``num_return_sequences`` of a row read its prefix.
 
     Args:
         model: with the prefixes attached (or kept on disk, see :func:`register`), or a patched PEFT model.
@@ -35,7 +35,7 @@ def prefix_batch(model: Any, names: Sequence[str | None]) -> Iterator[None]:
         if name is not None and name not in known:
             raise fail("names", repr(name), f"None or one of {sorted(known)}")
     if state.shared is not None:
-        raise fail("names", "a mixed batch inside shared_prompt", "prefix_batch outside of it")
+        raise fail("names", "a mixed batch inside shared_prompt", "neither block inside the other")
     outside, state.chosen = state.chosen, Choice(tuple(names))
     on = state.configs.on
     try:

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
+from fastprefix.hf import masks
 from fastprefix.hf.reading import Reading, batch_size
 from fastprefix.validation import fail
 
@@ -27,6 +27,10 @@ def prepend(state: Installation, reading: Reading, kwargs: dict[str, Any]) -> No
     prompt_mask = reading.concatenated_mask
     prompt_mask = None if prompt_mask is None else prompt_mask.expand(batch, -1)
     mask = kwargs.get("attention_mask")
+    if masks.boundary is not None:
+        raise fail(
+            "position_ids", "packed documents (they jump)", "one document a row: the prompt is concatenated here"
+        )
     if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
         raise fail("attention_mask", "a mask made in advance", "[B, S] padding: the prompt is concatenated here")
     if mask is not None or prompt_mask is not None:
@@ -44,23 +48,14 @@ def prepend(state: Installation, reading: Reading, kwargs: dict[str, Any]) -> No
     if kwargs.get("token_type_ids") is not None:
         types = kwargs["token_type_ids"]
         kwargs["token_type_ids"] = torch.cat([types.new_zeros(batch, tokens), types], 1)
-    _settle_cache(state, kwargs)
+    if "use_cache" in state.layers.owner_arguments:
+        kwargs["use_cache"] = False  # the prompt would be content in it ever after
 
 
 def _first_position(state: Installation) -> int:
     """RoBERTa's positions count from behind its padding index."""
     table = state.hooks.table
     return 0 if table is None or table.padding_idx is None else table.padding_idx + 1
-
-
-def _settle_cache(state: Installation, kwargs: dict[str, Any]) -> None:
-    """A cache that holds the prompt has to be known by its name."""
-    if not state.layers.causal or "use_cache" not in state.layers.owner_arguments:
-        return
-    if state.layers.owner.training:
-        kwargs["use_cache"] = False
-    elif kwargs.get("use_cache") is not False and kwargs.get("past_key_values") is None:
-        kwargs["past_key_values"] = DynamicCache(config=state.layers.owner.config)
 
 
 def cut(output: Any, tokens: int, keep: int) -> Any:
@@ -70,7 +65,8 @@ def cut(output: Any, tokens: int, keep: int) -> Any:
         return x[:, tokens - kept :] if isinstance(x, Tensor) and x.dim() == 3 else x
 
     if isinstance(output, tuple):
-        return (rest(output[0], keep), *output[1:])
+        others = (tuple(rest(x, 0) for x in part) if isinstance(part, tuple) else part for part in output[1:])
+        return (rest(output[0], keep), *others)
     for name, value in list(output.items()):
         if name == "last_hidden_state":
             output[name] = rest(value, keep)

@@ -40,6 +40,9 @@ class OwnConfigs:
     def switch(self, on: bool) -> None:
         """Let the model's attention run through fastprefix, or as it did before."""
         self.on = on
+        for config in self.configs if on else ():
+            if config.own._attn_implementation != NAME:
+                config.implementation = config.own._attn_implementation
         for config in self.configs:
             config.own._attn_implementation = NAME if on else config.implementation
 

@@ -8,8 +8,9 @@ import torch
 
 from fastprefix import functional
 from fastprefix.hf import probe, sharing
-from fastprefix.hf.installation import Installation, installation
+from fastprefix.hf.installation import Installation
 from fastprefix.hf.reading import Entry
+from fastprefix.hf.state import installation
 
 
 def explain_model(model: Any) -> str:

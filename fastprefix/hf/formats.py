@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -142,3 +143,12 @@ def stored_embedding(tensors: dict[str, Tensor], prompt: SoftPrompt, path: Path)
         got = f"shape {list(tensors[EMBEDDINGS].shape)}" if EMBEDDINGS in tensors else "no such tensor"
         raise fail(f"{path}: {EMBEDDINGS}", got, f"[P, d] = {want} of this model")
     return tensors[EMBEDDINGS]
+
+
+def digest(tensors: dict[str, Tensor]) -> str:
+    """What tells adapter weights from others."""
+    found = hashlib.sha256()
+    for name in sorted(tensors):
+        found.update(name.encode())
+        found.update(tensors[name].contiguous().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from fastprefix.hf.installation import Installation
+    from fastprefix.hf.reading import Reading
 
 _LANGUAGE_MODELS = ("ForCausalLM", "LMHeadModel")
 IGNORED = -100
@@ -27,6 +28,7 @@ class HeadHooks:
         self.state = state
         self.wanted = False  # by the forward that runs
         self.labelled = False
+        self.padding: Tensor | None = None  # [B], places in front of its rows
         self.handles: list[Any] = []
         model = state.model
         if state.layers.owner is model or not is_language_model(model):
@@ -74,6 +76,16 @@ class HeadHooks:
         first = last.to(hidden.dtype)[:, None].expand(hidden.shape[0], 1, -1)
         return replace_first(output, torch.cat([first, hidden], 1))
 
+    def behind_padding(self, output: Any, reading: Reading) -> Any:
+        """The same; in rows padded on the left the prompt's last state stands in front of their first token."""
+        self.padding = reading.padding
+        if reading.padding is None:
+            return output
+        hidden = output[0]
+        places = torch.arange(hidden.shape[1], device=hidden.device)
+        here = (places == reading.padding.to(hidden.device)[:, None])[..., None]  # [B, 1 + S, 1]
+        return replace_first(output, torch.where(here, hidden[:, :1], hidden))
+
     def after(self, model: nn.Module, args: Any, output: Any) -> Any:
         """Logits of the rows' own tokens; those in front of them are kept for whoever shares a prompt."""
         if self.state.nested is not None:
@@ -90,7 +102,9 @@ class HeadHooks:
                 return None
             output.logits = logits[:, 1:]
         if self.state.shared is not None:
-            self.state.shared.next_logits = logits[:, 0]
+            rows = torch.arange(len(logits), device=logits.device)
+            at_prompt = torch.zeros_like(rows) if self.padding is None else self.padding.to(rows.device)
+            self.state.shared.next_logits = logits[rows, at_prompt]
         return output
 
 

@@ -46,6 +46,8 @@ class ForwardHooks:
         state = self.state
         if self.paused or state.idle():
             return None
+        if state.nested is None and not torch.compiler.is_compiling():
+            self.reset()  # an interrupt may have kept the last forward from it
         kwargs = {**dict(zip(state.layers.owner_arguments, args, strict=False)), **kwargs}
         reading = state.nested.reading if state.nested is not None else state.read(kwargs)
         if reading is None and state.nested is None:
@@ -80,17 +82,25 @@ class ForwardHooks:
             state.share_encoder()
         return (), kwargs
 
+    def reset(self) -> None:
+        """Nothing of an earlier forward is left."""
+        state = self.state
+        state.running = None
+        state.take_back()
+        state.unshare_encoder()
+        masks.boundary = masks.beside = None
+
     def place(self, reading: Reading, kwargs: dict[str, Any]) -> None:
         """Give the content the positions behind it."""
         state = self.state
-        causal, in_cache = state.layers.causal, reading.tokens_in_cache
+        causal = state.layers.causal
         shifted = isinstance(reading.offset, Tensor) or reading.offset > 0
         if shifted or (causal and kwargs.get("position_ids") is None):
-            ids = positions.content_positions(kwargs, reading.offset, causal, self.table, in_cache)
+            ids = positions.content_positions(kwargs, reading.offset, causal, self.table)
             kwargs["position_ids"] = ids
         mask = kwargs.get("attention_mask")
-        if in_cache and isinstance(mask, Tensor):
-            kwargs["attention_mask"] = nn.functional.pad(mask, (in_cache, 0), value=1)
+        if self.heads.wanted and isinstance(mask, Tensor) and mask.dim() == 2:
+            reading.padding = (mask.cumsum(1) == 0).sum(1)
 
     def refuse(self, kwargs: dict[str, Any]) -> None:
         """Raise where the prefix would be ignored or cannot be right."""
@@ -137,9 +147,12 @@ class ForwardHooks:
         if not torch.compiler.is_compiling() and not self.checked:
             self.check(owner)
         if reading.concatenated is not None:
-            return concatenation.cut(output, reading.concatenated.shape[1], int(self.heads.wanted))
+            output = concatenation.cut(output, reading.concatenated.shape[1], int(self.heads.wanted))
+            return self.heads.behind_padding(output, reading) if self.heads.wanted else output
+        if reading.leaves:
+            raise RuntimeError("fastprefix: the input embedding was replaced after attaching: detach and attach again")
         if self.heads.wanted and reading.last is not None:
-            return self.heads.widen(output, reading.last)
+            return self.heads.behind_padding(self.heads.widen(output, reading.last), reading)
         return None
 
     def check(self, owner: nn.Module) -> None:

@@ -11,7 +11,8 @@ from torch import nn
 
 from fastprefix.hf.attached import Attached
 from fastprefix.hf.build import build
-from fastprefix.hf.installation import Installation, found, install, installation, uninstall
+from fastprefix.hf.installation import Installation
+from fastprefix.hf.state import found, install, installation, uninstall
 from fastprefix.prefixes.config import PrefixConfig
 from fastprefix.prefixes.prefix import Prefix
 from fastprefix.prefixes.prompt import PromptConfig, SoftPrompt
@@ -59,6 +60,8 @@ def attach(
     fresh = found(model) is None
     state = own_installation(model)
     try:
+        if state.chosen is not None:
+            raise fail("name", f"{name!r} inside a block of prefix_batch", "the block's end first")
         if name in state.source.names():
             raise fail("name", repr(name), f"a new one: {sorted(state.source.names())} are attached")
         prefix = build(state, config)
@@ -128,4 +131,7 @@ def set_prefix(model: Any, name: str | None) -> None:
     Raises:
         ValueError: nothing is attached, or not under this name.
     """
-    own(installation(model)).activate(name)
+    state = own(installation(model))
+    if state.chosen is not None:
+        raise fail("name", f"{name!r} inside a block of prefix_batch", "the block's end first: it chooses for its rows")
+    state.activate(name)

@@ -23,7 +23,6 @@ from fastprefix.validation import fail
 if TYPE_CHECKING:
     from fastprefix.hf.shared import SharedPrompt
 
-STATE = "_fastprefix"
 _ENCODERS = "fastprefix_encoders"
 
 
@@ -51,9 +50,15 @@ class Installation:
         except BaseException:
             self.configs.restore()
             raise
+        self.switch(on=False)
         for module in self.layers.modules:
             module.add_module(SLOT, LayerSlot())
         self.hooks = ForwardHooks(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy made inside a block is outside of it.
+        nothing = dict.fromkeys(("chosen", "shared", "running", "nested", "prepared"))
+        return {**self.__dict__, **nothing}
 
     def check_masks(self) -> None:
         """Some models merge masks with their own: what ours leave to the layer's causality would be lost on them."""
@@ -125,7 +130,9 @@ class Installation:
 
     def choice(self) -> Choice | None:
         """What the next forward's rows read."""
-        return self.source.active() if self.chosen is None else self.chosen
+        if self.chosen is None:
+            return self.source.active()
+        return self.chosen if self.source.enabled() else None
 
     def idle(self) -> bool:
         """Whether a forward is the bare model's, and nothing has to be switched off for it."""
@@ -199,14 +206,16 @@ class Installation:
 
     @contextmanager
     def again(self, reading: Reading | None, active: str | None) -> Iterator[None]:
-        """Run a part of a forward again with what it read, whatever is chosen by now."""
+        """Run a part of a forward again with what it read (None: the bare model), whatever is chosen by now."""
+        if any(SLOT not in module._modules for module in self.layers.modules):
+            raise RuntimeError("fastprefix: the prefix was taken out between a checkpointed forward and its backward")
         slots, on, beside = self.slots, self.configs.on, masks.beside
         outside = [(slot.active, slot.given, slot.overridden) for slot in slots]
-        self.switch(on=True)
+        self.switch(on=reading is not None)
         masks.beside = slots[0].beside if reading is not None and reading.beside else None
         for slot, kv in zip(slots, (reading and reading.layers) or [None] * len(slots), strict=True):
             slot.active, slot.given = active, kv
-            slot.overridden = reading is not None and reading.layers is not None
+            slot.overridden = reading is None or reading.layers is not None
         try:
             yield
         finally:
@@ -224,35 +233,3 @@ class Installation:
         self.configs.restore()
         for parameter, requires_grad in self.trainable:
             parameter.requires_grad_(requires_grad)
-
-
-def found(model: Any) -> Installation | None:
-    """What is in a model, or in the one it wraps."""
-    state = getattr(model, STATE, None)
-    return state if isinstance(state, Installation) else None
-
-
-def installation(model: Any) -> Installation:
-    """What is attached to a model; raises ValueError when nothing is."""
-    state = found(model)
-    if state is None:
-        expected = "a model that fastprefix.attach or fastprefix.patch was called on"
-        raise fail("model", f"{type(model).__name__} without a prefix", expected)
-    return state
-
-
-def install(model: Any) -> Installation:
-    """Put slots and hooks into a bare model; raises ValueError when it cannot carry a prefix."""
-    probe.check_model(model)
-    if any(SLOT in module._modules for module in model.modules()):
-        raise fail("model", f"{type(model).__name__} around a model with a prefix", "the model it was attached to")
-    state = Installation(model)
-    object.__setattr__(model, STATE, state)
-    return state
-
-
-def uninstall(state: Installation) -> None:
-    """Take everything out of the model."""
-    state.remove()
-    # A wrapper (a compiled model, a PeftModel) finds the state by delegation: it lies in the model itself.
-    del state.model.__dict__[STATE]

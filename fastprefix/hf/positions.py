@@ -22,18 +22,14 @@ def learned_table(owner: nn.Module) -> nn.Embedding | None:
     return None
 
 
-def content_positions(
-    kwargs: dict[str, Any], offset: int | Tensor, causal: bool, table: nn.Embedding | None, in_cache: int = 0
-) -> Tensor:
+def content_positions(kwargs: dict[str, Any], offset: int | Tensor, causal: bool, table: nn.Embedding | None) -> Tensor:
     """``[B or 1, S]`` position ids for a forward's keyword arguments, ``offset`` (an int or ``[B, 1]``) behind 0.
-
-    ``in_cache`` tokens of the cache are a prompt's that was concatenated, and no content.
     Given ids are shifted. Otherwise causal models count the tokens that are not padding, as ``generate`` does, so
     that a left-padded row means the same in training; encoders keep the model's own counting.
     """
     position_ids = kwargs.get("position_ids")
     if position_ids is None:
-        position_ids = _default_positions(kwargs, causal, None if table is None else table.padding_idx, in_cache)
+        position_ids = _default_positions(kwargs, causal, None if table is None else table.padding_idx)
     position_ids = position_ids + (offset.to(position_ids.device) if isinstance(offset, Tensor) else offset)
     if table is not None and not torch.compiler.is_compiling():
         last = table.num_embeddings - 1 - getattr(table, "offset", 0)
@@ -44,14 +40,14 @@ def content_positions(
     return position_ids
 
 
-def _default_positions(kwargs: dict[str, Any], causal: bool, padding_idx: int | None, in_cache: int) -> Tensor:
+def _default_positions(kwargs: dict[str, Any], causal: bool, padding_idx: int | None) -> Tensor:
     input_ids, embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
     source = input_ids if input_ids is not None else embeds
     if source is None:
         raise fail("input_ids", "neither input_ids nor inputs_embeds", "one of them")
     seq = source.shape[1] if input_ids is None else source.shape[-1]
     past = kwargs.get("past_key_values")
-    start = 0 if past is None else past.get_seq_length() - in_cache
+    start = 0 if past is None else past.get_seq_length()
     columns = torch.arange(seq, device=source.device) + start
     if padding_idx is not None:
         # RoBERTa's convention: real tokens count from padding_idx + 1, padding stays at padding_idx.

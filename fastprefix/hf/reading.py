@@ -44,6 +44,8 @@ class Source(Protocol):
 
     def active(self) -> Choice | None: ...
 
+    def enabled(self) -> bool: ...
+
     def entry(self, name: Name) -> Entry: ...
 
     def held(self, choice: Choice) -> AbstractContextManager[None]: ...
@@ -88,7 +90,7 @@ class Reading:
     concatenated_mask: Tensor | None = None  # [B or 1, P]
     concatenated_from: int = 0  # the position of their first
     beside: bool = False  # the model's own attention, masks and positions stay; a gated prompt is added
-    tokens_in_cache: int = 0  # of the prompt, concatenated by an earlier forward
+    padding: Tensor | None = None  # [B], places in front of a row's first token
     leaves: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # see checkpointing.Bridge
 
     def tensors(self) -> list[Tensor]:
@@ -120,11 +122,11 @@ def read(state: Installation, choice: Choice, kwargs: dict[str, Any]) -> Reading
         return choose(state, state.prepared, choice, kwargs)
     if torch.compiler.is_compiling():
         return choose(state, make_bank(state, names, entries)[0], choice, kwargs)
-    key = (names, [(entry.offset, *map(_stamp, entry.parameters)) for entry in entries])
-    bank = state.memo.recall(kwargs, key)
+    key = tuple((entry.offset, *map(_stamp, entry.parameters)) for entry in entries)
+    bank = state.memo.recall(kwargs, tuple(names), key)
     if not isinstance(bank, Bank):
         bank, _ = make_bank(state, names, entries)
-        state.memo.remember(kwargs, key, bank)
+        state.memo.remember(kwargs, tuple(names), key, bank)
     return choose(state, bank, choice, kwargs)
 
 
@@ -175,6 +177,8 @@ def pack(pairs: Sequence[LayerKV | None]) -> LayerKV | None:
 
 def choose(state: Installation, bank: Bank, choice: Choice, kwargs: dict[str, Any]) -> Reading:
     """Each row's prefix of a bank."""
+    if not set(choice.distinct()) <= set(bank.names):
+        raise AssertionError(f"a bank of {bank.names} for rows of {choice.distinct()}")
     if len(bank.names) == 1 and None not in choice.names:
         last = bank.last[0]
         choice.rows(batch_size(kwargs))
@@ -212,12 +216,10 @@ def _concatenate(
     """A reading that puts embeddings in front of every row, as sharing them would not be exact."""
     tokens = entries[0].tokens
     if None in choice.names or any(entry.prompt is None or entry.tokens != tokens for entry in entries):
-        got = f"a mixed batch of soft prompts where they have to be concatenated ({reason})"
-        raise fail("names", got, "soft prompts of one length in every row")
+        got = f"a mixed batch with soft prompts that have to be concatenated ({reason})"
+        raise fail("names", got, "soft prompts of one length in every row, and nothing else")
+    sharing.refuse_cache(kwargs, reason)
     sharing.say(state, reason)
-    if state.memo.recall(kwargs, (names, "concatenated")) is not None:
-        return Reading(tokens, [None] * len(state.slots), tokens_in_cache=tokens)
-    state.memo.remember(kwargs, (names, "concatenated"), True)
     prompts = torch.stack([entry.prompt() for entry in entries if entry.prompt is not None])  # [N, P, d]
     if len(names) > 1:
         rows = [list(names).index(name) for name in choice.rows(batch_size(kwargs))]

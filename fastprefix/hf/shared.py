@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -9,14 +10,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from fastprefix.hf import reading, sharing
-from fastprefix.hf.installation import found, install
+from fastprefix.hf import probe, reading, sharing
 from fastprefix.hf.reading import Bank, Choice, Reading, batch_size
+from fastprefix.hf.state import found, install
 from fastprefix.prefixes.prefix import LayerKV
 from fastprefix.validation import fail
 
 if TYPE_CHECKING:
     from fastprefix.hf.installation import Installation
+
+
+_numbers = itertools.count()
 
 
 class SharedPrompt:
@@ -30,6 +34,7 @@ class SharedPrompt:
     def __init__(self, prompts: list[Tensor], groups: Tensor | None) -> None:
         self.prompts = prompts  # [P_n] token ids
         self.groups = groups  # [B]
+        self.number = next(_numbers)  # its name in a cache's memo
         self.next_logits: Tensor | None = None
 
     def rows(self, batch: int) -> list[int]:
@@ -49,39 +54,33 @@ class SharedPrompt:
         front = None if choice is None else state.read_choice(choice, kwargs)
         offset = 0 if front is None else front.offset
         assert isinstance(offset, int)
-        if front is not None and (front.concatenated is not None or front.tokens_in_cache):
+        if front is not None and front.concatenated is not None:
             raise fail("model", "a soft prompt that has to be concatenated", "one that can be shared, or none")
         longest = max(len(self.prompts[n]) for n in used)
         reason = sharing.inexact(state, longest + offset, kwargs)
         if reason is not None:
             return self.concatenate(state, rows, front, kwargs, reason)
-        key = ("shared", id(self), tuple(used), choice)
-        bank = state.memo.recall(kwargs, key)
+        key = (tuple(used), choice)
+        bank = state.memo.recall(kwargs, ("shared", self.number), key)
         if not isinstance(bank, Bank):
             made = sharing.run(state, [self.prompts[n] for n in used], front)
             behind = [_in_front(state, front, i) for i in range(len(state.slots))]
             layers = [reading.pack([_join(own, kv[i]) for kv in made.key_values]) for i, own in enumerate(behind)]
             bank = Bank(list(used), [offset + len(self.prompts[n]) for n in used], layers, list(made.last))
-            state.memo.remember(kwargs, key, bank)
+            state.memo.remember(kwargs, ("shared", self.number), key, bank)
         return reading.choose(state, bank, Choice(tuple(rows)), kwargs)
 
     def concatenate(
         self, state: Installation, rows: list[int], front: Reading | None, kwargs: dict[str, Any], reason: str
     ) -> Reading:
         """The prompts in every row, padded on the left."""
+        sharing.refuse_cache(kwargs, reason)
         sharing.say(state, reason)
         longest = max(len(prompt) for prompt in self.prompts)
         offset = 0 if front is None else front.offset
         lengths = torch.tensor([[len(self.prompts[n])] for n in rows])
         ragged = len({len(prompt) for prompt in self.prompts}) > 1
         result = Reading(lengths + offset, [None] * len(state.slots) if front is None else front.layers)
-        if state.memo.recall(kwargs, (id(self), "concatenated")) is not None:
-            if ragged:
-                got = "prompts of different lengths in a cache"
-                raise fail("input_ids", got, f"prompts of one length where they are concatenated ({reason})")
-            result.tokens_in_cache = longest
-            return result
-        state.memo.remember(kwargs, (id(self), "concatenated"), True)
         ids = torch.stack([nn.functional.pad(self.prompts[n], (longest - len(self.prompts[n]), 0)) for n in rows])
         result.concatenated = state.model.get_input_embeddings()(ids)
         assert isinstance(offset, int)
@@ -114,10 +113,12 @@ def shared_prompt(model: Any, input_ids: Any, groups: Any = None) -> Iterator[Sh
     prompt runs through the model once, beside the batch, and its keys and values are read by every row. Gradients
     flow into whatever is trainable in the model (LoRA, all of it) through rows and prompt alike. Logits and labels
     are those of the rows' own tokens; with ``labels``, a row's first token counts in the loss, as the prompt predicts
-    it. Generation computes the prompt once for its cache. A prefix that is attached stands in front of the prompt.
+    it; they are a view (``reshape`` them). Generation computes the prompt once for its cache. A prefix that is attached
+    stands in front of the prompt.
 
     Where sharing would not be exact (bidirectional models, active dropout, rows that outgrow a sliding window) the
-    prompt is repeated in every row, with a warning that says so.
+    prompt is repeated in every row, with a warning that says so; with a cache that raises and asks for
+    ``use_cache=False``.
 
     Args:
         model: a transformers model that can carry a prefix, or a PeftModel around one (LoRA; patched ones).
@@ -132,8 +133,8 @@ def shared_prompt(model: Any, input_ids: Any, groups: Any = None) -> Iterator[Sh
         ValueError: an argument does not fit, or the model cannot carry a prefix.
     """
     bare = _bare(model)
-    state = found(bare) or install(bare)
-    prompts = prompts_of(input_ids, state.model.get_input_embeddings().weight.device)
+    probe.check_model(bare)
+    prompts = prompts_of(input_ids, bare.get_input_embeddings().weight.device)
     chosen = None if groups is None else torch.as_tensor(groups).reshape(-1).cpu()
     if chosen is None and len(prompts) > 1:
         raise fail("groups", "None", f"the prompt of each row, as there are {len(prompts)} prompts")
@@ -141,8 +142,11 @@ def shared_prompt(model: Any, input_ids: Any, groups: Any = None) -> Iterator[Sh
         raise fail("groups", repr(groups), "[B] ints")
     if chosen is not None and not 0 <= int(chosen.min()) <= int(chosen.max()) < len(prompts):
         raise fail("groups", f"{int(chosen.min())}..{int(chosen.max())}", f"0..{len(prompts) - 1}")
+    state = found(bare) or install(bare)
     if state.shared is not None or state.chosen is not None:
         raise fail("input_ids", "a shared prompt inside another block", "one block of shared_prompt or prefix_batch")
+    if state.source.beside:
+        raise fail("model", "one with gated prompts (ADAPTION_PROMPT)", "one without: they are read beside the content")
     on = state.configs.on
     state.shared = SharedPrompt(prompts, chosen)
     try:

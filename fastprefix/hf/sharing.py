@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastprefix.prefixes.prefix import LayerKV
+from fastprefix.validation import fail
 
 if TYPE_CHECKING:
     from fastprefix.hf.installation import Installation
@@ -64,21 +65,20 @@ def run(
     modules = [m for m in checkpointing.modules if m.gradient_checkpointing] if checkpointing.reentrant() else []
     # No context managers of generators here: torch.compile traces this.
     outside, state.nested = state.nested, nested
+    _refuse_mixed_adapters(state.layers.owner)
     for slot in state.slots:
         slot.capturing = True
     for checkpointed in modules:
         checkpointed.gradient_checkpointing = False
     try:
         output = runs(**inputs, **(options or {}))
+        captured = [slot.captured for slot in state.slots]
     finally:
         state.nested = outside
         for slot in state.slots:
-            slot.capturing = False
+            slot.capturing, slot.captured = False, None
         for checkpointed in modules:
             checkpointed.gradient_checkpointing = True
-    captured = [slot.captured for slot in state.slots]
-    for slot in state.slots:
-        slot.captured = None
     assert nested.hidden is not None
     last = nested.hidden[torch.arange(len(lengths)), [n - 1 for n in lengths]]
     pairs: list[KeyValues] = [
@@ -86,6 +86,15 @@ def run(
         for i, n in enumerate(lengths)
     ]
     return Prompted(pairs, last, output)
+
+
+def _refuse_mixed_adapters(owner: nn.Module) -> None:
+    """PEFT's LoRA chooses an adapter for each row by hooks: the prompts' rows are others."""
+    for module in owner.modules():
+        for hook in module._forward_pre_hooks.values():
+            name = getattr(getattr(hook, "func", hook), "__name__", "")
+            if name == "_adapter_names_pre_forward_hook":
+                raise fail("adapter_names", "an adapter for each row beside a prompt", "one adapter for the batch")
 
 
 def _one_dtype(k: Tensor, v: Tensor) -> LayerKV:
@@ -104,7 +113,8 @@ def inexact(state: Installation, tokens: int, kwargs: dict[str, Any]) -> str | N
     if window is not None:
         source = kwargs.get("input_ids") if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
         rows = 0 if source is None else source.shape[1]
-        if kwargs.get("past_key_values") is not None or tokens + rows > window:
+        past = kwargs.get("past_key_values")
+        if tokens + rows + (0 if past is None else past.get_seq_length()) > window:
             return f"a layer has a window of {window} tokens: rows outgrow it, and a prompt in their place would too"
     return None
 
@@ -122,6 +132,12 @@ def _active_dropout(owner: nn.Module) -> str | None:
             if isinstance(value, float) and value > 0.0 and "drop" in attribute:
                 return f"{name}.{attribute}"
     return None
+
+
+def refuse_cache(kwargs: dict[str, Any], reason: str) -> None:
+    """Raise ValueError for a cache: a prompt concatenated into it would be content ever after."""
+    if kwargs.get("past_key_values") is not None:
+        raise fail("past_key_values", f"a cache, where the prompt has to be concatenated ({reason})", "use_cache=False")
 
 
 def say(state: Installation, reason: str) -> None:

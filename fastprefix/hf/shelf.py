@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from fastprefix.hf import storage
 from fastprefix.hf.attached import Attached
 from fastprefix.hf.install import check_name, found, own_installation, uninstall
@@ -31,6 +33,7 @@ class Shelf:
         self.resident: OrderedDict[str, Prefix | SoftPrompt] = OrderedDict()
         self.pinned: set[str] = set()
 
+    @torch.inference_mode(False)
     def take(self, name: str) -> Prefix | SoftPrompt:
         """A prefix, read from disk unless it is in memory; the one unused for longest makes room."""
         if name not in self.resident:

@@ -30,6 +30,7 @@ from fastprefix.hf.formats import (
     FORMAT_VERSION,
     OWN_CONFIG,
     WEIGHTS,
+    digest,
     is_peft,
     own_configuration,
     pack,
@@ -39,7 +40,8 @@ from fastprefix.hf.formats import (
     stored_key_values,
 )
 from fastprefix.hf.install import attach, own
-from fastprefix.hf.installation import Installation, installation
+from fastprefix.hf.installation import Installation
+from fastprefix.hf.state import installation
 from fastprefix.prefixes.config import PrefixConfig
 from fastprefix.prefixes.prefix import Prefix
 from fastprefix.prefixes.prompt import PromptConfig, SoftPrompt
@@ -80,6 +82,7 @@ def save(model: Any, dir: str | os.PathLike[str], name: str = "default") -> None
                 for n, x in zip("kv", kv, strict=True)
             }
             config = {"peft_type": "FASTPREFIX", "num_virtual_tokens": prefix.num_virtual_tokens}
+    fields["weights"] = digest(tensors)
     if encoder is not None:
         state_dict = {n: x.detach().cpu().contiguous() for n, x in encoder.state_dict().items()}
         replace(folder / ENCODER, lambda path: save_file(state_dict, path))
@@ -98,6 +101,7 @@ class Stored:
         ours = read_json(folder / OWN_CONFIG) if (folder / OWN_CONFIG).exists() else None
         field(peft, "peft_type", str, folder / CONFIG)
         self.folder = folder
+        self.digest = None if ours is None else ours.get("weights")
         self.config: PrefixConfig | PromptConfig = (
             peft_configuration(peft, folder / CONFIG) if ours is None else own_configuration(ours, folder / OWN_CONFIG)
         )
@@ -110,7 +114,7 @@ class Stored:
         if isinstance(prefix, SoftPrompt):
             with torch.no_grad():
                 prefix.embedding.copy_(stored_embedding(self.tensors, prefix, path))
-            return
+            return self.check_digest()
         keys, values = stored_key_values(self.tensors, prefix, path)
         if self.encoder is None:
             prefix.set_direct(
@@ -118,6 +122,13 @@ class Stored:
             )
         elif prefix.encoder is not None:
             load_encoder(prefix, self.encoder, self.folder / ENCODER)
+        self.check_digest()
+
+    def check_digest(self) -> None:
+        """Raise ValueError when somebody, PEFT say, has written other weights beside our configuration."""
+        if self.digest is not None and digest(self.tensors) != self.digest:
+            expected = f"those of {OWN_CONFIG} (delete it, and {ENCODER}, to load PEFT's)"
+            raise fail(str(self.folder / WEIGHTS), "weights that were replaced since", expected)
 
 
 def load(model: Any, dir: str | os.PathLike[str], name: str = "default") -> Prefix | SoftPrompt:

@@ -12,7 +12,8 @@ from transformers import Trainer
 from transformers.trainer import TRAINING_ARGS_NAME
 
 from fastprefix.hf import files, formats, storage
-from fastprefix.hf.installation import Installation, installation
+from fastprefix.hf.installation import Installation
+from fastprefix.hf.state import installation
 from fastprefix.prefixes.kv import DirectKV
 from fastprefix.prefixes.prefix import Prefix
 from fastprefix.prefixes.prompt import SoftPrompt

@@ -13,7 +13,7 @@ import fastprefix
 from fastprefix.measure.saved import saved_bytes
 from fastprefix.measure.step import share_weights
 
-PEFT, PATCHED, ATTACHED = "peft", "patched", "attached"
+PEFT, PATCHED, ATTACHED, FROZEN = "peft", "patched", "attached", "no prefix"
 
 
 @dataclass
@@ -66,7 +66,7 @@ def prompt_steps(model: nn.Module, ids: Tensor, num_virtual_tokens: int) -> dict
 
 
 def generations(model: nn.Module, ids: Tensor, num_virtual_tokens: int, new_tokens: int) -> dict[str, Run]:
-    """Greedy generations of so many tokens behind ``ids [B, S]`` with a PREFIX_TUNING prefix."""
+    """Greedy generations of so many tokens behind ``ids [B, S]`` with a PREFIX_TUNING prefix, and without one."""
     from peft import PrefixTuningConfig
 
     models = peft_models(model, PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=num_virtual_tokens))
@@ -77,7 +77,7 @@ def generations(model: nn.Module, ids: Tensor, num_virtual_tokens: int, new_toke
         mask = torch.ones_like(ids)
         return Run(mine, lambda: mine.generate(input_ids=ids, attention_mask=mask, **options))
 
-    runs = {name: run(mine) for name, mine in models.items()}
+    runs = {name: run(mine) for name, mine in {**models, FROZEN: share_weights(model)}.items()}
     first, second = (runs[name].forward() for name in (PEFT, PATCHED))
     if not torch.equal(first, second):
         raise AssertionError("a patched model generates something else")

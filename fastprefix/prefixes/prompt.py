@@ -20,8 +20,11 @@ class PromptConfig:
     frozen model once per forward, whatever the batch, and their keys and values become every row's prefix: ``P + B*S``
     tokens of work for ``B * (P + S)``, with the loss and the gradient of embeddings concatenated to every row. With
     ``labels``, that loss counts the first token of a row too, which the prompt's last one predicts; logits are those
-    of the row's own tokens, ``[B, S, V]``. Where sharing would not be exact (bidirectional models, dropout active in
-    the frozen model) the embeddings are concatenated, with a warning that says so.
+    of the row's own tokens, ``[B, S, V]``. Auxiliary losses of expert models count the rows' tokens only.
+
+    Where sharing would not be exact (bidirectional models, dropout active in the frozen model, rows that outgrow a
+    sliding window) the embeddings are concatenated, with a warning that says so; into a cache they are not, which
+    raises and asks for ``use_cache=False``.
 
     Args:
         num_virtual_tokens: prompt tokens P, at least 1.

@@ -74,6 +74,10 @@ class Adapters:
             for handle in handles:
                 handle.remove()
 
+    def enabled(self) -> bool:
+        """Whether PEFT has not disabled them, and does not concatenate itself."""
+        return not (self.bypassed or self.peft_model._adapters_disabled)
+
     def active(self) -> Choice | None:
         """PEFT's active adapter, unless PEFT has disabled it."""
         model = self.peft_model
@@ -140,7 +144,7 @@ class Adapters:
     def encoded(self, name: str) -> Tensor:
         """What an adapter's encoder gives, once: ``[P, 2*L*H_kv*D]`` or ``[P, d]``."""
         config, encoder = self.peft_model.peft_config[name], self.peft_model.prompt_encoder[name]
-        if config.inference_mode or kind(config) in DIRECT and not getattr(config, "prefix_projection", False):
+        if config.inference_mode or (kind(config) in DIRECT and not getattr(config, "prefix_projection", False)):
             return encoder.embedding.weight  # looking all rows up would copy them
         ids = self.peft_model.prompt_tokens[name][: config.num_virtual_tokens]
         return encoder(ids[None].to(encoder.embedding.weight.device))[0]

@@ -46,8 +46,11 @@ class FusedAttentionGPT(AdaptedAttentionGPT):
         """Of the layer's attention, and the prompt's part for the same queries."""
         slot = self.model._modules[SLOT]
         slot.keeps_query, slot.query = True, None
-        output, *rest = self.model(*args, **kwargs)
-        q, slot.query, slot.keeps_query = slot.query, None, False
+        try:
+            output, *rest = self.model(*args, **kwargs)
+            q = slot.query
+        finally:
+            slot.keeps_query, slot.query = False, None
         k, v = self.key_values()
         nothing = q.new_empty(q.shape[0], k.shape[0], 0, q.shape[3])
         o = prefix_attention(q, nothing, nothing, k, v, causal=False)  # [B, H, S, D]
@@ -88,6 +91,10 @@ class Gated:
     def held(self, choice: Choice) -> AbstractContextManager[None]:
         """Nothing lies on disk."""
         return nullcontext()
+
+    def enabled(self) -> bool:
+        """Whether their modules are in the model."""
+        return bool(self.peft_model.base_model._enabled)
 
     def active(self) -> Choice | None:
         """The one whose modules are in the model."""

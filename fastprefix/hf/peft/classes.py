@@ -13,11 +13,12 @@ from typing import Any
 from torch import nn
 
 from fastprefix.hf import sharing
-from fastprefix.hf.installation import Installation, installation
+from fastprefix.hf.installation import Installation
 from fastprefix.hf.peft import prompts, resume
 from fastprefix.hf.peft.adapters import Adapters, task
 from fastprefix.hf.peft.checks import break_symmetry, check
 from fastprefix.hf.peft.mixins import PatchedAdaption, PatchedConcatenating
+from fastprefix.hf.state import installation
 
 SHARING, ADAPTION, CONCATENATING = "FastPrefix", "FastPrefixAdaption", "FastPrefixConcatenating"
 
@@ -37,15 +38,15 @@ class Patched:
         if self._adapters_disabled:
             return self.base_model(**kwargs)
         chosen = adapters.choose(names, tasks)
-        choice = chosen or adapters.active()
+        choice = chosen or state.choice()
         prompted = choice is not None and any(adapters.entry(n).prompt is not None for n in choice.distinct())
-        if prompted and names is None:
+        if prompted and names is None and state.chosen is None and state.shared is None:
             reason = _concatenates(self, state, choice, kwargs)
             if reason is not None:
-                return _theirs(self, adapters, reason, task_ids=tasks, **kwargs)
+                return _theirs("forward", self, adapters, reason, task_ids=tasks, **kwargs)
         _token_types(self, kwargs)
-        with _chosen(state, chosen), _shifted(adapters, chosen or prompted, kwargs):
-            if prompted and names is None and choice is not None:
+        with _chosen(state, chosen), _shifted(adapters, chosen or state.chosen or prompted, kwargs):
+            if prompted and names is None and choice is not None and state.chosen in (None, chosen):
                 return prompts.forward(self, state, choice, kwargs)
             return self.base_model(**kwargs)
 
@@ -53,7 +54,17 @@ class Patched:
         """PEFT's generate; also with ``adapter_names``, a cache of an earlier turn, static caches or none."""
         names, tasks = kwargs.pop("adapter_names", None), kwargs.pop("task_ids", None)
         state, adapters = _parts(self)
-        with _chosen(state, None if self._adapters_disabled else adapters.choose(names, tasks)):
+        chosen = None if self._adapters_disabled else adapters.choose(names, tasks)
+        choice = chosen or state.choice()
+        entries = [] if choice is None else [adapters.entry(name) for name in choice.distinct()]
+        tokens = max((entry.tokens for entry in entries if entry.prompt is not None), default=0)
+        alone = names is None and state.chosen is None and state.shared is None
+        if tokens and alone and prompts.outgrows(self, state, tokens, args, kwargs):
+            reason = f"it may outgrow a window of {state.layers.window} tokens"
+            if tasks is not None:
+                kwargs["task_ids"] = tasks
+            return _theirs("generate", self, adapters, reason, *args, **kwargs)
+        with _chosen(state, chosen):
             return self.base_model.generate(*args, **kwargs)
 
     @contextmanager
@@ -161,11 +172,12 @@ def _concatenates(model: Any, state: Installation, choice: Any, kwargs: dict[str
     return sharing.inexact(state, tokens, {**kwargs, "past_key_values": None})
 
 
-def _theirs(model: Any, adapters: Adapters, reason: str, **kwargs: Any) -> Any:
+def _theirs(method: str, model: Any, adapters: Adapters, reason: str, *args: Any, **kwargs: Any) -> Any:
+    """PEFT's own forward or generate, which concatenates."""
     sharing.say(adapters.state, reason)
     adapters.bypassed = True
     try:
-        return theirs(model).forward(model, **kwargs)
+        return getattr(theirs(model), method)(model, *args, **kwargs)
     finally:
         adapters.bypassed = False
 

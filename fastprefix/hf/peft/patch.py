@@ -6,9 +6,10 @@ import warnings
 from typing import Any
 
 from fastprefix.hf import probe
-from fastprefix.hf.installation import Installation, found, install, uninstall
+from fastprefix.hf.installation import Installation
 from fastprefix.hf.peft import checks, classes
 from fastprefix.hf.peft.adapters import PREFIXES, PROMPTS, Adapters, kind
+from fastprefix.hf.state import found, install, uninstall
 from fastprefix.validation import fail
 
 ADAPTION = "ADAPTION_PROMPT"

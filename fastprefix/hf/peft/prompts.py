@@ -32,6 +32,17 @@ def forward(model: Any, state: Installation, choice: Choice, kwargs: dict[str, A
     return output if return_dict else output.to_tuple()
 
 
+def outgrows(model: Any, state: Installation, tokens: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a generation behind so many prompt tokens may leave a sliding window, where PEFT's own way is exact."""
+    window, config = state.layers.window, kwargs.get("generation_config") or model.generation_config
+    ids = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids", kwargs.get("inputs_embeds")))
+    if window is None or ids is None:
+        return False
+    new, whole = (kwargs.get(name, getattr(config, name, None)) for name in ("max_new_tokens", "max_length"))
+    last = ids.shape[1] + new if new is not None else max(whole or 0, ids.shape[1] + 20)  # 20: generate's own default
+    return bool(tokens + last > window)
+
+
 def pools(model: Any) -> bool:
     """Whether the output has no positions."""
     return task(model) == "SEQ_CLS"
