@@ -53,7 +53,7 @@ def take(parts: Sequence[str], repeats: int) -> dict[str, Any]:
     if "saved" in parts:
         found["saved"] = [_saved(batch) for batch in (1, 16)]
     if "peft" in parts:
-        found["peft"] = peft.take(_model(), repeats=9)
+        found["peft"] = peft.take(_model(), repeats=7)
     return found
 
 

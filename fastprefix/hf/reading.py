@@ -85,7 +85,6 @@ class Reading:
     offset: int | Tensor = 0  # of content positions; [B, 1]
     layers: list[LayerKV | None] | None = None  # None: every layer asks for the active prefix
     last: Tensor | None = None  # [B or 1, d], hidden state behind each row's prompt
-    prompted: Tensor | None = None  # [B] bool, rows that have a prompt; None: all
     concatenated: Tensor | None = None  # [B or 1, P, d], embeddings in front of every row instead
     concatenated_mask: Tensor | None = None  # [B or 1, P]
     concatenated_from: int = 0  # the position of their first
@@ -201,7 +200,6 @@ def choose(state: Installation, bank: Bank, choice: Choice, kwargs: dict[str, An
     some = next((x for x in hidden if x is not None), None)
     if some is not None:
         reading.last = torch.stack([torch.zeros_like(some) if x is None else x for x in hidden])
-        reading.prompted = torch.tensor([x is not None for x in hidden], device=some.device)
     return reading
 
 
