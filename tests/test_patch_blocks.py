@@ -73,3 +73,18 @@ def test_a_generation_that_may_outgrow_a_window_is_peft_s() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.testing.assert_close(ours(input_ids=ids()).logits, theirs(input_ids=ids()).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", [name for name, row in ROWS.items() if row.peft is None])
+def test_every_model_that_peft_has_right(name: str) -> None:
+    task = "CAUSAL_LM" if ROWS[name].causal else "FEATURE_EXTRACTION"
+    config = peft.PrefixTuningConfig(task_type=task, num_virtual_tokens=4)
+    torch.manual_seed(0)
+    theirs = peft.get_peft_model(ROWS[name].build(), config).eval()
+    ours = fastprefix.patch(copy.deepcopy(theirs))
+    want, got = (m(input_ids=ids(), attention_mask=torch.ones_like(ids()))[0] for m in (theirs, ours))
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    grads = [
+        torch.autograd.grad(x.square().mean(), m.prompt_encoder.parameters()) for x, m in ((want, theirs), (got, ours))
+    ]
+    torch.testing.assert_close(*grads, rtol=1e-3, atol=1e-5)

@@ -47,10 +47,10 @@ class Fit:
         """A layer's key/value heads and head dim; where layers differ, as PEFT reads them from the model's config."""
         from peft import peft_model
 
-        config = self.state.model.config.get_text_config()
-        rule = getattr(peft_model, "_get_layer_kv_target_shape", lambda config, layer: None)
-        found = rule(config, layer)
-        real = self.state.layers.shapes[layer]
+        real, rule = self.state.layers.shapes[layer], getattr(peft_model, "_get_layer_kv_target_shape", None)
+        # PEFT asks its rule of such models alone: another's config need not have the fields.
+        differ = len(set(self.state.layers.shapes)) > 1
+        found = rule(self.state.model.config.get_text_config(), layer) if differ and rule is not None else None
         return (real.num_kv_heads, real.head_dim) if found is None else found
 
     def __call__(self, config: Any, embeddings: Tensor) -> KeyValues:
