@@ -44,24 +44,10 @@ __all__ = [
     "unpatch",
 ]
 
-_HF = (
-    "attach",
-    "bake",
-    "detach",
-    "load",
-    "patch",
-    "prefix_batch",
-    "register",
-    "save",
-    "set_prefix",
-    "shared_prompt",
-    "unpatch",
-)
-
 
 def __getattr__(name: str) -> Any:
     # transformers takes seconds to import and is needed for none of the above.
-    if name in _HF:
+    if name in __all__:
         from fastprefix.hf import api
 
         return getattr(api, name)
