@@ -29,6 +29,7 @@ def prompted(name: str, dtype: torch.dtype = torch.float64, tokens: int = P) -> 
     """A bare model, a copy with a soft prompt, and the prompt."""
     bare = ROWS[name].build(dtype)
     model = copy.deepcopy(bare)
+    bare.set_attn_implementation("eager")  # transformers' sdpa may leave a softcap out
     prompt = fastprefix.attach(model, PromptConfig(tokens, init=init.normal(1.0)))
     prompt.to(dtype)
     return bare, model, prompt
