@@ -89,6 +89,21 @@ def test_a_prompt_predicts_its_row_s_first_token_and_nothing_else_does() -> None
     torch.testing.assert_close(got, (first * (S - 1) + second * S) / (2 * S - 1))
 
 
+def test_a_row_without_a_prompt_keeps_its_loss_behind_padding() -> None:
+    model, ids = banked(), tokens(2)
+    fastprefix.set_prefix(model, None)
+    mask = torch.ones_like(ids)
+    mask[0, :2] = 0
+    labels = ids.masked_fill(mask == 0, -100)
+    with torch.no_grad():
+        options = {"attention_mask": mask[:1], "labels": labels[:1]}
+        first = alone(model, "a", lambda: model(input_ids=ids[:1], **options).loss)
+        second = alone(model, "prompt", lambda: model(input_ids=ids[1:], labels=ids[1:]).loss)
+        with fastprefix.prefix_batch(model, ["a", "prompt"]):
+            got = model(input_ids=ids, attention_mask=mask, labels=labels).loss
+    torch.testing.assert_close(got, (first * (S - 2) + second * S) / (2 * S - 2))
+
+
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"num_return_sequences": 2, "num_beams": 2}], ids=str)
 def test_generates(options: dict[str, Any]) -> None:
     model, ids = banked(), tokens(len(NAMES))

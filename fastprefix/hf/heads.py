@@ -21,6 +21,12 @@ def is_language_model(model: nn.Module) -> bool:
     return any(cls.__name__.endswith(_LANGUAGE_MODELS) for cls in type(model).__mro__)
 
 
+def keeps_some(kwargs: dict[str, Any]) -> bool:
+    """Whether only some positions' logits are asked for."""
+    keep = kwargs.get("logits_to_keep")
+    return isinstance(keep, Tensor) or bool(keep)
+
+
 class HeadHooks:
     """Hooks on the model itself: one more position in front of the rows, for its loss, and out of the logits again."""
 
@@ -53,11 +59,10 @@ class HeadHooks:
         if state.hooks.paused or not state.has_prompts():
             return None
         kwargs = {**dict(zip(self.arguments, args, strict=False)), **kwargs}
-        labels, keep = kwargs.get("labels"), kwargs.get("logits_to_keep", 0)
+        labels = kwargs.get("labels")
         past = kwargs.get("past_key_values")
         continues = past is not None and past.get_seq_length() > 0
-        windowed = isinstance(keep, Tensor) or keep > 0
-        if continues or windowed or kwargs.get("shift_labels") is not None:
+        if continues or keeps_some(kwargs) or kwargs.get("shift_labels") is not None:
             return None
         if labels is None and state.shared is None:
             return None

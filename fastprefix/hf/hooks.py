@@ -101,6 +101,9 @@ class ForwardHooks:
         mask = kwargs.get("attention_mask")
         if self.heads.wanted and isinstance(mask, Tensor) and mask.dim() == 2:
             reading.padding = (mask.cumsum(1) == 0).sum(1)
+            prompted = state.prompted_rows(len(mask))
+            if prompted is not None:  # a row without a prompt keeps what it has
+                reading.padding = reading.padding * prompted.to(mask.device)
 
     def refuse(self, kwargs: dict[str, Any]) -> None:
         """Raise where the prefix would be ignored or cannot be right."""

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastprefix.hf.heads import keeps_some
 from fastprefix.hf.installation import Installation
 from fastprefix.hf.peft.adapters import task
 from fastprefix.hf.reading import Bank, Choice, batch_size, make_bank
@@ -18,9 +19,8 @@ def forward(model: Any, state: Installation, choice: Choice, kwargs: dict[str, A
     return_dict = kwargs.pop("return_dict", None)
     return_dict = getattr(base.config, "return_dict", True) if return_dict is None else return_dict
     cache = kwargs.get("past_key_values")
-    keep = kwargs.get("logits_to_keep", 0)
     continues = cache is not None and cache.get_seq_length() > 0
-    if continues or isinstance(keep, Tensor) or keep > 0 or pools(model):
+    if continues or keeps_some(kwargs) or pools(model):
         output = base(**kwargs, return_dict=True)
     else:
         names = choice.distinct()
