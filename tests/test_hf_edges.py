@@ -189,5 +189,5 @@ def test_an_error_in_a_packed_forward_leaves_nothing_behind() -> None:
     want = model(whole).logits
     with pytest.raises(ValueError, match="position_ids: got"):
         model(whole, position_ids=torch.tensor([[0, 1, 2, 90, 91, 92]]))
-    assert masks.boundary is None
+    assert masks.running.boundary is None
     torch.testing.assert_close(model(whole).logits, want)

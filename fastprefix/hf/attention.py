@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -26,18 +27,25 @@ class AttentionCall(NamedTuple):
     options: dict[str, Any]
 
 
-_recorders: list[list[AttentionCall]] = []
+class _Recorders(threading.local):
+    """Of this thread: another may run another model."""
+
+    def __init__(self) -> None:
+        self.open: list[list[AttentionCall]] = []
+
+
+_recorders = _Recorders()
 
 
 @contextmanager
 def recording() -> Iterator[list[AttentionCall]]:
     """Collect every call of the attention function inside the block, in order."""
     calls: list[AttentionCall] = []
-    _recorders.append(calls)
+    _recorders.open.append(calls)
     try:
         yield calls
     finally:
-        _recorders.remove(calls)
+        _recorders.open.pop()
 
 
 def attention_forward(
@@ -66,7 +74,7 @@ def attention_forward(
             "cache: got a paged cache, expected none: continuous batching cannot run with a prefix attached"
         )
     slot = module._modules.get(SLOT)
-    if isinstance(slot, LayerSlot) and masks.beside is not None and slot.beside is not None:
+    if isinstance(slot, LayerSlot) and masks.running.beside is not None and slot.beside is not None:
         return _beside(slot, module, query, key, value, attention_mask, scaling, dropout, is_causal, kwargs)
     prefix_k, prefix_v, *choice = _prefix(module, query, key, value)
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
@@ -77,8 +85,8 @@ def attention_forward(
     _add_position_bias(options, kwargs.get("position_bias"))
     options.update((n, x) for n, x in zip(("prefix_ids", "prefix_lens", "gate"), choice, strict=True) if x is not None)
     tensors = {"q": query, "k": key, "v": value, "prefix_k": prefix_k, "prefix_v": prefix_v}
-    if _recorders and not torch.compiler.is_compiling():
-        _recorders[-1].append(AttentionCall(module, tensors, options))
+    if not torch.compiler.is_compiling() and _recorders.open:
+        _recorders.open[-1].append(AttentionCall(module, tensors, options))
     o = prefix_attention(query, key, value, prefix_k, prefix_v, **options)
     return o.transpose(1, 2), None
 

@@ -27,7 +27,7 @@ def prepend(state: Installation, reading: Reading, kwargs: dict[str, Any]) -> No
     prompt_mask = reading.concatenated_mask
     prompt_mask = None if prompt_mask is None else prompt_mask.expand(batch, -1)
     mask = kwargs.get("attention_mask")
-    if masks.boundary is not None:
+    if masks.running.boundary is not None:
         raise fail(
             "position_ids", "packed documents (they jump)", "one document a row: the prompt is concatenated here"
         )

@@ -56,7 +56,7 @@ class ForwardHooks:
         state.switch(on=True)
         self.refuse(kwargs)
         if reading is not None and reading.beside:
-            masks.beside = state.slots[0].beside
+            masks.running.beside = state.slots[0].beside
             return self.start(reading, kwargs)
         kwargs["attention_mask"] = _whole_mask(kwargs)
         self.separate_documents(owner, kwargs)
@@ -88,7 +88,7 @@ class ForwardHooks:
         state.running = None
         state.take_back()
         state.unshare_encoder()
-        masks.boundary = masks.beside = None
+        masks.running.boundary = masks.running.beside = None
 
     def place(self, reading: Reading, kwargs: dict[str, Any]) -> None:
         """Give the content the positions behind it."""
@@ -124,8 +124,8 @@ class ForwardHooks:
             if owner.training and takes_cache and may_be and not kwargs.get("use_cache"):
                 kwargs["use_cache"] = False
             return
-        masks.boundary = positions.documents(kwargs)
-        if masks.boundary is not None and takes_cache:
+        masks.running.boundary = positions.documents(kwargs)
+        if masks.running.boundary is not None and takes_cache:
             kwargs["use_cache"] = False
 
     def after(self, owner: nn.Module, args: Any, output: Any) -> Any:
@@ -134,7 +134,7 @@ class ForwardHooks:
         if self.paused:
             return None
         if not torch.compiler.is_compiling():
-            masks.boundary = masks.beside = None
+            masks.running.boundary = masks.running.beside = None
         if reading is None:
             return None
         state.running = None

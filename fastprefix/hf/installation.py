@@ -209,10 +209,10 @@ class Installation:
         """Run a part of a forward again with what it read (None: the bare model), whatever is chosen by now."""
         if any(SLOT not in module._modules for module in self.layers.modules):
             raise RuntimeError("fastprefix: the prefix was taken out between a checkpointed forward and its backward")
-        slots, on, beside = self.slots, self.configs.on, masks.beside
+        slots, on, beside = self.slots, self.configs.on, masks.running.beside
         outside = [(slot.active, slot.given, slot.overridden) for slot in slots]
         self.switch(on=reading is not None)
-        masks.beside = slots[0].beside if reading is not None and reading.beside else None
+        masks.running.beside = slots[0].beside if reading is not None and reading.beside else None
         for slot, kv in zip(slots, (reading and reading.layers) or [None] * len(slots), strict=True):
             slot.active, slot.given = active, kv
             slot.overridden = reading is None or reading.layers is not None
@@ -222,7 +222,7 @@ class Installation:
             for slot, (name, kv, overridden) in zip(slots, outside, strict=True):
                 slot.active, slot.given, slot.overridden = name, kv, overridden
             self.switch(on=on)
-            masks.beside = beside
+            masks.running.beside = beside
 
     def remove(self) -> None:
         """Undo everything."""

@@ -10,6 +10,7 @@ A prefix is always visible, so masks speak of content only. What is returned, an
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -22,24 +23,31 @@ from fastprefix.validation import fail
 
 Index = int | Tensor
 
-# Row and first position of a document behind another, while a packed batch runs: no mask may let it see the one before.
-boundary: tuple[int, int] | None = None
 
-# The attention implementation whose masks are wanted, while a model keeps its own attention beside a gated prompt.
-beside: str | None = None
+class _Running(threading.local):
+    """What the forward that runs in this thread asks of its masks: another thread may run another model."""
 
-_windows: list[list[int]] = []
+    def __init__(self) -> None:
+        # Row and first position of a document behind another, while a packed batch runs: no mask may let it see the
+        # one before.
+        self.boundary: tuple[int, int] | None = None
+        # The attention implementation whose masks are wanted, while a model keeps its own beside a gated prompt.
+        self.beside: str | None = None
+        self.windows: list[list[int]] = []
+
+
+running = _Running()
 
 
 @contextmanager
 def windows() -> Iterator[list[int]]:
     """Collect the windows and chunks of local layers inside the block."""
     sizes: list[int] = []
-    _windows.append(sizes)
+    running.windows.append(sizes)
     try:
         yield sizes
     finally:
-        _windows.remove(sizes)
+        running.windows.pop()
 
 
 def mask_function(**arguments: Any) -> Tensor | None:
@@ -48,14 +56,14 @@ def mask_function(**arguments: Any) -> Tensor | None:
     Raises:
         ValueError: rows are packed and the mask lets a document see the one before it.
     """
-    if beside is not None:
-        made: Tensor | None = masking_utils.ALL_MASK_ATTENTION_FUNCTIONS[beside](**arguments)
+    if running.beside is not None:
+        made: Tensor | None = masking_utils.ALL_MASK_ATTENTION_FUNCTIONS[running.beside](**arguments)
         return made
-    if _windows and arguments.get("local_size") is not None:
-        _windows[-1].append(int(arguments["local_size"]))
+    if running.windows and arguments.get("local_size") is not None:
+        running.windows[-1].append(int(arguments["local_size"]))
     mask = content_mask(**arguments)
-    if boundary is not None:
-        row, first = boundary
+    if running.boundary is not None:
+        row, first = running.boundary
         if mask is None or mask.shape[2] <= first or bool(mask[row, 0, first, first - 1]):
             expected = "one document a row: this model makes its masks without position ids"
             raise fail("position_ids", "packed documents (they jump)", expected)
