@@ -34,11 +34,18 @@ class Row:
     options: dict[str, Any]
     notes: str = ""
     peft: str | None = None
+    content: str = "text"  # or image, sound
+    positions_behind: int | None = None  # RoBERTa's: real tokens count from behind its padding id
 
     @property
     def causal(self) -> bool:
         """Whether it generates."""
         return "CausalLM" in self.cls or "LMHead" in self.cls
+
+    @property
+    def paddings(self) -> tuple[str, ...]:
+        """How a batch of it can be padded; a sound's mask becomes one of frames, which count from the left."""
+        return {"image": ("none",), "sound": ("none", "right")}.get(self.content, ("none", "left", "right"))
 
     def build(self, dtype: torch.dtype = torch.float32) -> Any:
         """A random model in eval mode, its weights large enough that attention matters."""
@@ -60,6 +67,20 @@ def _row(title: str, family: str, head: str, options: dict[str, Any], config: st
     return Row(title, family + head, config or family + "Config", options, **kw)
 
 
+_SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+_VISION = {**_SIZES, "image_size": 32, "patch_size": 8}
+_SPEECH = {
+    **_SIZES,
+    "conv_dim": (16,),
+    "conv_kernel": (4,),
+    "conv_stride": (2,),
+    "num_feat_extract_layers": 1,
+    "num_conv_pos_embeddings": 4,
+    "num_conv_pos_embedding_groups": 2,
+    "layerdrop": 0.0,
+    "mask_time_prob": 0.0,
+}
+_NO_TOKENS = "prefix tuning is of token ids"
 _SLIDING = "prefix is out of sight of a sliding window"
 ROWS: dict[str, Row] = {
     "llama_mha": _row("Llama (MHA)", "Llama", "ForCausalLM", _COMMON),
@@ -110,13 +131,18 @@ ROWS: dict[str, Row] = {
     "bert": _row("BERT", "Bert", "Model", _COMMON, notes="bidirectional, learned positions"),
     "roberta": _row(
         "RoBERTa", "Roberta", "Model", {**_COMMON, "pad_token_id": 1},
-        notes="bidirectional, positions after padding_idx",
+        notes="bidirectional, positions after padding_idx", positions_behind=1,
     ),
     "distilbert": _row(
         "DistilBERT", "DistilBert", "Model",
         {"vocab_size": VOCAB, "dim": 32, "hidden_dim": 48, "n_layers": 2, "n_heads": 4, "max_position_embeddings": 64},
         notes="bidirectional", peft="prefix needs past_key_values, which it does not take",
     ),
+    "vit": _row("ViT", "ViT", "Model", _VISION, notes="images", peft=_NO_TOKENS, content="image"),
+    "clip_vision": _row(
+        "CLIP (vision)", "CLIPVision", "Model", _VISION, notes="images", peft=_NO_TOKENS, content="image"
+    ),
+    "wav2vec2": _row("Wav2Vec2", "Wav2Vec2", "Model", _SPEECH, notes="sounds", peft=_NO_TOKENS, content="sound"),
 }  # fmt: skip
 
 REFUSED: dict[str, Callable[[], Any]] = {
@@ -139,15 +165,5 @@ REFUSED: dict[str, Callable[[], Any]] = {
     ),
     "t5": lambda: transformers.T5ForConditionalGeneration(
         transformers.T5Config(vocab_size=VOCAB, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4)
-    ),
-    "vit": lambda: transformers.ViTModel(
-        transformers.ViTConfig(
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            image_size=32,
-            patch_size=16,
-        )
     ),
 }

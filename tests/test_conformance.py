@@ -14,9 +14,10 @@ from fastprefix.hf.formats import pack
 from fastprefix.hf.state import installation
 from fastprefix.prefixes.prefix import Prefix
 from tests.concat import run_concat
-from tests.models import REFUSED, ROWS, VOCAB
+from tests.model_inputs import P, S, inputs, output, positions
+from tests.models import REFUSED, ROWS
 
-P, S = 5, 9
+PADDED = [(name, padding) for name, row in ROWS.items() for padding in row.paddings]
 CAUSAL = [name for name, row in ROWS.items() if row.causal]
 
 
@@ -27,58 +28,24 @@ def attached(name: str, dtype: torch.dtype = torch.float64, **options: Any) -> t
     return model, prefix.to(dtype)
 
 
-def inputs(name: str, padding: str) -> dict[str, Tensor]:
-    """Token ids ``[3, S]`` and a mask; sample 2 is never padded."""
-    torch.manual_seed(1)
-    ids = torch.randint(3, VOCAB, (3, S))
-    mask = torch.ones(3, S, dtype=torch.long)
-    for row, n in enumerate((4, 1)):
-        if padding == "left":
-            mask[row, :n] = 0
-        elif padding == "right":
-            mask[row, S - n :] = 0
-    ids = ids.masked_fill(mask == 0, 1 if name == "roberta" else 0)
-    return {"input_ids": ids} if padding == "none" else {"input_ids": ids, "attention_mask": mask}
-
-
-def positions(name: str, batch: dict[str, Tensor]) -> Tensor:
-    """What the ids of content are, said from scratch: P + (index among the real tokens), encoders by column."""
-    ids, mask = batch["input_ids"], batch.get("attention_mask")
-    if name == "roberta":
-        real = ids != 1
-        return torch.where(real, real.cumsum(1) + 1, 1) + P
-    if mask is None or not ROWS[name].causal:
-        return (torch.arange(S) + P).expand(ids.shape)
-    return (mask.cumsum(1) - 1).clamp(min=0) + P
-
-
-def output(result: Any, batch: dict[str, Tensor]) -> Tensor:
-    """Logits or hidden states of real tokens."""
-    x = result.logits if hasattr(result, "logits") else result.last_hidden_state
-    mask = batch.get("attention_mask")
-    return x if mask is None else x[mask.bool()]
-
-
 def gradients(x: Tensor, leaves: list[Tensor]) -> tuple[Tensor, ...]:
     weight = torch.sin(torch.arange(x.numel(), dtype=x.dtype)).view(x.shape)
     return torch.autograd.grad((x * weight).sum(), leaves)
 
 
-@pytest.mark.parametrize("padding", ["none", "left", "right"])
-@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize(("name", "padding"), PADDED)
 def test_equals_explicit_concatenation(name: str, padding: str) -> None:
     model, prefix = attached(name)
     batch = inputs(name, padding)
-    got = output(model(**batch), batch)
+    got = output(model, model(**batch), batch)
     grads = gradients(got, list(prefix.parameters()))
     modules = {id(m): n for n, m in model.named_modules()}
     state = installation(model)
     names = [modules[id(m)] for m in state.layers.modules]
     pairs = [(k.detach().clone().requires_grad_(), v.detach().clone().requires_grad_()) for k, v in prefix.key_values()]
     fastprefix.detach(model)
-    want = output(
-        run_concat(model, dict(zip(names, pairs, strict=True)), **batch, position_ids=positions(name, batch)), batch
-    )
+    result = run_concat(model, dict(zip(names, pairs, strict=True)), **batch, **positions(name, batch))
+    want = output(model, result, batch)
     torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
     for grad, expected in zip(grads, gradients(want, [x for kv in pairs for x in kv]), strict=True):
         assert expected.abs().max() > 0
@@ -92,8 +59,8 @@ def test_equals_peft(name: str, padding: str) -> None:
     from peft import PrefixTuningConfig, get_peft_model
 
     model, prefix = attached(name, torch.float32)
-    batch = inputs(name, padding)
-    got = output(model(**batch), batch)
+    batch = inputs(name, padding, torch.float32)
+    got = output(model, model(**batch), batch)
     flat = gradients(got, list(prefix.parameters()))
     packed = [pack(x[0::2], x[1::2]) for x in (list(prefix.parameters()), flat)]
     fastprefix.detach(model)
@@ -102,8 +69,8 @@ def test_equals_peft(name: str, padding: str) -> None:
     weight = peft.prompt_encoder.default.embedding.weight
     with torch.no_grad():
         weight.copy_(packed[0])
-    extra = {"position_ids": positions(name, batch) - P} if ROWS[name].causal else {}
-    want = output(peft(**batch, **extra), batch)
+    extra = {k: x - P for k, x in positions(name, batch).items()} if ROWS[name].causal else {}
+    want = output(model, peft(**batch, **extra), batch)
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
     (theirs,) = gradients(want, [weight])
     torch.testing.assert_close(packed[1], theirs, rtol=1e-4, atol=1e-4 * max(1.0, theirs.abs().max().item()))
@@ -128,14 +95,14 @@ CHECKPOINTED = [(name, False) for name in ROWS] + [(name, True) for name in ("ll
 @pytest.mark.parametrize(("name", "projected"), CHECKPOINTED)
 def test_gradient_checkpointing(name: str, projected: bool, reentrant: bool) -> None:
     model, prefix = attached(name, prefix_projection=projected)
-    batch = inputs(name, "left")
+    batch = inputs(name, ROWS[name].paddings[-1])
     without_dropout(model)
     model.train()
-    want = gradients(output(model(**batch, **no_cache(model)), batch), list(prefix.parameters()))
+    want = gradients(output(model, model(**batch, **no_cache(model)), batch), list(prefix.parameters()))
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     for parameter in prefix.parameters():
         parameter.grad = None
-    x = output(model(**batch, **no_cache(model)), batch)
+    x = output(model, model(**batch, **no_cache(model)), batch)
     (x * torch.sin(torch.arange(x.numel(), dtype=x.dtype)).view(x.shape)).sum().backward()
     for parameter, expected in zip(prefix.parameters(), want, strict=True):
         assert parameter.grad is not None and expected.abs().max() > 0
@@ -156,15 +123,18 @@ def no_cache(model: Any) -> dict[str, bool]:
 @pytest.mark.parametrize("name", ROWS)
 def test_detached_is_bit_for_bit_what_it_was(name: str) -> None:
     model = ROWS[name].build()
-    batch, config = inputs(name, "left"), model.config
-    before, state = output(model(**batch), batch), {n: id(x) for n, x in model.state_dict(keep_vars=True).items()}
+    batch, config = inputs(name, ROWS[name].paddings[-1], torch.float32), model.config
+    before, state = (
+        output(model, model(**batch), batch),
+        {n: id(x) for n, x in model.state_dict(keep_vars=True).items()},
+    )
     modules = [n for n, _ in model.named_modules()]
     fastprefix.attach(model, PrefixConfig(P))
-    assert not torch.equal(output(model(**batch), batch), before)
+    assert not torch.equal(output(model, model(**batch), batch), before)
     fastprefix.set_prefix(model, None)
-    assert torch.equal(output(model(**batch), batch), before)
+    assert torch.equal(output(model, model(**batch), batch), before)
     fastprefix.detach(model)
-    assert torch.equal(output(model(**batch), batch), before)
+    assert torch.equal(output(model, model(**batch), batch), before)
     assert model.config is config and [n for n, _ in model.named_modules()] == modules
     assert {n: id(x) for n, x in model.state_dict(keep_vars=True).items()} == state
     assert all(p.requires_grad for p in model.parameters())

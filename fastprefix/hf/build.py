@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from fastprefix.hf import probe
+from fastprefix.hf import probe, sharing
 from fastprefix.prefixes.config import LayerShape, PrefixConfig
 from fastprefix.prefixes.kv import PrefixEncoder
 from fastprefix.prefixes.prefix import Prefix
 from fastprefix.prefixes.prompt import PromptConfig, SoftPrompt, start
+from fastprefix.validation import fail
 
 if TYPE_CHECKING:
     from fastprefix.hf.installation import Installation
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 def build(state: Installation, config: PrefixConfig | PromptConfig) -> Prefix | SoftPrompt:
     """A new prefix for the layers that the model was found to have, or a soft prompt, filled with its start."""
     if isinstance(config, PromptConfig):
+        sharing.check(state)
         text_config = state.model.config.get_text_config()
         size, dim = text_config.vocab_size, text_config.hidden_size
         embeddings = state.model.get_input_embeddings()
@@ -70,6 +72,9 @@ def _start(
         return list(init.keys), list(init.values)
     if not init.of_tokens:
         return None
+    if state.layers.main_input != "input_ids":
+        got = f"{init.name} for {type(state.model).__name__}, which reads {state.layers.main_input}"
+        raise fail("init", got, "fastprefix.init.normal or kv")
     active = state.active
     state.activate(None)
     state.switch(on=True)

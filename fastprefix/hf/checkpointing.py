@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastprefix.hf.reading import Reading
 from fastprefix.prefixes.prefix import LayerKV
+from fastprefix.validation import fail
 
 if TYPE_CHECKING:
     from fastprefix.hf.installation import Installation
@@ -27,6 +28,8 @@ class _Recompute:
 
     def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         reading, active = self.state.running, self.state.active
+        if reading is not None:
+            args = self.state.hooks.checkpointing.enter(reading, args)
 
         def run(*inputs: Any, **options: Any) -> Any:
             with self.state.again(reading, active):
@@ -104,12 +107,15 @@ class Checkpointing:
         layers = [kv if kv is None else LayerKV(*map(leaf, kv)) for kv in reading.layers]  # type: ignore[arg-type]
         return replace(reading, layers=layers, leaves=list(leaves.values()))
 
-    def enter(self, reading: Reading, embeds: Tensor) -> Tensor:
-        """The layers' input, asking for a gradient where reentrant checkpointing would otherwise drop the prefix's."""
+    def enter(self, reading: Reading, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """A layer's inputs, the first asking for a gradient: reentrant checkpointing drops the prefix's otherwise."""
         if not torch.is_grad_enabled() or not self.reentrant():
-            return embeds
+            return args
+        if not args:
+            raise fail("use_reentrant", True, "False: this model's layers have no input to return gradients through")
+        hidden, *rest = args  # [B, S, d], ...
         if reading.leaves:
             leaves, originals = zip(*reading.leaves, strict=True)
             reading.leaves = []
-            return Bridge.apply(embeds, list(leaves), *originals)
-        return embeds if embeds.requires_grad else embeds.detach().requires_grad_()
+            hidden = Bridge.apply(hidden, list(leaves), *originals)
+        return (hidden if hidden.requires_grad else hidden.detach().requires_grad_(), *rest)

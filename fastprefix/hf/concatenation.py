@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def prepend(state: Installation, reading: Reading, kwargs: dict[str, Any]) -> None:
     """Put the reading's embeddings in front of the rows of a forward whose position ids are set already."""
     assert reading.concatenated is not None
-    batch = batch_size(kwargs)
+    batch = batch_size(state, kwargs)
     embeds = kwargs.get("inputs_embeds")
     if embeds is None:
         embeds = state.model.get_input_embeddings()(kwargs.pop("input_ids"))

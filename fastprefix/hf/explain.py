@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
 from fastprefix import functional
 from fastprefix.hf import probe, sharing
+from fastprefix.hf.example import example
 from fastprefix.hf.installation import Installation
 from fastprefix.hf.reading import Entry
 from fastprefix.hf.state import installation
@@ -33,7 +32,7 @@ def explain_model(model: Any) -> str:
     # What the checks know must not change by a look.
     checked, state.hooks.checked = state.hooks.checked, True
     try:
-        calls = probe.run_tokens(state.layers.owner, torch.zeros(1, 2, dtype=torch.long))[-len(state.slots) :]
+        calls = probe.run(state.layers.owner, example(state.model))[-len(state.slots) :]
     except ValueError as error:  # a forward that needs more than tokens: PEFT's multitask prompts
         return "\n".join([*lines, f"a forward of two tokens says: {error}"])
     finally:

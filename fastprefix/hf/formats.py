@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastprefix.hf.files import field
+from fastprefix.hf.probe import Layers
 from fastprefix.prefixes import init
 from fastprefix.prefixes.config import LayerShape, PrefixConfig
 from fastprefix.prefixes.prefix import Prefix
@@ -45,11 +46,12 @@ def unpack(embeddings: Tensor, shapes: Sequence[LayerShape]) -> tuple[list[Tenso
     return [x.contiguous() for x in slots[0::2]], [x.contiguous() for x in slots[1::2]]
 
 
-def is_peft(prefix: Prefix, num_layers: int) -> bool:
-    """Whether PEFT can represent, and would compute, what this prefix is."""
+def is_peft(prefix: Prefix, layers: Layers) -> bool:
+    """Whether PEFT can represent, and would compute, what this prefix of a model with these layers is."""
     shapes = set(prefix.shapes)
     uniform = len(shapes) == 1 and prefix.shapes[0].head_dim == prefix.shapes[0].value_dim
-    return uniform and len(prefix.shapes) == num_layers and prefix.config.position_offset == "after_prefix"
+    moves = layers.takes_positions and prefix.config.position_offset == "after_prefix"
+    return uniform and len(prefix.shapes) == len(layers.modules) and moves
 
 
 def peft_config(model: Any, prefix: Prefix | SoftPrompt) -> dict[str, Any]:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class ForwardHooks:
-    """Hooks on the module that makes positions and masks, on the input embedding and on the model around them."""
+    """Hooks on the module that makes positions and masks, and on the model around it."""
 
     def __init__(self, state: Installation) -> None:
         self.state = state
@@ -31,7 +31,6 @@ class ForwardHooks:
         self.handles = [
             owner.register_forward_pre_hook(self.before, with_kwargs=True),
             owner.register_forward_hook(self.after, always_call=True),
-            state.model.get_input_embeddings().register_forward_hook(self.embedded),
         ]
 
     def remove(self) -> None:
@@ -58,7 +57,8 @@ class ForwardHooks:
         if reading is not None and reading.beside:
             masks.running.beside = state.slots[0].beside
             return self.start(reading, kwargs)
-        kwargs["attention_mask"] = _whole_mask(kwargs)
+        if "attention_mask" in kwargs:
+            kwargs["attention_mask"] = _whole_mask(kwargs)
         self.separate_documents(owner, kwargs)
         reading = Reading(layers=[None] * len(state.slots)) if reading is None else reading
         self.place(reading, kwargs)
@@ -73,9 +73,6 @@ class ForwardHooks:
             state.give(reading)
         if reading.concatenated is not None:
             concatenation.prepend(state, reading, kwargs)
-        embeds = kwargs.get("inputs_embeds")
-        if embeds is not None:
-            kwargs["inputs_embeds"] = self.checkpointing.enter(reading, embeds)
         if self.checkpointing.active():
             self.checkpointing.remember_reading()
         elif reading.layers is None:
@@ -95,7 +92,7 @@ class ForwardHooks:
         state = self.state
         causal = state.layers.causal
         shifted = isinstance(reading.offset, Tensor) or reading.offset > 0
-        if shifted or (causal and kwargs.get("position_ids") is None):
+        if state.layers.takes_positions and (shifted or (causal and kwargs.get("position_ids") is None)):
             ids = positions.content_positions(kwargs, reading.offset, causal, self.table)
             kwargs["position_ids"] = ids
         mask = kwargs.get("attention_mask")
@@ -153,7 +150,7 @@ class ForwardHooks:
             output = concatenation.cut(output, reading.concatenated.shape[1], int(self.heads.wanted))
             return self.heads.behind_padding(output, reading) if self.heads.wanted else output
         if reading.leaves:
-            raise RuntimeError("fastprefix: the input embedding was replaced after attaching: detach and attach again")
+            raise RuntimeError("fastprefix: no checkpointed layer ran, which would have passed on the gradients")
         if self.heads.wanted and reading.last is not None:
             return self.heads.behind_padding(self.heads.widen(output, reading.last), reading)
         return None
@@ -169,12 +166,6 @@ class ForwardHooks:
                 f"fastprefix: {name} ran without the attention hook of layers {missed}: the prefix was ignored there"
             )
         self.checked = True
-
-    def embedded(self, embedding: nn.Module, args: Any, output: Tensor) -> Any:
-        """Reentrant checkpointing returns gradients only through a layer's inputs: make them ask for one."""
-        if self.paused or self.state.running is None:
-            return None
-        return self.checkpointing.enter(self.state.running, output)
 
 
 def _whole_mask(kwargs: dict[str, Any]) -> Any:

@@ -62,10 +62,9 @@ class Installation:
 
     def check_masks(self) -> None:
         """Some models merge masks with their own: what ours leave to the layer's causality would be lost on them."""
-        owner = self.layers.owner
-        ours = probe.sees_the_future(owner)
+        ours = probe.sees_the_future(self.model, self.layers.owner)
         self.switch(on=False)
-        before = probe.sees_the_future(owner)
+        before = probe.sees_the_future(self.model, self.layers.owner)
         self.switch(on=True)
         if ours != before:
             raise probe.does_not_dispatch(self.model, ": it makes masks of its own")

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fastprefix.hf import masks
 from fastprefix.hf.attention import AttentionCall, recording
+from fastprefix.hf.example import example
 from fastprefix.prefixes.config import LayerShape
 from fastprefix.validation import fail
 
@@ -27,7 +28,13 @@ class Layers:
     causal: bool
     owner: nn.Module  # the module whose forward makes positions and masks
     owner_arguments: tuple[str, ...]  # of its forward, without self
+    main_input: str  # the argument with the rows' content
     window: int | None  # the smallest of its sliding windows or chunks, in tokens
+
+    @property
+    def takes_positions(self) -> bool:
+        """Whether content can be moved; elsewhere its positions belong to it (patches, convolutions, biases)."""
+        return "position_ids" in self.owner_arguments
 
 
 def check_model(model: Any) -> None:
@@ -40,8 +47,6 @@ def check_model(model: Any) -> None:
     name = type(model).__name__
     if getattr(model.config, "is_encoder_decoder", False):
         raise fail("model", f"{name}, an encoder-decoder", "a decoder or an encoder")
-    if model.main_input_name != "input_ids":
-        raise fail("model", f"{name}, which reads {model.main_input_name}", "a model of input_ids")
     if any(p.device.type == "meta" for p in model.parameters()):
         raise fail("model", f"{name} with parameters on the meta device", "a model with its weights in memory")
     if not model._can_set_attn_implementation():
@@ -69,28 +74,26 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def run_tokens(model: nn.Module, ids: Tensor) -> list[AttentionCall]:
-    """Every layer's attention call in a forward of token ids ``[1, n]``, in eval mode without gradients."""
-    device = next(model.parameters()).device
+def run(model: nn.Module, inputs: dict[str, Tensor]) -> list[AttentionCall]:
+    """Every layer's attention call in a forward of these inputs, in eval mode without gradients."""
+    options = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
     with _evaluating(model), recording() as calls:
-        base: Any = model
-        base(input_ids=ids.to(device), use_cache=False) if _takes(model, "use_cache") else base(
-            input_ids=ids.to(device)
-        )
+        model(**inputs, **options)
     return calls
-
-
-def _takes(model: nn.Module, name: str) -> bool:
-    return name in inspect.signature(model.forward).parameters
 
 
 def find_layers(model: nn.Module) -> Layers:
     """Probe a model whose attention implementation is fastprefix's already; raises ValueError naming its class."""
+    inputs = example(model)
+    (main_input,) = inputs
     try:
         with masks.windows() as windows:
-            calls = run_tokens(model, torch.zeros(1, 2, dtype=torch.long))
+            calls = run(model, inputs)
     except KeyError as error:  # models that look their classes up by the implementation's name
         raise does_not_dispatch(model, f" ({error})") from error
+    except (AttributeError, TypeError) as error:
+        got = f"{type(model).__name__}, which does not run on {main_input} alone ({error})"
+        raise fail("model", got, "a model that does, or the part of it that is to read the prefix") from error
     if not calls:
         raise does_not_dispatch(model)
     modules = [call.module for call in calls]
@@ -100,29 +103,28 @@ def find_layers(model: nn.Module) -> Layers:
     expected = getattr(config, "num_hidden_layers", None)
     if expected is not None and len(modules) != expected:
         raise does_not_dispatch(model, f" in {expected - len(modules)} of {expected} layers")
-    owner = _owner(model, modules)
-    arguments = tuple(inspect.signature(owner.forward).parameters)
-    if "position_ids" not in arguments:
-        raise fail("model", f"{type(owner).__name__}, whose forward takes no position_ids", "one that does")
+    owner = _owner(model, modules, main_input)
     return Layers(
         modules=tuple(modules),
         shapes=tuple(_shape(call) for call in calls),
         devices=tuple(call.tensors["q"].device for call in calls),
         causal=bool(calls[0].options["causal"]),
         owner=owner,
-        owner_arguments=arguments,
+        owner_arguments=tuple(inspect.signature(owner.forward).parameters),
+        main_input=main_input,
         window=min(windows, default=None),
     )
 
 
-def sees_the_future(owner: nn.Module) -> bool:
-    """Whether a model's first tokens depend on its last one."""
+def sees_the_future(model: nn.Module, owner: nn.Module) -> bool:
+    """Whether a model's first tokens, patches or frames depend on the last number of its input."""
     # Not token 0, which is often padding and embedded as nothing.
-    ids, hidden = torch.ones(1, 3, dtype=torch.long, device=next(owner.parameters()).device), []
+    inputs, hidden = example(model, tokens=3), []
+    (content,) = inputs.values()
     with _evaluating(owner):
         for last in (1, 2):
-            ids[0, -1] = last
-            hidden.append(owner(input_ids=ids)[0][:, :-1])
+            content.view(-1)[-1] = last
+            hidden.append(owner(**inputs)[0][:, :-1])
     before, after = hidden
     # Other rows of a product may round differently; a mask that lets the future in changes more than that.
     tiny = 64 * torch.finfo(before.dtype).eps
@@ -134,18 +136,19 @@ def _shape(call: AttentionCall) -> LayerShape:
     return LayerShape(key.shape[1], key.shape[3], value.shape[3])
 
 
-def _owner(model: nn.Module, attention: Sequence[nn.Module]) -> nn.Module:
-    """The innermost module around all attention layers that takes ``input_ids``: heads may call it directly."""
+def _owner(model: nn.Module, attention: Sequence[nn.Module], main_input: str) -> nn.Module:
+    """The innermost module around all attention layers that takes the main input: heads may call it directly."""
     found = model
     wanted = {id(m) for m in attention}
     for module in model.modules():
-        if "input_ids" in inspect.signature(module.forward).parameters and wanted <= {id(m) for m in module.modules()}:
+        if main_input in inspect.signature(module.forward).parameters and wanted <= {id(m) for m in module.modules()}:
             found = module
     return found
 
 
 def key_values(model: nn.Module, ids: Tensor, layers: Sequence[nn.Module]) -> tuple[list[Tensor], list[Tensor]]:
     """The model's own keys ``[H_kv, n, D]`` and values of token ids ``[n]``, at positions 0..n-1, layer by layer."""
-    calls = {id(call.module): call.tensors for call in run_tokens(model, ids.reshape(1, -1))}
+    ids = ids.reshape(1, -1).to(next(model.parameters()).device)
+    calls = {id(call.module): call.tensors for call in run(model, {"input_ids": ids})}
     found = [calls[id(module)] for module in layers]
     return [x["k"][0].clone() for x in found], [x["v"][0].clone() for x in found]

@@ -98,11 +98,12 @@ class Reading:
         return [x for kv in given for x in (kv.k, kv.v, kv.gate) if x is not None and x.requires_grad]
 
 
-def batch_size(kwargs: dict[str, Any]) -> int:
+def batch_size(state: Installation, kwargs: dict[str, Any]) -> int:
     """Rows of a forward."""
-    source = kwargs.get("input_ids") if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
+    name = state.layers.main_input
+    source = kwargs.get(name) if kwargs.get(name) is not None else kwargs.get("inputs_embeds")
     if source is None:
-        raise fail("input_ids", "neither input_ids nor inputs_embeds", "one of them")
+        raise fail(name, f"neither {name} nor inputs_embeds", "one of them")
     return int(source.shape[0])
 
 
@@ -180,12 +181,12 @@ def choose(state: Installation, bank: Bank, choice: Choice, kwargs: dict[str, An
         raise AssertionError(f"a bank of {bank.names} for rows of {choice.distinct()}")
     if len(bank.names) == 1 and None not in choice.names:
         last = bank.last[0]
-        choice.rows(batch_size(kwargs))
+        choice.rows(batch_size(state, kwargs))
         return Reading(bank.offsets[0], bank.layers, None if last is None else last[None], beside=state.source.beside)
     if any(kv is not None and kv.gate is not None for kv in bank.layers):
         raise fail("names", "a mixed batch of gated prompts", "one for all rows")
     index = {name: i for i, name in enumerate(bank.names)}
-    rows = [-1 if name is None else index[name] for name in choice.rows(batch_size(kwargs))]
+    rows = [-1 if name is None else index[name] for name in choice.rows(batch_size(state, kwargs))]
     ids: dict[torch.device, Tensor] = {}
     layers: list[LayerKV | None] = []
     for kv in bank.layers:
@@ -220,6 +221,6 @@ def _concatenate(
     sharing.say(state, reason)
     prompts = torch.stack([entry.prompt() for entry in entries if entry.prompt is not None])  # [N, P, d]
     if len(names) > 1:
-        rows = [list(names).index(name) for name in choice.rows(batch_size(kwargs))]
+        rows = [list(names).index(name) for name in choice.rows(batch_size(state, kwargs))]
         prompts = prompts[torch.tensor(rows, device=prompts.device)]
     return Reading(tokens, [None] * len(state.slots), concatenated=prompts)

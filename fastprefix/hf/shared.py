@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fastprefix.hf import probe, reading, sharing
 from fastprefix.hf.reading import Bank, Choice, Reading, batch_size
-from fastprefix.hf.state import found, install
+from fastprefix.hf.state import found, install, uninstall
 from fastprefix.prefixes.prefix import LayerKV
 from fastprefix.validation import fail
 
@@ -49,7 +49,7 @@ class SharedPrompt:
         """The prompts behind what the model itself has attached, if anything."""
         if choice is not None and len(choice.names) > 1:
             raise fail("names", "a mixed batch beside a shared prompt", "one prefix for all rows")
-        rows = self.rows(batch_size(kwargs))
+        rows = self.rows(batch_size(state, kwargs))
         used = sorted(set(rows))
         front = None if choice is None else state.read_choice(choice, kwargs)
         offset = 0 if front is None else front.offset
@@ -134,6 +134,7 @@ def shared_prompt(model: Any, input_ids: Any, groups: Any = None) -> Iterator[Sh
     """
     bare = _bare(model)
     probe.check_model(bare)
+    sharing.check_tokens(bare)
     prompts = prompts_of(input_ids, bare.get_input_embeddings().weight.device)
     chosen = None if groups is None else torch.as_tensor(groups).reshape(-1).cpu()
     if chosen is None and len(prompts) > 1:
@@ -142,7 +143,14 @@ def shared_prompt(model: Any, input_ids: Any, groups: Any = None) -> Iterator[Sh
         raise fail("groups", repr(groups), "[B] ints")
     if chosen is not None and not 0 <= int(chosen.min()) <= int(chosen.max()) < len(prompts):
         raise fail("groups", f"{int(chosen.min())}..{int(chosen.max())}", f"0..{len(prompts) - 1}")
+    fresh = found(bare) is None
     state = found(bare) or install(bare)
+    try:
+        sharing.check(state)
+    except ValueError:
+        if fresh:
+            uninstall(state)
+        raise
     if state.shared is not None or state.chosen is not None:
         raise fail("input_ids", "a shared prompt inside another block", "one block of shared_prompt or prefix_batch")
     if state.source.beside:

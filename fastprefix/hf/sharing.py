@@ -103,6 +103,21 @@ def _one_dtype(k: Tensor, v: Tensor) -> LayerKV:
     return LayerKV(k.to(dtype), v.to(dtype))
 
 
+def check_tokens(model: Any) -> None:
+    """Raise ValueError unless a model reads tokens, as prompts are."""
+    if model.main_input_name != "input_ids":
+        got = f"{type(model).__name__}, which reads {model.main_input_name}"
+        raise fail("model", got, "a model of input_ids: prompts are tokens")
+
+
+def check(state: Installation) -> None:
+    """Raise ValueError unless a prompt can stand in front of a model's rows."""
+    check_tokens(state.model)
+    if not state.layers.takes_positions:
+        got = f"{type(state.model).__name__}, whose forward takes no position_ids"
+        raise fail("model", got, "one that does: rows are moved behind a prompt")
+
+
 def inexact(state: Installation, tokens: int, kwargs: dict[str, Any]) -> str | None:
     """Why a prompt of so many tokens must be concatenated in a forward to be exact; None where it may be shared."""
     if not state.layers.causal:

@@ -73,7 +73,7 @@ def save(model: Any, dir: str | os.PathLike[str], name: str = "default") -> None
         fields["projected"] = encoder is not None
         with torch.no_grad():
             pairs = [(k.detach().cpu().contiguous(), v.detach().cpu().contiguous()) for k, v in prefix.key_values()]
-        if is_peft(prefix, len(state.layers.modules)):
+        if is_peft(prefix, state.layers):
             tensors = {EMBEDDINGS: pack([k for k, _ in pairs], [v for _, v in pairs])}
         else:
             tensors = {

@@ -37,7 +37,8 @@ class PrefixConfig:
             ``.token_ids(ids)`` (the model's own keys and values of them; fitted by least squares through the MLP) or
             ``.kv(keys, values)``.
         layers: indices of the attention layers that get a prefix, in execution order; default all.
-        position_offset: ``"after_prefix"``: content starts at position P, as PEFT has it; ``"none"``: at 0.
+        position_offset: ``"after_prefix"``: content starts at position P, as PEFT has it; ``"none"``: at 0. The
+            same where a model takes no position ids: its positions belong to the content (patches, sounds, biases).
         num_frozen_tokens: leading prefix tokens that are not trained (the attention sink of Cartridges,
             arXiv:2506.06266).
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
-from fastprefix.hf import probe
+from fastprefix.hf import probe, sharing
 from fastprefix.hf.installation import Installation
 from fastprefix.hf.peft import checks, classes
 from fastprefix.hf.peft.adapters import PREFIXES, PROMPTS, Adapters, kind
@@ -61,6 +61,7 @@ def patch(peft_model: Any) -> Any:
         )
     state = install(base)
     try:
+        sharing.check(state)  # what PEFT would do is known for models of tokens alone
         if ADAPTION in kinds:
             _patch_adaption(state, peft_model)
         else:

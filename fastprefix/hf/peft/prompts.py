@@ -28,7 +28,7 @@ def forward(model: Any, state: Installation, choice: Choice, kwargs: dict[str, A
         bank, prompt = make_bank(state, names, [state.source.entry(name) for name in names], base, options)
         with state.preparing(bank):
             output = base(**kwargs, return_dict=True)
-        _join(output, prompt, _rows(bank, choice, kwargs))
+        _join(output, prompt, _rows(state, bank, choice, kwargs))
     return output if return_dict else output.to_tuple()
 
 
@@ -48,8 +48,8 @@ def pools(model: Any) -> bool:
     return task(model) == "SEQ_CLS"
 
 
-def _rows(bank: Bank, choice: Choice, kwargs: dict[str, Any]) -> list[int]:
-    return [bank.names.index(name) for name in choice.rows(batch_size(kwargs))]
+def _rows(state: Installation, bank: Bank, choice: Choice, kwargs: dict[str, Any]) -> list[int]:
+    return [bank.names.index(name) for name in choice.rows(batch_size(state, kwargs))]
 
 
 def _join(output: Any, prompt: Any, rows: list[int]) -> None:
