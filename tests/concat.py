@@ -1,12 +1,14 @@
 """The models' oracle: prefix tuning by explicit concatenation, beside transformers' own eager masks. Nothing of ours.
 
-``run_concat`` gives a model an attention that repeats the heads, concatenates the prefix in front of every sample's
+``concatenating`` gives a model an attention that repeats the heads, concatenates the prefix in front of every sample's
 keys and values and takes one softmax; the caller's position ids start at P.
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -27,6 +29,7 @@ def _attention(
     scaling: float | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
+    position_bias: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     batch, heads = query.shape[:2]
@@ -43,6 +46,8 @@ def _attention(
         scores = scores + nn.functional.pad(
             attention_mask[..., : scores.shape[-1] - prefix].to(scores.dtype), (prefix, 0)
         )
+    if position_bias is not None:  # of content only
+        scores = scores + nn.functional.pad(position_bias, (prefix, 0))
     if s_aux is not None:
         scores = torch.cat(
             [scores, s_aux.to(scores.dtype).reshape(1, -1, 1, 1).expand(batch, -1, query.shape[2], -1)], -1
@@ -55,14 +60,21 @@ AttentionInterface.register(NAME, _attention)
 AttentionMaskInterface.register(NAME, eager_mask)
 
 
-def run_concat(model: nn.Module, key_values: dict[str, tuple[Tensor, Tensor]], **inputs: Any) -> Any:
-    """Forward of a copy of ``model`` with the prefix ``{attention module's name: (k, v)}`` concatenated in."""
+@contextmanager
+def concatenating(model: nn.Module, key_values: dict[str, tuple[Tensor, Tensor]]) -> Iterator[Any]:
+    """A copy of ``model`` with the prefix ``{attention module's name: (k, v)}`` concatenated in."""
     twin: Any = copy.deepcopy(model)
     twin.set_attn_implementation(NAME)
     modules = dict(twin.named_modules())
     _prefixes.clear()
     _prefixes.update({id(modules[name]): kv for name, kv in key_values.items()})
     try:
-        return twin(**inputs)
+        yield twin
     finally:
         _prefixes.clear()
+
+
+def run_concat(model: nn.Module, key_values: dict[str, tuple[Tensor, Tensor]], **inputs: Any) -> Any:
+    """Its forward."""
+    with concatenating(model, key_values) as twin:
+        return twin(**inputs)

@@ -81,7 +81,7 @@ def test_equals_concatenated_embeddings(name: str, side: str) -> None:
 def test_is_computed_once_whatever_the_batch(name: str) -> None:
     _, model, _ = prompted(name)
     seen: list[int] = []
-    owner = installation(model).layers.owner
+    owner = installation(model).layers.main.owner
     layer = next(m for n, m in owner.named_modules() if n.endswith((".mlp", ".mlp.c_fc")) and n)
     layer.register_forward_hook(lambda module, args, output: seen.append(args[0].numel() // args[0].shape[-1]))
     model(input_ids=tokens())

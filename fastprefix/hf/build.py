@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from fastprefix.hf import probe, sharing
+from fastprefix.hf import encoder_decoder, probe, sharing
 from fastprefix.prefixes.config import LayerShape, PrefixConfig
-from fastprefix.prefixes.kv import PrefixEncoder
+from fastprefix.prefixes.kv import PartEncoders, PrefixEncoder
 from fastprefix.prefixes.prefix import Prefix
 from fastprefix.prefixes.prompt import PromptConfig, SoftPrompt, start
 from fastprefix.validation import fail
@@ -32,16 +32,17 @@ def build(state: Installation, config: PrefixConfig | PromptConfig) -> Prefix | 
 def build_prefix(state: Installation, config: PrefixConfig) -> Prefix:
     """Keys and values for every layer."""
     layers = state.layers
-    indices = config.active_layers(len(layers.modules))
+    indices = config.active_layers(layers.parts)
     shapes = [layers.shapes[i] for i in indices]
     devices = [layers.devices[i] for i in indices]
-    prefix = Prefix(config, shapes, indices)
+    parts = [layers.parts[i] for i in indices]
+    prefix = Prefix(config, shapes, indices, parts)
     given = _start(state, config, indices)
     if config.prefix_projection:
         hidden_size = state.model.config.get_text_config().hidden_size
-        encoder = PrefixEncoder(
-            config.num_virtual_tokens, hidden_size, config.encoder_hidden_size or hidden_size, shapes
-        )
+        sizes = config.num_virtual_tokens, hidden_size, config.encoder_hidden_size or hidden_size
+        named = [part for part in parts if part is not None]
+        encoder = PartEncoders(*sizes, shapes, named) if named else PrefixEncoder(*sizes, shapes)
         encoder.to(devices[0])
         prefix.set_encoder(encoder)
         if given is not None:
@@ -72,18 +73,20 @@ def _start(
         return list(init.keys), list(init.values)
     if not init.of_tokens:
         return None
-    if state.layers.main_input != "input_ids":
-        got = f"{init.name} for {type(state.model).__name__}, which reads {state.layers.main_input}"
+    if state.model.main_input_name != "input_ids" and len(state.layers.stacks) == 1:
+        got = f"{init.name} for {type(state.model).__name__}, which reads {state.model.main_input_name}"
         raise fail("init", got, "fastprefix.init.normal or kv")
     active = state.active
     state.activate(None)
     state.switch(on=True)
-    state.hooks.paused = True
+    state.paused = True
     try:
+        ids = init.tokens(config.num_virtual_tokens, state.model.config.get_text_config().vocab_size)
+        if len(state.layers.stacks) > 1:
+            return encoder_decoder.key_values(state.model, state.layers, ids, indices)
         modules = [state.layers.modules[i] for i in indices]
         # Not the whole model: the logits of thousands of tokens would be made for nothing.
-        ids = init.tokens(config.num_virtual_tokens, state.model.config.get_text_config().vocab_size)
-        return probe.key_values(state.layers.owner, ids, modules)
+        return probe.key_values(state.layers.main.owner, ids, modules)
     finally:
-        state.hooks.paused = False
+        state.paused = False
         state.activate(active)

@@ -29,7 +29,7 @@ class _Recompute:
     def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         reading, active = self.state.running, self.state.active
         if reading is not None:
-            args = self.state.hooks.checkpointing.enter(reading, args)
+            args = self.state.checkpointing.enter(reading, args)
 
         def run(*inputs: Any, **options: Any) -> Any:
             with self.state.again(reading, active):

@@ -48,13 +48,13 @@ def prepend(state: Installation, reading: Reading, kwargs: dict[str, Any]) -> No
     if kwargs.get("token_type_ids") is not None:
         types = kwargs["token_type_ids"]
         kwargs["token_type_ids"] = torch.cat([types.new_zeros(batch, tokens), types], 1)
-    if "use_cache" in state.layers.owner_arguments:
+    if "use_cache" in state.layers.main.owner_arguments:
         kwargs["use_cache"] = False  # the prompt would be content in it ever after
 
 
 def _first_position(state: Installation) -> int:
     """RoBERTa's positions count from behind its padding index."""
-    table = state.hooks.table
+    table = state.hooks[-1].table
     return 0 if table is None or table.padding_idx is None else table.padding_idx + 1
 
 

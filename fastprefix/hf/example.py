@@ -24,6 +24,8 @@ def example(model: Any, tokens: int = 2) -> dict[str, Tensor]:
         shape = _image(model.config)
     elif name == "input_values":
         shape = _sound(model.config)
+    elif name == "input_features":
+        shape = _spectrogram(model)
     if shape is None:
         expected = "a model of input_ids, or of images or sounds whose size its config tells"
         raise fail("model", f"{type(model).__name__}, which reads {name}", expected)
@@ -57,3 +59,14 @@ def _sound(config: Any) -> tuple[int, ...] | None:
     if hasattr(config, "max_length") and hasattr(config, "num_mel_bins"):
         return config.max_length, config.num_mel_bins
     return None
+
+
+def _spectrogram(model: nn.Module) -> tuple[int, ...] | None:
+    """``[bins, frames]`` of the one length that an encoder's fixed positions take, behind its convolutions."""
+    bins, frames = (getattr(model.config, name, None) for name in ("num_mel_bins", "max_source_positions"))
+    if not isinstance(bins, int) or not isinstance(frames, int):
+        return None
+    for module in model.modules():
+        if isinstance(module, nn.Conv1d):
+            frames *= module.stride[0]
+    return bins, frames

@@ -6,7 +6,6 @@ from typing import Any
 
 from fastprefix import functional
 from fastprefix.hf import probe, sharing
-from fastprefix.hf.example import example
 from fastprefix.hf.installation import Installation
 from fastprefix.hf.reading import Entry
 from fastprefix.hf.state import installation
@@ -30,13 +29,17 @@ def explain_model(model: Any) -> str:
         return "\n".join([*lines, "no prefix is active: the model runs its own attention"])
     names = {id(module): name for name, module in model.named_modules()}
     # What the checks know must not change by a look.
-    checked, state.hooks.checked = state.hooks.checked, True
+    checked = [hooks.checked for hooks in state.hooks]
+    for hooks in state.hooks:
+        hooks.checked = True
     try:
-        calls = probe.run(state.layers.owner, example(state.model))[-len(state.slots) :]
+        stacks = state.layers.stacks
+        calls = [x for s in stacks for x in probe.run(s.owner, s.example())[-len(s.layers) :]]
     except ValueError as error:  # a forward that needs more than tokens: PEFT's multitask prompts
         return "\n".join([*lines, f"a forward of two tokens says: {error}"])
     finally:
-        state.hooks.checked = checked
+        for hooks, before in zip(state.hooks, checked, strict=True):
+            hooks.checked = before
     for index, call in enumerate(calls):
         tokens = call.tensors["prefix_k"].shape[-2]
         shape = state.layers.shapes[index]

@@ -39,18 +39,26 @@ def pack(keys: Sequence[Tensor], values: Sequence[Tensor]) -> Tensor:
     return torch.stack(slots).permute(2, 0, 1, 3).flatten(1).contiguous()
 
 
-def unpack(embeddings: Tensor, shapes: Sequence[LayerShape]) -> tuple[list[Tensor], list[Tensor]]:
-    """The inverse of :func:`pack`."""
+def unpack(embeddings: Tensor, shapes: Sequence[LayerShape], step: int = 2) -> tuple[list[Tensor], list[Tensor]]:
+    """The inverse of :func:`pack`.
+
+    ``step``: slots between one layer's keys and the next one's, round and round: 4 in PEFT's encoder-decoders, whose
+    cache takes a layer's keys and values of cross-attention behind its own, only for PEFT to drop them.
+    """
     heads, dim, _ = shapes[0]
-    slots = embeddings.unflatten(1, (2 * len(shapes), heads, dim)).permute(1, 2, 0, 3)  # [2L, H_kv, P, D]
-    return [x.contiguous() for x in slots[0::2]], [x.contiguous() for x in slots[1::2]]
+    count = 2 * len(shapes)
+    slots = embeddings.unflatten(1, (count, heads, dim)).permute(1, 2, 0, 3)  # [2L, H_kv, P, D]
+    first = [step * i % count for i in range(len(shapes))]
+    return [slots[i].contiguous() for i in first], [slots[i + 1].contiguous() for i in first]
 
 
 def is_peft(prefix: Prefix, layers: Layers) -> bool:
     """Whether PEFT can represent, and would compute, what this prefix of a model with these layers is."""
     shapes = set(prefix.shapes)
+    if any(part is not None for part in prefix.parts):
+        return False
     uniform = len(shapes) == 1 and prefix.shapes[0].head_dim == prefix.shapes[0].value_dim
-    moves = layers.takes_positions and prefix.config.position_offset == "after_prefix"
+    moves = layers.main.takes_positions and prefix.config.position_offset == "after_prefix"
     return uniform and len(prefix.shapes) == len(layers.modules) and moves
 
 
@@ -85,9 +93,12 @@ def peft_configuration(peft: dict[str, Any], path: Path) -> PrefixConfig | Promp
     kind = field(peft, "peft_type", str, path)
     if kind not in PREFIXES + PROMPTS:
         raise fail(f"{path}: peft_type", repr(kind), f"{', '.join(PREFIXES + PROMPTS)} or FASTPREFIX")
-    if peft.get("num_transformer_submodules", 1) not in (1, None):
-        raise fail(f"{path}: num_transformer_submodules", peft["num_transformer_submodules"], "1")
+    submodules = peft.get("num_transformer_submodules", 1)
     tokens = field(peft, "num_virtual_tokens", int, path)
+    if kind == "PREFIX_TUNING" and submodules == 2:  # of an encoder-decoder
+        return PrefixConfig(tokens, parts=("decoder",))
+    if submodules not in (1, None):
+        raise fail(f"{path}: num_transformer_submodules", submodules, "1, or 2 of an encoder-decoder's PREFIX_TUNING")
     if kind in PROMPTS:
         return PromptConfig(tokens)
     return PrefixConfig(tokens, num_frozen_tokens=peft.get("num_frozen_tokens", 0) if kind == "CARTRIDGE" else 0)
@@ -100,7 +111,7 @@ def own_configuration(own: dict[str, Any], path: Path) -> PrefixConfig | PromptC
     if own.get("kind") == "prompt":
         return PromptConfig(field(own, "num_virtual_tokens", int, path))
     fields: dict[str, Any] = {
-        n: own[n] for n in ("num_virtual_tokens", "layers", "position_offset", "num_frozen_tokens") if n in own
+        n: own[n] for n in ("num_virtual_tokens", "layers", "position_offset", "num_frozen_tokens", "parts") if n in own
     }
     if own.get("projected"):
         fields.update(prefix_projection=True, encoder_hidden_size=own.get("encoder_hidden_size"))
@@ -123,7 +134,7 @@ def stored_key_values(tensors: dict[str, Tensor], prefix: Prefix, path: Path) ->
             raise fail(
                 f"{path}: {EMBEDDINGS}", "one tensor", "one tensor per layer: this model's layers differ in shape"
             )
-        return unpack(embeddings, shapes)
+        return unpack(embeddings, shapes, step=2 if prefix.parts[0] is None else 4)
     found: tuple[list[Tensor], list[Tensor]] = ([], [])
     for i, shape in zip(prefix.layer_indices, prefix.shapes, strict=True):
         for out, n, dim in zip(found, "kv", (shape.head_dim, shape.value_dim), strict=True):

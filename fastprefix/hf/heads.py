@@ -37,7 +37,7 @@ class HeadHooks:
         self.padding: Tensor | None = None  # [B], places in front of its rows
         self.handles: list[Any] = []
         model = state.model
-        if state.layers.owner is model or not is_language_model(model):
+        if state.layers.main.owner is model or not is_language_model(model):
             return
         self.arguments = tuple(inspect.signature(model.forward).parameters)
         self.handles = [
@@ -56,7 +56,7 @@ class HeadHooks:
         if state.nested is not None:
             return None
         self.wanted = self.labelled = False
-        if state.hooks.paused or not state.has_prompts():
+        if state.paused or not state.has_prompts():
             return None
         kwargs = {**dict(zip(self.arguments, args, strict=False)), **kwargs}
         labels = kwargs.get("labels")

@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from fastprefix.hf import concatenation, masks, positions
-from fastprefix.hf.checkpointing import Checkpointing
-from fastprefix.hf.heads import HeadHooks
+from fastprefix.hf import concatenation, masks, positions, tables
+from fastprefix.hf.probe import Stack
 from fastprefix.hf.reading import Reading
 from fastprefix.validation import fail
 
@@ -18,16 +17,15 @@ if TYPE_CHECKING:
 
 
 class ForwardHooks:
-    """Hooks on the module that makes positions and masks, and on the model around it."""
+    """Hooks on the module that makes a stack's positions and masks."""
 
-    def __init__(self, state: Installation) -> None:
+    def __init__(self, state: Installation, stack: Stack) -> None:
         self.state = state
-        self.paused = False
+        self.stack = stack
         self.checked = False
-        owner = state.layers.owner
+        owner = stack.owner
         self.table = positions.learned_table(owner)
-        self.checkpointing = Checkpointing(state)
-        self.heads = HeadHooks(state)
+        self.shift = tables.shift(state.model, stack, is_decoder=stack is state.layers.main)
         self.handles = [
             owner.register_forward_pre_hook(self.before, with_kwargs=True),
             owner.register_forward_hook(self.after, always_call=True),
@@ -37,17 +35,17 @@ class ForwardHooks:
         """Take the hooks off."""
         for handle in self.handles:
             handle.remove()
-        self.heads.remove()
-        self.checkpointing.remove()
+        if self.shift is not None:
+            self.shift.handle.remove()
 
     def before(self, owner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Find what the layers read, shift positions behind it and refuse what cannot be right."""
         state = self.state
-        if self.paused or state.idle():
+        if state.paused or state.idle():
             return None
         if state.nested is None and not torch.compiler.is_compiling():
             self.reset()  # an interrupt may have kept the last forward from it
-        kwargs = {**dict(zip(state.layers.owner_arguments, args, strict=False)), **kwargs}
+        kwargs = {**dict(zip(self.stack.owner_arguments, args, strict=False)), **kwargs}
         reading = state.nested.reading if state.nested is not None else state.read(kwargs)
         if reading is None and state.nested is None:
             state.switch(on=False)
@@ -67,16 +65,16 @@ class ForwardHooks:
     def start(self, reading: Reading, kwargs: dict[str, Any]) -> Any:
         """Hand the reading to the layers."""
         state = self.state
-        reading = self.checkpointing.leave(reading)
+        reading = state.checkpointing.leave(reading)
         state.running = reading
         if reading.layers is not None:
-            state.give(reading)
+            state.give(reading, self.stack)
         if reading.concatenated is not None:
             concatenation.prepend(state, reading, kwargs)
-        if self.checkpointing.active():
-            self.checkpointing.remember_reading()
+        if state.checkpointing.active():
+            state.checkpointing.remember_reading()
         elif reading.layers is None:
-            state.share_encoder()
+            state.share_encoder(self.stack)
         return (), kwargs
 
     def reset(self) -> None:
@@ -86,17 +84,23 @@ class ForwardHooks:
         state.take_back()
         state.unshare_encoder()
         masks.running.boundary = masks.running.beside = None
+        if self.shift is not None:
+            self.shift.offset = 0
 
     def place(self, reading: Reading, kwargs: dict[str, Any]) -> None:
         """Give the content the positions behind it."""
-        state = self.state
-        causal = state.layers.causal
+        state, causal = self.state, self.stack.causal
+        if state.layers.main is not self.stack:
+            return  # an encoder in front of a decoder keeps its positions, as in Li & Liang 2021
+        if self.shift is not None:
+            self.shift.offset = reading.offset
+            return
         shifted = isinstance(reading.offset, Tensor) or reading.offset > 0
-        if state.layers.takes_positions and (shifted or (causal and kwargs.get("position_ids") is None)):
+        if self.stack.takes_positions and (shifted or (causal and kwargs.get("position_ids") is None)):
             ids = positions.content_positions(kwargs, reading.offset, causal, self.table)
             kwargs["position_ids"] = ids
         mask = kwargs.get("attention_mask")
-        if self.heads.wanted and isinstance(mask, Tensor) and mask.dim() == 2:
+        if state.heads.wanted and isinstance(mask, Tensor) and mask.dim() == 2:
             reading.padding = (mask.cumsum(1) == 0).sum(1)
             prompted = state.prompted_rows(len(mask))
             if prompted is not None:  # a row without a prompt keeps what it has
@@ -112,9 +116,9 @@ class ForwardHooks:
 
     def separate_documents(self, owner: nn.Module, kwargs: dict[str, Any]) -> None:
         """Packed rows: transformers looks for documents only where there is no cache, and not in every model."""
-        if not self.state.layers.causal:
+        if not self.stack.causal:
             return
-        takes_cache = "use_cache" in self.state.layers.owner_arguments
+        takes_cache = "use_cache" in self.stack.owner_arguments
         if torch.compiler.is_compiling():
             # The ids cannot be read. In training those that come without a mask may be packed, and need no cache.
             may_be = kwargs.get("position_ids") is not None and kwargs.get("attention_mask") is None
@@ -127,9 +131,11 @@ class ForwardHooks:
 
     def after(self, owner: nn.Module, args: Any, output: Any) -> Any:
         """Forget what belongs to this forward; after the first one, check that no layer passed the prefix by."""
-        state, reading = self.state, self.state.running
-        if self.paused:
+        state, reading, heads = self.state, self.state.running, self.state.heads
+        if state.paused:
             return None
+        if self.shift is not None:
+            self.shift.offset = 0
         if not torch.compiler.is_compiling():
             masks.running.boundary = masks.running.beside = None
         if reading is None:
@@ -147,19 +153,20 @@ class ForwardHooks:
         if not torch.compiler.is_compiling() and not self.checked:
             self.check(owner)
         if reading.concatenated is not None:
-            output = concatenation.cut(output, reading.concatenated.shape[1], int(self.heads.wanted))
-            return self.heads.behind_padding(output, reading) if self.heads.wanted else output
+            output = concatenation.cut(output, reading.concatenated.shape[1], int(heads.wanted))
+            return heads.behind_padding(output, reading) if heads.wanted else output
         if reading.leaves:
             raise RuntimeError("fastprefix: no checkpointed layer ran, which would have passed on the gradients")
-        if self.heads.wanted and reading.last is not None:
-            return self.heads.behind_padding(self.heads.widen(output, reading.last), reading)
+        if heads.wanted and reading.last is not None:
+            return heads.behind_padding(heads.widen(output, reading.last), reading)
         return None
 
     def check(self, owner: nn.Module) -> None:
         """Raise if a layer's attention went past our function."""
         state = self.state
-        missed = [i for i, slot in enumerate(state.slots) if not slot.ran]
-        skips_layers = owner.training and getattr(state.model.config, "layerdrop", 0.0) > 0.0
+        missed = [i for i in self.stack.layers if not state.slots[i].ran]
+        drops = [getattr(state.model.config, f"{part}layerdrop", 0.0) for part in ("", "encoder_", "decoder_")]
+        skips_layers = owner.training and any(drop > 0.0 for drop in drops)
         if missed and not skips_layers:
             name = type(state.model).__name__
             raise RuntimeError(

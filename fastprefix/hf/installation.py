@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from fastprefix.hf import masks, probe, reading
+from fastprefix.hf import encoder_decoder, masks, probe, reading
 from fastprefix.hf.attached import Attached
 from fastprefix.hf.attention import SLOT
+from fastprefix.hf.checkpointing import Checkpointing
 from fastprefix.hf.configs import OwnConfigs
+from fastprefix.hf.heads import HeadHooks
 from fastprefix.hf.hooks import ForwardHooks
 from fastprefix.hf.memo import Memo
 from fastprefix.hf.reading import Choice, Reading, Source
@@ -39,13 +41,16 @@ class Installation:
         self.running: Reading | None = None  # what the forward that runs reads
         self.nested: Nested | None = None
         self.prepared: reading.Bank | None = None  # what was computed for the next forward already
+        self.paused = False  # whether the model runs as if nothing were attached
         self.memo = Memo()
         self.said: set[str] = set()
         self.trainable: list[tuple[nn.Parameter, bool]] = []
         self.configs = OwnConfigs(model)
         try:
             self.switch(on=True)
-            self.layers = probe.find_layers(model)
+            self.layers = (
+                encoder_decoder.find_layers(model) if encoder_decoder.is_one(model) else probe.find_layers(model)
+            )
             self.check_masks()
         except BaseException:
             self.configs.restore()
@@ -53,7 +58,9 @@ class Installation:
         self.switch(on=False)
         for module in self.layers.modules:
             module.add_module(SLOT, LayerSlot())
-        self.hooks = ForwardHooks(self)
+        self.checkpointing = Checkpointing(self)
+        self.heads = HeadHooks(self)
+        self.hooks = [ForwardHooks(self, stack) for stack in self.layers.stacks]
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy made inside a block is outside of it.
@@ -62,9 +69,9 @@ class Installation:
 
     def check_masks(self) -> None:
         """Some models merge masks with their own: what ours leave to the layer's causality would be lost on them."""
-        ours = probe.sees_the_future(self.model, self.layers.owner)
+        ours = probe.sees_the_future(self.layers.main)
         self.switch(on=False)
-        before = probe.sees_the_future(self.model, self.layers.owner)
+        before = probe.sees_the_future(self.layers.main)
         self.switch(on=True)
         if ours != before:
             raise probe.does_not_dispatch(self.model, ": it makes masks of its own")
@@ -100,17 +107,17 @@ class Installation:
         for module, slot in zip(self.layers.modules, slots, strict=True):
             slot.train(module.training)
         encoder = prefix if isinstance(prefix, SoftPrompt) else prefix.encoder
-        encoders = self.layers.owner._modules.get(_ENCODERS)
+        encoders = self.layers.main.owner._modules.get(_ENCODERS)
         if encoder is not None:
             if encoders is None:
                 encoders = nn.ModuleDict()
-                self.layers.owner.add_module(_ENCODERS, encoders)
+                self.layers.main.owner.add_module(_ENCODERS, encoders)
             assert isinstance(encoders, nn.ModuleDict)
             encoders[name] = encoder
         elif isinstance(encoders, nn.ModuleDict) and name in encoders:
             del encoders[name]
             if not encoders:
-                del self.layers.owner._modules[_ENCODERS]
+                del self.layers.main.owner._modules[_ENCODERS]
 
     def named(self, name: str) -> Prefix | SoftPrompt:
         """The prefix of a name; raises ValueError when none is attached under it."""
@@ -180,22 +187,23 @@ class Installation:
         finally:
             self.prepared = None
 
-    def give(self, reading: Reading) -> None:
-        """Let the layers read it."""
+    def give(self, reading: Reading, stack: probe.Stack) -> None:
+        """Let a stack's layers read it."""
         assert reading.layers is not None
-        for slot, kv in zip(self.slots, reading.layers, strict=True):
-            slot.give(kv)
+        slots = self.slots
+        for i in stack.layers:
+            slots[i].give(reading.layers[i])
 
     def take_back(self) -> None:
         """Let the layers read the active prefix again."""
         for slot in self.slots:
             slot.take_back()
 
-    def share_encoder(self) -> None:
-        """Compute the active prefix's MLP for all layers at once."""
+    def share_encoder(self, stack: probe.Stack) -> None:
+        """Compute the active prefix's MLP for all of a stack's layers at once."""
         prefix = self.prefixes.get(self.active) if self.active is not None else None
         if isinstance(prefix, Prefix) and prefix.encoder is not None:
-            prefix.encoder.share()
+            prefix.encoder.share([self.layers.parts[i] for i in stack.layers])
 
     def unshare_encoder(self) -> None:
         """Forget what it gave."""
@@ -225,10 +233,13 @@ class Installation:
 
     def remove(self) -> None:
         """Undo everything."""
-        self.hooks.remove()
+        for hooks in self.hooks:
+            hooks.remove()
+        self.heads.remove()
+        self.checkpointing.remove()
         for module in self.layers.modules:
             del module._modules[SLOT]
-        self.layers.owner._modules.pop(_ENCODERS, None)
+        self.layers.main.owner._modules.pop(_ENCODERS, None)
         self.configs.restore()
         for parameter, requires_grad in self.trainable:
             parameter.requires_grad_(requires_grad)

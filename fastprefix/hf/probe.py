@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,8 +14,30 @@ from torch import Tensor, nn
 from fastprefix.hf import masks
 from fastprefix.hf.attention import AttentionCall, recording
 from fastprefix.hf.example import example
-from fastprefix.prefixes.config import LayerShape
+from fastprefix.prefixes.config import LayerShape, Part
 from fastprefix.validation import fail
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Attention layers that run in one forward of one module."""
+
+    part: nn.Module  # of the model: itself, its encoder or its decoder
+    owner: nn.Module  # the module inside whose forward makes positions and masks
+    owner_arguments: tuple[str, ...]  # of its forward, without self
+    main_input: str  # the argument with the rows' content
+    causal: bool
+    layers: tuple[int, ...]  # which of the model's
+    beside: dict[str, Tensor] = field(default_factory=dict)  # what an example forward needs beside its main input
+
+    @property
+    def takes_positions(self) -> bool:
+        """Whether content can be moved; elsewhere its positions belong to it (patches, convolutions, biases)."""
+        return "position_ids" in self.owner_arguments
+
+    def example(self, tokens: int = 2) -> dict[str, Tensor]:
+        """What its forward runs on, its main input first."""
+        return {**example(self.part, tokens), **self.beside}
 
 
 @dataclass(frozen=True)
@@ -25,16 +47,14 @@ class Layers:
     modules: tuple[nn.Module, ...]
     shapes: tuple[LayerShape, ...]
     devices: tuple[torch.device, ...]
-    causal: bool
-    owner: nn.Module  # the module whose forward makes positions and masks
-    owner_arguments: tuple[str, ...]  # of its forward, without self
-    main_input: str  # the argument with the rows' content
+    parts: tuple[Part | None, ...]  # of an encoder-decoder
+    stacks: tuple[Stack, ...]  # an encoder's and a decoder's, or one
     window: int | None  # the smallest of its sliding windows or chunks, in tokens
 
     @property
-    def takes_positions(self) -> bool:
-        """Whether content can be moved; elsewhere its positions belong to it (patches, convolutions, biases)."""
-        return "position_ids" in self.owner_arguments
+    def main(self) -> Stack:
+        """The only stack, or the decoder's."""
+        return self.stacks[-1]
 
 
 def check_model(model: Any) -> None:
@@ -45,8 +65,6 @@ def check_model(model: Any) -> None:
         hint = "; a PeftModel holds one: model.get_base_model()" if hasattr(model, "get_base_model") else ""
         raise fail("model", type(model).__name__, f"a transformers PreTrainedModel{hint}")
     name = type(model).__name__
-    if getattr(model.config, "is_encoder_decoder", False):
-        raise fail("model", f"{name}, an encoder-decoder", "a decoder or an encoder")
     if any(p.device.type == "meta" for p in model.parameters()):
         raise fail("model", f"{name} with parameters on the meta device", "a model with its weights in memory")
     if not model._can_set_attn_implementation():
@@ -63,7 +81,8 @@ def does_not_dispatch(model: nn.Module, detail: str = "") -> ValueError:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode without gradients inside the block."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -77,54 +96,88 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 def run(model: nn.Module, inputs: dict[str, Tensor]) -> list[AttentionCall]:
     """Every layer's attention call in a forward of these inputs, in eval mode without gradients."""
     options = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
-    with _evaluating(model), recording() as calls:
+    with evaluating(model), recording() as calls:
         model(**inputs, **options)
+    return calls
+
+
+def run_part(model: nn.Module, part: nn.Module, inputs: dict[str, Tensor]) -> list[AttentionCall]:
+    """The calls of a model's part; ValueError naming the model's class where there are none or two of one module."""
+    try:
+        calls = run(part, inputs)
+    except KeyError as error:  # models that look their classes up by the implementation's name
+        raise does_not_dispatch(model, f" ({error})") from error
+    except (AttributeError, TypeError) as error:
+        got = f"{type(model).__name__}, which does not run on {' and '.join(inputs)} alone ({error})"
+        raise fail("model", got, "a model that does, or the part of it that is to read the prefix") from error
+    if not calls:
+        raise does_not_dispatch(model)
+    if len({id(call.module) for call in calls}) != len(calls):
+        raise fail("model", f"{type(model).__name__}, whose layers share an attention module", "one module per layer")
     return calls
 
 
 def find_layers(model: nn.Module) -> Layers:
     """Probe a model whose attention implementation is fastprefix's already; raises ValueError naming its class."""
     inputs = example(model)
-    (main_input,) = inputs
-    try:
-        with masks.windows() as windows:
-            calls = run(model, inputs)
-    except KeyError as error:  # models that look their classes up by the implementation's name
-        raise does_not_dispatch(model, f" ({error})") from error
-    except (AttributeError, TypeError) as error:
-        got = f"{type(model).__name__}, which does not run on {main_input} alone ({error})"
-        raise fail("model", got, "a model that does, or the part of it that is to read the prefix") from error
-    if not calls:
-        raise does_not_dispatch(model)
+    with masks.windows() as windows:
+        calls = run_part(model, model, inputs)
     modules = [call.module for call in calls]
-    if len({id(m) for m in modules}) != len(modules):
-        raise fail("model", f"{type(model).__name__}, whose layers share an attention module", "one module per layer")
     config: Any = getattr(model.config, "get_text_config", lambda: model.config)()
     expected = getattr(config, "num_hidden_layers", None)
     if expected is not None and len(modules) != expected:
         raise does_not_dispatch(model, f" in {expected - len(modules)} of {expected} layers")
-    owner = _owner(model, modules, main_input)
+    return layers([calls], [None] * len(calls), [stack(model, calls, inputs)], windows)
+
+
+def layers(
+    calls: Sequence[Sequence[AttentionCall]],
+    parts: Sequence[Part | None],
+    stacks: Sequence[Stack],
+    windows: Sequence[int],
+) -> Layers:
+    """What the calls of a model's stacks say about its layers."""
+    every = [call for some in calls for call in some]
     return Layers(
-        modules=tuple(modules),
-        shapes=tuple(_shape(call) for call in calls),
-        devices=tuple(call.tensors["q"].device for call in calls),
-        causal=bool(calls[0].options["causal"]),
-        owner=owner,
-        owner_arguments=tuple(inspect.signature(owner.forward).parameters),
-        main_input=main_input,
+        modules=tuple(call.module for call in every),
+        shapes=tuple(_shape(call) for call in every),
+        devices=tuple(call.tensors["q"].device for call in every),
+        parts=tuple(parts),
+        stacks=tuple(stacks),
         window=min(windows, default=None),
     )
 
 
-def sees_the_future(model: nn.Module, owner: nn.Module) -> bool:
-    """Whether a model's first tokens, patches or frames depend on the last number of its input."""
+def stack(
+    part: nn.Module,
+    calls: Sequence[AttentionCall],
+    inputs: dict[str, Tensor],
+    first: int = 0,
+    beside: dict[str, Tensor] | None = None,
+) -> Stack:
+    """The stack that a forward of some example inputs, the main one first, ran through; ``first``: its first layer."""
+    main_input = next(iter(inputs))
+    owner = _owner(part, [call.module for call in calls], main_input)
+    return Stack(
+        part=part,
+        owner=owner,
+        owner_arguments=tuple(inspect.signature(owner.forward).parameters),
+        main_input=main_input,
+        causal=bool(calls[0].options["causal"]),
+        layers=tuple(range(first, first + len(calls))),
+        beside=beside or {},
+    )
+
+
+def sees_the_future(stack: Stack) -> bool:
+    """Whether a stack's first tokens, patches or frames depend on the last number of its input."""
     # Not token 0, which is often padding and embedded as nothing.
-    inputs, hidden = example(model, tokens=3), []
-    (content,) = inputs.values()
-    with _evaluating(owner):
+    inputs, hidden = stack.example(tokens=3), []
+    content = inputs[stack.main_input]
+    with evaluating(stack.owner):
         for last in (1, 2):
             content.view(-1)[-1] = last
-            hidden.append(owner(**inputs)[0][:, :-1])
+            hidden.append(stack.owner(**inputs)[0][:, :-1])
     before, after = hidden
     # Other rows of a product may round differently; a mask that lets the future in changes more than that.
     tiny = 64 * torch.finfo(before.dtype).eps

@@ -100,11 +100,11 @@ class Reading:
 
 def batch_size(state: Installation, kwargs: dict[str, Any]) -> int:
     """Rows of a forward."""
-    name = state.layers.main_input
-    source = kwargs.get(name) if kwargs.get(name) is not None else kwargs.get("inputs_embeds")
-    if source is None:
-        raise fail(name, f"neither {name} nor inputs_embeds", "one of them")
-    return int(source.shape[0])
+    names = [*(stack.main_input for stack in state.layers.stacks), "inputs_embeds"]
+    given = [kwargs[name] for name in names if kwargs.get(name) is not None]
+    if not given:
+        raise fail(names[-2], f"neither {names[-2]} nor inputs_embeds", "one of them")
+    return int(given[0].shape[0])
 
 
 def read(state: Installation, choice: Choice, kwargs: dict[str, Any]) -> Reading | None:

@@ -56,16 +56,16 @@ def run(
     if len(set(lengths)) > 1:
         columns = torch.arange(padded.shape[1], device=padded.device)
         inputs["attention_mask"] = (columns < torch.tensor(lengths, device=padded.device)[:, None]).long()
-    if "use_cache" in state.layers.owner_arguments:
+    if "use_cache" in state.layers.main.owner_arguments:
         inputs["use_cache"] = False
-    runs: Any = state.layers.owner if module is None else module
+    runs: Any = state.layers.main.owner if module is None else module
     nested = Nested(reading)
     # Reentrant checkpointing runs without gradients first: what is captured there would have none.
-    checkpointing = state.hooks.checkpointing
+    checkpointing = state.checkpointing
     modules = [m for m in checkpointing.modules if m.gradient_checkpointing] if checkpointing.reentrant() else []
     # No context managers of generators here: torch.compile traces this.
     outside, state.nested = state.nested, nested
-    _refuse_mixed_adapters(state.layers.owner)
+    _refuse_mixed_adapters(state.layers.main.owner)
     for slot in state.slots:
         slot.capturing = True
     for checkpointed in modules:
@@ -108,21 +108,24 @@ def check_tokens(model: Any) -> None:
     if model.main_input_name != "input_ids":
         got = f"{type(model).__name__}, which reads {model.main_input_name}"
         raise fail("model", got, "a model of input_ids: prompts are tokens")
+    if getattr(model.config, "is_encoder_decoder", False):
+        expected = "a decoder or an encoder (an encoder-decoder takes a PrefixConfig)"
+        raise fail("model", f"{type(model).__name__}, an encoder-decoder", expected)
 
 
 def check(state: Installation) -> None:
     """Raise ValueError unless a prompt can stand in front of a model's rows."""
     check_tokens(state.model)
-    if not state.layers.takes_positions:
+    if not state.layers.main.takes_positions:
         got = f"{type(state.model).__name__}, whose forward takes no position_ids"
         raise fail("model", got, "one that does: rows are moved behind a prompt")
 
 
 def inexact(state: Installation, tokens: int, kwargs: dict[str, Any]) -> str | None:
     """Why a prompt of so many tokens must be concatenated in a forward to be exact; None where it may be shared."""
-    if not state.layers.causal:
-        return f"{type(state.layers.owner).__name__} is bidirectional: its prompt sees the row"
-    if (name := _active_dropout(state.layers.owner)) is not None:
+    if not state.layers.main.causal:
+        return f"{type(state.layers.main.owner).__name__} is bidirectional: its prompt sees the row"
+    if (name := _active_dropout(state.layers.main.owner)) is not None:
         return f"dropout is active in the model ({name}): every row draws its own"
     window = state.layers.window
     if window is not None:

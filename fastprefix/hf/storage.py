@@ -6,7 +6,8 @@
     fastprefix_config.json       our own configuration
     prefix_encoder.safetensors   the MLP, when one is trained: training resumes from it
 
-What PEFT cannot represent (a subset of layers, position_offset="none", layers of different shapes) is written with
+What PEFT cannot represent (a subset of layers, position_offset="none", layers of different shapes, an
+encoder-decoder's parts) is written with
 ``peft_type`` FASTPREFIX and one tensor per layer, so that PEFT refuses it instead of computing something else.
 """
 
@@ -135,7 +136,8 @@ def load(model: Any, dir: str | os.PathLike[str], name: str = "default") -> Pref
     """Attach what was saved: ours, or PEFT's of type PREFIX_TUNING, CARTRIDGE, PROMPT_TUNING or P_TUNING.
 
     What was trained through its MLP comes back with it, so that training resumes; :func:`fastprefix.bake` drops it.
-    PEFT's files hold the output of its encoders alone: that is what comes back from them.
+    PEFT's files hold the output of its encoders alone: that is what comes back from them. In an encoder-decoder PEFT's
+    prefix is one of the decoder's self-attention, whose layers share slots; what it never reads is left out.
 
     Args:
         model: a transformers model, with other prefixes attached or none.

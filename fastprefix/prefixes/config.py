@@ -10,6 +10,8 @@ from fastprefix.prefixes.init import Init, normal
 from fastprefix.validation import fail
 
 PositionOffset = Literal["after_prefix", "none"]
+Part = Literal["encoder", "decoder", "cross"]
+PARTS: tuple[Part, ...] = ("encoder", "decoder", "cross")
 
 
 class LayerShape(NamedTuple):
@@ -36,11 +38,16 @@ class PrefixConfig:
         init: where training starts: ``fastprefix.init.normal(std)`` (default), ``.text(text, tokenizer)``,
             ``.token_ids(ids)`` (the model's own keys and values of them; fitted by least squares through the MLP) or
             ``.kv(keys, values)``.
-        layers: indices of the attention layers that get a prefix, in execution order; default all.
+        layers: indices of the attention layers that get a prefix, in execution order, of an encoder-decoder within
+            each part; default all.
         position_offset: ``"after_prefix"``: content starts at position P, as PEFT has it; ``"none"``: at 0. The
             same where a model takes no position ids: its positions belong to the content (patches, sounds, biases).
+            In an encoder-decoder it is the decoder's content; the encoder's always starts at 0, as in the paper.
         num_frozen_tokens: leading prefix tokens that are not trained (the attention sink of Cartridges,
             arXiv:2506.06266).
+        parts: of an encoder-decoder: any of ``"encoder"`` (its self-attention), ``"decoder"`` (the decoder's own) and
+            ``"cross"`` (the decoder's over the encoder's states), each a prefix of its own and, with
+            ``prefix_projection``, an MLP of its own; default all three. None for other models.
 
     Raises:
         ValueError: a field is out of range or two contradict each other; the message names the field.
@@ -53,6 +60,7 @@ class PrefixConfig:
     layers: Sequence[int] | None = None
     position_offset: PositionOffset = "after_prefix"
     num_frozen_tokens: int = 0
+    parts: Sequence[Part] | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.num_virtual_tokens, int) or self.num_virtual_tokens < 1:
@@ -77,6 +85,11 @@ class PrefixConfig:
             self.layers = tuple(self.layers)
             if not self.layers or len(set(self.layers)) != len(self.layers):
                 raise fail("layers", list(self.layers), "distinct layer indices, at least one, or None for all")
+        if self.parts is not None:
+            given = (self.parts,) if isinstance(self.parts, str) else tuple(self.parts)
+            if not given or len(set(given)) != len(given) or not set(given) <= set(PARTS):
+                raise fail("parts", list(given), f"distinct ones of {list(PARTS)}, at least one, or None for all")
+            self.parts = tuple(part for part in PARTS if part in given)
 
     def to_json(self) -> dict[str, Any]:
         """Plain data; ``init`` is kept as its name, as what it gave is in the weights."""
@@ -88,13 +101,25 @@ class PrefixConfig:
             "layers": None if self.layers is None else list(self.layers),
             "position_offset": self.position_offset,
             "num_frozen_tokens": self.num_frozen_tokens,
+            "parts": None if self.parts is None else list(self.parts),
         }
 
-    def active_layers(self, num_layers: int) -> list[int]:
-        """The layers that get a prefix, sorted; raises ValueError for one that the model does not have."""
-        if self.layers is None:
-            return list(range(num_layers))
-        for i in self.layers:
-            if not 0 <= i < num_layers:
-                raise fail("layers", i, f"an index in 0..{num_layers - 1}, the model's attention layers")
-        return sorted(self.layers)
+    def active_layers(self, parts: Sequence[Part | None]) -> list[int]:
+        """The layers that get a prefix, sorted, of a model whose attention layers belong to these parts.
+
+        Raises:
+            ValueError: the model has no such layer, or no parts.
+        """
+        if self.parts is not None and None in parts:
+            raise fail("parts", list(self.parts), "None: the model is no encoder-decoder")
+        found: list[int] = []
+        for part in dict.fromkeys(parts):
+            members = [i for i, other in enumerate(parts) if other == part]
+            if self.parts is not None and part not in self.parts:
+                continue
+            for i in self.layers or ():
+                if not 0 <= i < len(members):
+                    where = "the model's attention layers" if part is None else f"the attention layers of {part!r}"
+                    raise fail("layers", i, f"an index in 0..{len(members) - 1}, {where}")
+            found += members if self.layers is None else [members[i] for i in self.layers]
+        return sorted(found)

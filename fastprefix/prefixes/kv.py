@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from fastprefix.prefixes.config import LayerShape
+from fastprefix.prefixes.config import LayerShape, Part
 
 
 class DirectKV(nn.Module):
@@ -48,8 +48,8 @@ class PrefixEncoder(nn.Module):
         self.up = nn.Linear(hidden, sum(s.numel for s in shapes))
         self._shared: list[tuple[Tensor, Tensor]] | None = None
 
-    def share(self) -> None:
-        """Compute every layer now; :meth:`layer` hands them out until :meth:`unshare`."""
+    def share(self, parts: Sequence[Part | None] | None = None) -> None:
+        """Compute every layer now; :meth:`layer` hands them out until :meth:`unshare`. It has no parts."""
         hidden = torch.tanh(self.down(self.embedding))
         flat = self.up(hidden).split([s.numel for s in self.shapes], dim=-1)
         self._shared = [self._split(x, s) for x, s in zip(flat, self.shapes, strict=True)]
@@ -89,10 +89,57 @@ class PrefixEncoder(nn.Module):
         self.up.bias.copy_(mean)
 
 
+class PartEncoders(nn.ModuleDict):
+    """An encoder-decoder's MLPs, one for each part (Li & Liang 2021 train three), read as if they were one."""
+
+    def __init__(
+        self,
+        num_virtual_tokens: int,
+        token_dim: int,
+        hidden: int,
+        shapes: Sequence[LayerShape],
+        parts: Sequence[Part],
+    ) -> None:
+        super().__init__()
+        self.parts = tuple(parts)
+        self.places: dict[Part, list[int]] = {
+            part: [i for i, other in enumerate(parts) if other == part] for part in dict.fromkeys(parts)
+        }
+        for part, places in self.places.items():
+            self[part] = PrefixEncoder(num_virtual_tokens, token_dim, hidden, [shapes[i] for i in places])
+
+    def of(self, part: Part) -> PrefixEncoder:
+        """One part's MLP."""
+        encoder = self[part]
+        assert isinstance(encoder, PrefixEncoder)
+        return encoder
+
+    def share(self, parts: Sequence[Part | None] | None = None) -> None:
+        """Compute every layer of these parts now, of all by default."""
+        for part in self.places:
+            if parts is None or part in parts:
+                self.of(part).share()
+
+    def unshare(self) -> None:
+        """Forget what :meth:`share` computed."""
+        for part in self.places:
+            self.of(part).unshare()
+
+    def layer(self, index: int) -> tuple[Tensor, Tensor]:
+        """Keys ``[H_kv, P, D]`` and values ``[H_kv, P, D_v]`` of the prefix's index-th layer."""
+        part = self.parts[index]
+        return self.of(part).layer(self.places[part].index(index))
+
+    def fit(self, keys: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+        """Make the output these keys and values."""
+        for part, places in self.places.items():
+            self.of(part).fit([keys[i] for i in places], [values[i] for i in places])
+
+
 class ProjectedKV(nn.Module):
     """One layer's view of a shared :class:`PrefixEncoder`, which is registered elsewhere: no parameters here."""
 
-    def __init__(self, encoder: PrefixEncoder, index: int) -> None:
+    def __init__(self, encoder: PrefixEncoder | PartEncoders, index: int) -> None:
         super().__init__()
         self.index = index
         self._encoder = (encoder,)  # in a tuple, so that it is not registered a second time

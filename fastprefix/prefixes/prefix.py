@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastprefix.prefixes.config import LayerShape, PrefixConfig
-from fastprefix.prefixes.kv import DirectKV, PrefixEncoder, ProjectedKV
+from fastprefix.prefixes.config import LayerShape, Part, PrefixConfig
+from fastprefix.prefixes.kv import DirectKV, PartEncoders, PrefixEncoder, ProjectedKV
 from fastprefix.validation import fail
 
 
@@ -21,17 +21,25 @@ class Prefix(nn.Module):
 
     Attributes:
         config: the :class:`PrefixConfig` it was made from.
-        layer_indices: the attention layers that have it, in the model's order.
+        layer_indices: the attention layers that have it, in the order in which they run.
+        parts: what each of them is in an encoder-decoder (``"encoder"``, ``"decoder"`` or ``"cross"``); None elsewhere.
         shapes: their geometry.
-        encoder: the MLP, or None when keys and values are trained directly.
+        encoder: the MLP (in an encoder-decoder one for each part), or None when keys and values are trained directly.
     """
 
-    def __init__(self, config: PrefixConfig, shapes: Sequence[LayerShape], layer_indices: Sequence[int]) -> None:
+    def __init__(
+        self,
+        config: PrefixConfig,
+        shapes: Sequence[LayerShape],
+        layer_indices: Sequence[int],
+        parts: Sequence[Part | None] | None = None,
+    ) -> None:
         super().__init__()
         self.config = config
         self.shapes = tuple(shapes)
         self.layer_indices = tuple(layer_indices)
-        self.encoder: PrefixEncoder | None = None
+        self.parts: tuple[Part | None, ...] = (None,) * len(self.shapes) if parts is None else tuple(parts)
+        self.encoder: PrefixEncoder | PartEncoders | None = None
         self.layers = nn.ModuleList()
 
     @property
@@ -55,7 +63,7 @@ class Prefix(nn.Module):
         frozen = self.config.num_frozen_tokens
         self.layers = nn.ModuleList(DirectKV(k, v, frozen) for k, v in zip(keys, values, strict=True))
 
-    def set_encoder(self, encoder: PrefixEncoder) -> None:
+    def set_encoder(self, encoder: PrefixEncoder | PartEncoders) -> None:
         """Train an MLP that gives them."""
         self.encoder = encoder
         self.layers = nn.ModuleList(ProjectedKV(encoder, i) for i in range(len(self.shapes)))
