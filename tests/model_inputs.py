@@ -19,6 +19,8 @@ def inputs(name: str, padding: str = "none", dtype: torch.dtype = torch.float64)
     row = ROWS[name]
     if row.content == "image":
         return {"pixel_values": torch.randn(3, 3, 32, 32, dtype=dtype)}
+    if row.content == "spectrogram":
+        return {"input_values": torch.randn(3, row.options["max_length"], row.options["num_mel_bins"], dtype=dtype)}
     length = SAMPLES if row.content == "sound" else S
     mask = torch.ones(3, length, dtype=torch.long)
     for i, n in enumerate((4, 1)):

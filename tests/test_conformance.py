@@ -13,12 +13,13 @@ from fastprefix import PrefixConfig
 from fastprefix.hf.formats import pack
 from fastprefix.hf.state import installation
 from fastprefix.prefixes.prefix import Prefix
-from tests.concat import run_concat
+from tests.concat import run_cached, run_concat
 from tests.model_inputs import P, S, inputs, output, positions
 from tests.models import REFUSED, ROWS
+from tests.rows import NO_CACHE
 
 PADDED = [(name, padding) for name, row in ROWS.items() for padding in row.paddings]
-CAUSAL = [name for name, row in ROWS.items() if row.causal]
+GENERATES = [name for name, row in ROWS.items() if row.generates]
 
 
 def attached(name: str, dtype: torch.dtype = torch.float64, **options: Any) -> tuple[Any, Prefix]:
@@ -44,7 +45,10 @@ def test_equals_explicit_concatenation(name: str, padding: str) -> None:
     names = [modules[id(m)] for m in state.layers.modules]
     pairs = [(k.detach().clone().requires_grad_(), v.detach().clone().requires_grad_()) for k, v in prefix.key_values()]
     fastprefix.detach(model)
-    result = run_concat(model, dict(zip(names, pairs, strict=True)), **batch, **positions(name, batch))
+    if ROWS[name].cached:
+        result = run_cached(model, pairs, batch, **positions(name, batch))
+    else:
+        result = run_concat(model, dict(zip(names, pairs, strict=True)), **batch, **positions(name, batch))
     want = output(model, result, batch)
     torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
     for grad, expected in zip(grads, gradients(want, [x for kv in pairs for x in kv]), strict=True):
@@ -76,7 +80,7 @@ def test_equals_peft(name: str, padding: str) -> None:
     torch.testing.assert_close(packed[1], theirs, rtol=1e-4, atol=1e-4 * max(1.0, theirs.abs().max().item()))
 
 
-@pytest.mark.parametrize("name", CAUSAL)
+@pytest.mark.parametrize("name", GENERATES)
 def test_generate_equals_a_forward_of_the_whole_text(name: str) -> None:
     """Greedy with a cache, left-padded: each new token is the argmax of a cache-less forward over all before it."""
     model, _ = attached(name, torch.float32)
@@ -88,51 +92,76 @@ def test_generate_equals_a_forward_of_the_whole_text(name: str) -> None:
 
 
 # The MLP is the same for all: three architectures stand for it.
-CHECKPOINTED = [(name, False) for name in ROWS] + [(name, True) for name in ("llama_gqa", "gpt2", "bert")]
+CHECKPOINTED = [(name, False, mode) for name, row in ROWS.items() for mode in row.modes]
+CHECKPOINTED += [(name, True, mode) for name in ("llama_gqa", "gpt2", "bert") for mode in (True, False)]
 
 
-@pytest.mark.parametrize("reentrant", [True, False])
-@pytest.mark.parametrize(("name", "projected"), CHECKPOINTED)
+@pytest.mark.parametrize(("name", "projected", "reentrant"), CHECKPOINTED)
 def test_gradient_checkpointing(name: str, projected: bool, reentrant: bool) -> None:
     model, prefix = attached(name, prefix_projection=projected)
     batch = inputs(name, ROWS[name].paddings[-1])
     without_dropout(model)
     model.train()
-    want = gradients(output(model, model(**batch, **no_cache(model)), batch), list(prefix.parameters()))
+    want = gradients(output(model, model(**batch, **no_cache(name)), batch), list(prefix.parameters()))
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     for parameter in prefix.parameters():
         parameter.grad = None
-    x = output(model, model(**batch, **no_cache(model)), batch)
+    x = output(model, model(**batch, **no_cache(name)), batch)
     (x * torch.sin(torch.arange(x.numel(), dtype=x.dtype)).view(x.shape)).sum().backward()
     for parameter, expected in zip(prefix.parameters(), want, strict=True):
         assert parameter.grad is not None and expected.abs().max() > 0
         torch.testing.assert_close(parameter.grad, expected, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("name", [name for name, row in ROWS.items() if row.modes == (False,)])
+def test_checkpointing_that_would_lose_gradients_is_refused(name: str) -> None:
+    """Keys and values that layers share do not pass through the checkpointed layers' inputs."""
+    model, _ = attached(name)
+    model.train().gradient_checkpointing_enable({"use_reentrant": True})
+    with pytest.raises(ValueError, match="use_reentrant: got True, expected False: layers of this model read another"):
+        model(**inputs(name), use_cache=False)
+
+
 def without_dropout(model: Any) -> None:
     for module in model.modules():
-        for attribute in ("p", "dropout", "attention_dropout", "activation_dropout"):
-            if isinstance(getattr(module, attribute, None), float):
+        for attribute, value in vars(module).items():
+            if isinstance(value, float) and (attribute == "p" or "drop" in attribute):
                 setattr(module, attribute, 0.0)
 
 
-def no_cache(model: Any) -> dict[str, bool]:
-    return {"use_cache": False} if "ForCausalLM" in type(model).__name__ or "LMHead" in type(model).__name__ else {}
+def no_cache(name: str) -> dict[str, bool]:
+    return {"use_cache": False} if ROWS[name].causal and ROWS[name].peft != NO_CACHE else {}
 
 
 @pytest.mark.parametrize("name", ROWS)
+def test_compiled(name: str) -> None:
+    """Logits and gradients of a compiled model are those of the model."""
+    torch._dynamo.reset()
+    model, prefix = attached(name, torch.float32)
+    batch = inputs(name, ROWS[name].paddings[-1], torch.float32)
+    want = output(model, model(**batch, **no_cache(name)), batch)
+    grads = gradients(want, list(prefix.parameters()))
+    got = output(model, torch.compile(model, backend="eager")(**batch, **no_cache(name)), batch)
+    torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4)
+    for grad, expected in zip(gradients(got, list(prefix.parameters())), grads, strict=True):
+        torch.testing.assert_close(grad, expected, rtol=1e-3, atol=1e-3 * max(1.0, expected.abs().max().item()))
+
+
+@pytest.mark.parametrize("name", ROWS)
+@torch.no_grad()
 def test_detached_is_bit_for_bit_what_it_was(name: str) -> None:
     model = ROWS[name].build()
     batch, config = inputs(name, ROWS[name].paddings[-1], torch.float32), model.config
-    before, state = (
-        output(model, model(**batch), batch),
-        {n: id(x) for n, x in model.state_dict(keep_vars=True).items()},
-    )
+    before = output(model, model(**batch), batch)
+    model.requires_grad_(False)  # Jamba's states round otherwise then
+    frozen = output(model, model(**batch), batch)
+    model.requires_grad_(True)
+    state = {n: id(x) for n, x in model.state_dict(keep_vars=True).items()}
     modules = [n for n, _ in model.named_modules()]
     fastprefix.attach(model, PrefixConfig(P))
-    assert not torch.equal(output(model, model(**batch), batch), before)
+    assert not torch.equal(output(model, model(**batch), batch), frozen)
     fastprefix.set_prefix(model, None)
-    assert torch.equal(output(model, model(**batch), batch), before)
+    assert torch.equal(output(model, model(**batch), batch), frozen)
     fastprefix.detach(model)
     assert torch.equal(output(model, model(**batch), batch), before)
     assert model.config is config and [n for n, _ in model.named_modules()] == modules

@@ -11,7 +11,7 @@ import transformers
 import fastprefix
 from fastprefix import PrefixConfig, init
 from fastprefix.hf import masks
-from fastprefix.hf.probe import sees_the_future
+from fastprefix.hf.probe import Stack, sees_the_future
 from tests.models import ROWS, VOCAB
 
 P, S = 5, 9
@@ -102,7 +102,7 @@ def test_an_encoder_that_does_not_say_so_stays_bidirectional(masked: bool, ids: 
 def test_a_model_that_merges_masks_by_itself_is_refused() -> None:
     torch.manual_seed(0)
     model = transformers.DogeForCausalLM(transformers.DogeConfig(**ROWS["llama_gqa"].options))
-    if sees_the_future(model, model.model):
+    if sees_the_future(Stack(model, model.model, (), "input_ids", causal=True, layers=())):
         pytest.skip("this transformers' own Doge is not causal: there is nothing to lose")
     with pytest.raises(ValueError, match=r"DogeForCausalLM, whose attention .* makes masks of its own"):
         fastprefix.attach(model, PrefixConfig(P))

@@ -20,6 +20,7 @@ transformers = pytest.importorskip("transformers")
 from safetensors.torch import load_file  # noqa: E402
 
 import fastprefix  # noqa: E402
+from tests.encoder_decoders import ROWS as ENCODER_DECODERS  # noqa: E402
 from tests.models import REFUSED, ROWS  # noqa: E402
 from tests.peft_models import (  # noqa: E402
     ADAPTION,
@@ -172,8 +173,8 @@ def _attached() -> Any:
     return model
 
 
-def _of(name: str, cls: Any, **options: Any) -> Any:
-    return peft.get_peft_model(REFUSED[name](), cls(num_virtual_tokens=P, **options))
+def _of(model: Any, cls: Any, **options: Any) -> Any:
+    return peft.get_peft_model(model, cls(num_virtual_tokens=P, **options))
 
 
 DISPATCH = "whose attention does not go through transformers' attention interface"
@@ -191,11 +192,11 @@ WRONG: dict[str, tuple[Callable[[], Any], str]] = {
         "peft_model: got a LlamaForCausalLM that something is attached to, expected one without; detach it first",
     ),
     "encoder-decoder": (
-        lambda: _of("t5", PREFIX, task_type="SEQ_2_SEQ_LM"),
+        lambda: _of(ENCODER_DECODERS["t5"].build(), PREFIX, task_type="SEQ_2_SEQ_LM"),
         "model: got T5ForConditionalGeneration, an encoder-decoder, expected a decoder or an encoder",
     ),
     "attention of its own": (
-        lambda: _of("bloom", PREFIX, task_type="CAUSAL_LM"),
+        lambda: _of(REFUSED["bloom"](), PREFIX, task_type="CAUSAL_LM"),
         f"model: got BloomForCausalLM, {DISPATCH}",
     ),
     "keys and values that differ": (
@@ -216,7 +217,7 @@ def test_what_cannot_be_patched_is_refused_and_left_alone(what: str) -> None:
 
 
 def test_soft_prompts_of_an_encoder_decoder_stay_with_peft() -> None:
-    model = _of("t5", PROMPT, task_type="SEQ_2_SEQ_LM").eval()
+    model = _of(ENCODER_DECODERS["t5"].build(), PROMPT, task_type="SEQ_2_SEQ_LM").eval()
     before, batch = look(model), {"input_ids": ids(), "decoder_input_ids": ids()}
     want = model(**batch).logits
     with pytest.warns(UserWarning, match="not shared: T5ForConditionalGeneration is an encoder-decoder"):

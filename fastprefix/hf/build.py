@@ -76,6 +76,9 @@ def _start(
     if state.model.main_input_name != "input_ids" and len(state.layers.stacks) == 1:
         got = f"{init.name} for {type(state.model).__name__}, which reads {state.model.main_input_name}"
         raise fail("init", got, "fastprefix.init.normal or kv")
+    if state.layers.again:
+        got = f"{init.name} for {type(state.model).__name__}, which runs one module as several layers"
+        raise fail("init", got, "fastprefix.init.normal or kv: a text has keys of its own in each")
     active = state.active
     state.activate(None)
     state.switch(on=True)

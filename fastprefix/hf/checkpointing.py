@@ -113,6 +113,9 @@ class Checkpointing:
             return args
         if not args:
             raise fail("use_reentrant", True, "False: this model's layers have no input to return gradients through")
+        if self.state.layers.sources != tuple(range(len(self.state.layers.modules))):
+            expected = "False: layers of this model read another's keys and values, whose gradients would be lost"
+            raise fail("use_reentrant", True, expected)
         hidden, *rest = args  # [B, S, d], ...
         if reading.leaves:
             leaves, originals = zip(*reading.leaves, strict=True)

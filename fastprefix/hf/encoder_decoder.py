@@ -28,10 +28,10 @@ def find_layers(model: Any) -> Layers:
         raise fail("model", f"{type(model).__name__} without an encoder and a decoder of its own", "a model of both")
     source = example(encoder, tokens=_TOKENS + 3)
     with masks.windows() as windows:
-        calls = probe.run_part(model, encoder, source)
+        calls = probe.once(probe.run_part(model, encoder, source))
         states = _states(encoder, source)  # [1, T, d]
         target = {**example(decoder, tokens=_TOKENS), "encoder_hidden_states": states}
-        decoder_calls = probe.run_part(model, decoder, target)
+        decoder_calls = probe.once(probe.run_part(model, decoder, target))
     cross = [call.tensors["k"].shape[2] != _TOKENS for call in decoder_calls]
     _count(model, len(calls), len(cross) - sum(cross), sum(cross))
     parts: list[Part] = ["encoder"] * len(calls)

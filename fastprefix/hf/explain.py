@@ -6,6 +6,7 @@ from typing import Any
 
 from fastprefix import functional
 from fastprefix.hf import probe, sharing
+from fastprefix.hf.attention import AttentionCall
 from fastprefix.hf.installation import Installation
 from fastprefix.hf.reading import Entry
 from fastprefix.hf.state import installation
@@ -27,14 +28,17 @@ def explain_model(model: Any) -> str:
             lines.append(f"      {'computed once per forward' if reason is None else f'concatenated: {reason}'}")
     if not active:
         return "\n".join([*lines, "no prefix is active: the model runs its own attention"])
+    if state.layers.kinds:
+        lines.append(
+            f"a hybrid, whose other layers have no keys to put a prefix before: {', '.join(state.layers.kinds)}"
+        )
     names = {id(module): name for name, module in model.named_modules()}
     # What the checks know must not change by a look.
     checked = [hooks.checked for hooks in state.hooks]
     for hooks in state.hooks:
         hooks.checked = True
     try:
-        stacks = state.layers.stacks
-        calls = [x for s in stacks for x in probe.run(s.owner, s.example())[-len(s.layers) :]]
+        calls = [call for stack in state.layers.stacks for call in _rows(stack)]
     except ValueError as error:  # a forward that needs more than tokens: PEFT's multitask prompts
         return "\n".join([*lines, f"a forward of two tokens says: {error}"])
     finally:
@@ -48,6 +52,12 @@ def explain_model(model: Any) -> str:
         lines.append(f"{index:3d} {names.get(id(call.module), '?')}: {heads} P={tokens}")
         lines += [f"      {line}" for line in functional.explain(**call.tensors, **call.options).splitlines()]
     return "\n".join(lines)
+
+
+def _rows(stack: probe.Stack) -> list[AttentionCall]:
+    """A stack's layers in a forward of two tokens; a soft prompt's own calls come before them."""
+    backwards = probe.run(stack.owner, stack.example())[::-1]
+    return probe.once(backwards)[: len(stack.layers)][::-1]
 
 
 def _where(state: Installation, entry: Entry) -> str:

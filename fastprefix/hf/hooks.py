@@ -126,7 +126,12 @@ class ForwardHooks:
                 kwargs["use_cache"] = False
             return
         masks.running.boundary = positions.documents(kwargs)
-        if masks.running.boundary is not None and takes_cache:
+        if masks.running.boundary is None:
+            return
+        if self.state.layers.kinds:
+            got, model = "packed documents (they jump)", type(self.state.model).__name__
+            raise fail("position_ids", got, f"one document a row: layers of {model} carry a state past its end")
+        if takes_cache:
             kwargs["use_cache"] = False
 
     def after(self, owner: nn.Module, args: Any, output: Any) -> Any:

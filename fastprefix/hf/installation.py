@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from fastprefix.hf import encoder_decoder, masks, probe, reading
+from fastprefix.hf import bypassing, encoder_decoder, masks, probe, reading
 from fastprefix.hf.attached import Attached
 from fastprefix.hf.attention import SLOT
 from fastprefix.hf.checkpointing import Checkpointing
@@ -46,6 +46,7 @@ class Installation:
         self.said: set[str] = set()
         self.trainable: list[tuple[nn.Parameter, bool]] = []
         self.configs = OwnConfigs(model)
+        self.led = bypassing.lead(model)
         try:
             self.switch(on=True)
             self.layers = (
@@ -53,7 +54,7 @@ class Installation:
             )
             self.check_masks()
         except BaseException:
-            self.configs.restore()
+            self.give_back()
             raise
         self.switch(on=False)
         for module in self.layers.modules:
@@ -231,6 +232,11 @@ class Installation:
             self.switch(on=on)
             masks.running.beside = beside
 
+    def give_back(self) -> None:
+        """Let the model run on its own configs and methods again."""
+        self.configs.restore()
+        bypassing.restore(self.led)
+
     def remove(self) -> None:
         """Undo everything."""
         for hooks in self.hooks:
@@ -240,6 +246,6 @@ class Installation:
         for module in self.layers.modules:
             del module._modules[SLOT]
         self.layers.main.owner._modules.pop(_ENCODERS, None)
-        self.configs.restore()
+        self.give_back()
         for parameter, requires_grad in self.trainable:
             parameter.requires_grad_(requires_grad)

@@ -5,17 +5,20 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastprefix.hf import masks
+from fastprefix.hf import bypassing, masks
 from fastprefix.hf.attention import AttentionCall, recording
 from fastprefix.hf.example import example
 from fastprefix.prefixes.config import LayerShape, Part
 from fastprefix.validation import fail
+
+# What transformers' configs call layers without keys and values: they keep a state, or nothing.
+_WITHOUT_ATTENTION = ("linear_attention", "mamba", "mamba2", "conv", "recurrent", "moe", "mlp")
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,9 @@ class Layers:
     parts: tuple[Part | None, ...]  # of an encoder-decoder
     stacks: tuple[Stack, ...]  # an encoder's and a decoder's, or one
     window: int | None  # the smallest of its sliding windows or chunks, in tokens
+    kinds: tuple[str, ...]  # of a hybrid's layers, those without attention among them; empty elsewhere
+    again: bool  # whether one attention module runs as several layers, which then have one prefix (ALBERT, Zamba)
+    sources: tuple[int, ...]  # the layer whose keys and values each layer reads: its own, or one before it (Gemma 3n)
 
     @property
     def main(self) -> Stack:
@@ -67,7 +73,7 @@ def check_model(model: Any) -> None:
     name = type(model).__name__
     if any(p.device.type == "meta" for p in model.parameters()):
         raise fail("model", f"{name} with parameters on the meta device", "a model with its weights in memory")
-    if not model._can_set_attn_implementation():
+    if not model._can_set_attn_implementation() and not bypassing.leads(model):
         raise does_not_dispatch(model)
 
 
@@ -102,7 +108,7 @@ def run(model: nn.Module, inputs: dict[str, Tensor]) -> list[AttentionCall]:
 
 
 def run_part(model: nn.Module, part: nn.Module, inputs: dict[str, Tensor]) -> list[AttentionCall]:
-    """The calls of a model's part; ValueError naming the model's class where there are none or two of one module."""
+    """The calls of a model's part; raises ValueError naming the model's class where there are none."""
     try:
         calls = run(part, inputs)
     except KeyError as error:  # models that look their classes up by the implementation's name
@@ -112,8 +118,6 @@ def run_part(model: nn.Module, part: nn.Module, inputs: dict[str, Tensor]) -> li
         raise fail("model", got, "a model that does, or the part of it that is to read the prefix") from error
     if not calls:
         raise does_not_dispatch(model)
-    if len({id(call.module) for call in calls}) != len(calls):
-        raise fail("model", f"{type(model).__name__}, whose layers share an attention module", "one module per layer")
     return calls
 
 
@@ -122,12 +126,38 @@ def find_layers(model: nn.Module) -> Layers:
     inputs = example(model)
     with masks.windows() as windows:
         calls = run_part(model, model, inputs)
-    modules = [call.module for call in calls]
     config: Any = getattr(model.config, "get_text_config", lambda: model.config)()
+    kinds = tuple(getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or ())
     expected = getattr(config, "num_hidden_layers", None)
-    if expected is not None and len(modules) != expected:
-        raise does_not_dispatch(model, f" in {expected - len(modules)} of {expected} layers")
-    return layers([calls], [None] * len(calls), [stack(model, calls, inputs)], windows)
+    if expected is not None:
+        expected -= sum(kind in _WITHOUT_ATTENTION for kind in kinds)
+        if len(calls) != expected:
+            raise does_not_dispatch(
+                model, f" once in each of its {expected} layers of attention, but {len(calls)} times"
+            )
+    modules = once(calls)
+    found = layers([modules], [None] * len(modules), [stack(model, modules, inputs)], windows)
+    mixed = any(kind in _WITHOUT_ATTENTION or kind.startswith("hybrid") for kind in kinds)
+    return replace(
+        found,
+        kinds=kinds if mixed else (),
+        again=len(modules) < len(calls),
+        sources=_sources(config, kinds, len(modules)),
+    )
+
+
+def _sources(config: Any, kinds: Sequence[str], count: int) -> tuple[int, ...]:
+    """The layer whose keys and values each of ``count`` layers reads; the last ones of some models share them."""
+    own = count - (getattr(config, "num_kv_shared_layers", None) or 0)
+    return tuple(i if i < own else max(j for j in range(own) if kinds[j] == kinds[i]) for i in range(count))
+
+
+def once(calls: Sequence[AttentionCall]) -> list[AttentionCall]:
+    """The first call of each module."""
+    found: dict[int, AttentionCall] = {}
+    for call in calls:
+        found.setdefault(id(call.module), call)
+    return list(found.values())
 
 
 def layers(
@@ -145,6 +175,9 @@ def layers(
         parts=tuple(parts),
         stacks=tuple(stacks),
         window=min(windows, default=None),
+        kinds=(),
+        again=False,
+        sources=tuple(range(len(every))),
     )
 
 

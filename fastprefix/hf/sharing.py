@@ -119,6 +119,12 @@ def check(state: Installation) -> None:
     if not state.layers.main.takes_positions:
         got = f"{type(state.model).__name__}, whose forward takes no position_ids"
         raise fail("model", got, "one that does: rows are moved behind a prompt")
+    if state.layers.again:
+        got = f"{type(state.model).__name__}, whose layers share an attention module"
+        raise fail("model", got, "one module a layer: a prompt has keys of its own in each")
+    if state.layers.kinds:
+        got = f"{type(state.model).__name__}, some of whose layers have no attention"
+        raise fail("model", got, "attention in every layer: others would not see the prompt")
 
 
 def inexact(state: Installation, tokens: int, kwargs: dict[str, Any]) -> str | None:

@@ -33,12 +33,12 @@ def shift(model: nn.Module, stack: Stack, is_decoder: bool) -> Table | None:
     Raises:
         ValueError: its positions are absolute and cannot be moved.
     """
-    if not is_decoder or not stack.causal:
+    if not is_decoder or not stack.causal or stack.takes_positions:
         return None
     module = find(stack.owner)
     if module is not None:
         return Table(module)
-    if not stack.takes_positions and has_positions(stack.owner):
+    if has_positions(stack.owner):
         owner = type(stack.owner).__name__
         got = f"{type(model).__name__}, whose positions cannot be moved: {owner} takes no position_ids"
         raise fail("model", got, "a decoder that does, or one of relative positions")

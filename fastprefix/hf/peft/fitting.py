@@ -60,7 +60,7 @@ class Fit:
         if not torch.is_grad_enabled():  # for the life of a cache: worth laying out anew
             slots = slots.contiguous()
         found: KeyValues = []
-        sources = self.sources()
+        sources = self.state.layers.sources
         for source in sources:
             n, d = self.shape(source)
             fits = n <= heads and d <= dim
@@ -79,10 +79,3 @@ class Fit:
                 stacklevel=2,
             )
         return found
-
-    def sources(self) -> list[int]:
-        """The layer whose keys each layer reads: its own, but for the last ones of models that share them."""
-        layers, config = len(self.state.slots), self.state.model.config.get_text_config()
-        types = getattr(config, "layer_types", None) or ["full_attention"] * layers
-        own = layers - (getattr(config, "num_kv_shared_layers", 0) or 0)
-        return [i if i < own else max(j for j in range(own) if types[j] == types[i]) for i in range(layers)]
