@@ -82,7 +82,8 @@ def test_autocast(kind: str) -> None:
 
 def runs_bf16_lstm() -> bool:
     try:
-        torch.nn.LSTM(2, 2).bfloat16()(torch.zeros(1, 1, 2, dtype=torch.bfloat16))
+        with torch.autocast("cpu", torch.bfloat16):
+            torch.nn.LSTM(8, 8, bidirectional=True, batch_first=True)(torch.zeros(2, 3, 8))
     except RuntimeError:
         return False
     return True
