@@ -17,6 +17,11 @@ def fail(name: str, got: object, expected: str) -> ValueError:
     return ValueError(f"{name}: got {got}, expected {expected}")
 
 
+def is_int(x: object) -> TypeGuard[int]:
+    """Whether it is a whole number; True and False are none."""
+    return isinstance(x, int) and not isinstance(x, bool)
+
+
 def _tensor(name: str, x: object, dims: str, rank: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> Tensor:
     if not isinstance(x, Tensor):
         raise fail(name, type(x).__name__, f"a tensor {dims}")

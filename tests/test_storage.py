@@ -162,7 +162,7 @@ def test_an_interrupted_save_keeps_the_old_files(tmp_path: Path, monkeypatch: py
         Path(path).write_bytes(b"half")
         raise OSError("disk full")
 
-    monkeypatch.setattr("fastprefix.hf.storage.save_file", broken)
+    monkeypatch.setattr("fastprefix.hf.files.save_file", broken)
     with pytest.raises(OSError, match="disk full"):
         fastprefix.save(model, tmp_path)
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before

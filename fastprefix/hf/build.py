@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,29 +21,41 @@ if TYPE_CHECKING:
 def build(state: Installation, config: PrefixConfig | PromptConfig) -> Prefix | SoftPrompt:
     """A new prefix for the layers that the model was found to have, or a soft prompt, filled with its start."""
     if isinstance(config, PromptConfig):
-        sharing.check(state)
-        text_config = state.model.config.get_text_config()
-        size, dim = text_config.vocab_size, text_config.hidden_size
-        embeddings = state.model.get_input_embeddings()
-        dim = getattr(embeddings, "embedding_dim", dim)
-        return SoftPrompt(config, start(config, embeddings, size, dim))
+        dim = prompt_dim(state)
+        vocabulary = state.model.config.get_text_config().vocab_size
+        return SoftPrompt(config, start(config, state.model.get_input_embeddings(), vocabulary, dim))
     return build_prefix(state, config)
+
+
+def prompt_dim(state: Installation) -> int:
+    """Numbers of a soft prompt's token; raises ValueError for a model that takes none."""
+    sharing.check(state)
+    hidden = state.model.config.get_text_config().hidden_size
+    return int(getattr(state.model.get_input_embeddings(), "embedding_dim", hidden))
+
+
+def empty_prefix(state: Installation, config: PrefixConfig) -> Prefix:
+    """The layers that get a prefix, without its numbers."""
+    layers = state.layers
+    indices = config.active_layers(layers.parts)
+    return Prefix(config, [layers.shapes[i] for i in indices], indices, [layers.parts[i] for i in indices])
+
+
+def new_encoder(state: Installation, prefix: Prefix) -> PrefixEncoder | PartEncoders:
+    """An MLP for a prefix's layers."""
+    config, hidden_size = prefix.config, state.model.config.get_text_config().hidden_size
+    sizes = config.num_virtual_tokens, hidden_size, config.encoder_hidden_size or hidden_size
+    named = [part for part in prefix.parts if part is not None]
+    return PartEncoders(*sizes, prefix.shapes, named) if named else PrefixEncoder(*sizes, prefix.shapes)
 
 
 def build_prefix(state: Installation, config: PrefixConfig) -> Prefix:
     """Keys and values for every layer."""
-    layers = state.layers
-    indices = config.active_layers(layers.parts)
-    shapes = [layers.shapes[i] for i in indices]
-    devices = [layers.devices[i] for i in indices]
-    parts = [layers.parts[i] for i in indices]
-    prefix = Prefix(config, shapes, indices, parts)
-    given = _start(state, config, indices)
+    prefix = empty_prefix(state, config)
+    devices = [state.layers.devices[i] for i in prefix.layer_indices]
+    given = _start(state, config, list(prefix.layer_indices))
     if config.prefix_projection:
-        hidden_size = state.model.config.get_text_config().hidden_size
-        sizes = config.num_virtual_tokens, hidden_size, config.encoder_hidden_size or hidden_size
-        named = [part for part in parts if part is not None]
-        encoder = PartEncoders(*sizes, shapes, named) if named else PrefixEncoder(*sizes, shapes)
+        encoder = new_encoder(state, prefix)
         encoder.to(devices[0])
         prefix.set_encoder(encoder)
         if given is not None:
@@ -50,13 +63,13 @@ def build_prefix(state: Installation, config: PrefixConfig) -> Prefix:
             encoder.fit(*([x.to(devices[0]) for x in part] for part in given))
         return prefix
     if given is None:
-        given = _random(config, shapes)
+        given = _random(config, prefix.shapes)
     keys, values = ([x.float().to(d) for x, d in zip(part, devices, strict=True)] for part in given)
     prefix.set_direct(keys, values)
     return prefix
 
 
-def _random(config: PrefixConfig, shapes: list[LayerShape]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+def _random(config: PrefixConfig, shapes: Sequence[LayerShape]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     P, std = config.num_virtual_tokens, config.init.std
     keys = [torch.randn(s.num_kv_heads, P, s.head_dim) * std for s in shapes]
     return keys, [torch.randn(s.num_kv_heads, P, s.value_dim) * std for s in shapes]

@@ -1,60 +1,95 @@
-"""Adapter files: replaced whole or not at all, and read with errors that name path and field."""
+"""Adapter files, read with errors that name path and field: nothing but a regular file of the right form is read."""
 
 from __future__ import annotations
 
 import json
-import os
-import tempfile
-from collections.abc import Callable
+import re
+import reprlib
+import stat
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fastprefix.validation import fail
 
+LARGEST_JSON = 2**20  # bytes
 
-def replace(path: Path, write: Callable[[str], Any]) -> None:
-    """Write aside, then rename: an interruption leaves the old file whole."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
+
+def check_file(path: Path, holder: str, hint: str = "") -> int:
+    """A regular file's size; ValueError naming the path for anything else: a pipe would be waited for."""
     try:
-        write(temporary)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+        found = path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        raise fail("dir", f"no file {path}{hint}", holder) from None
+    except (OSError, ValueError) as error:  # no permission, links in a circle, a name that is none
+        raise fail(str(path), f"no access ({error})", "a file that can be read") from error
+    if not stat.S_ISREG(found.st_mode):
+        raise fail(str(path), "a folder" if stat.S_ISDIR(found.st_mode) else "no regular file", "a file")
+    return found.st_size
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object; ValueError naming the path when there is none."""
+    size = check_file(path, "a folder written by fastprefix.save or by PEFT")
+    if size > LARGEST_JSON:
+        raise fail(str(path), f"{size} bytes", f"a JSON object of at most {LARGEST_JSON}")
     try:
-        data = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise fail("dir", f"no file {path}", "a folder written by fastprefix.save or by PEFT") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise fail(str(path), f"no access ({error})", "a file that can be read") from error
+    except (ValueError, RecursionError) as error:
         raise fail(str(path), f"no JSON ({error})", "a JSON object") from error
     if not isinstance(data, dict):
         raise fail(str(path), type(data).__name__, "a JSON object")
     return data
 
 
-def field(data: dict[str, Any], name: str, kind: type, path: Path) -> Any:
-    """A field of the right type; ValueError naming path and field otherwise."""
-    if not isinstance(data.get(name), kind):
-        raise fail(f"{path}: {name}", repr(data.get(name)), f"{kind.__name__}")
-    return data[name]
+def field(data: dict[str, Any], name: str, kind: type, path: Path, *default: Any) -> Any:
+    """A field of the right type; where a default is given the field may be missing, or be that.
+
+    Raises:
+        ValueError: another type, a bool for an int among them; path and field are named.
+    """
+    value = data.get(name, *default)
+    if default and value is default[0]:
+        return value
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        raise fail(f"{path}: {name}", shown(value), " or ".join([kind.__name__, *map(repr, default)]))
+    return value
+
+
+def shown(value: Any) -> str:
+    """A value in an error message, however long it is."""
+    return reprlib.repr(value)
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """Named tensors of a safetensors file; ValueError naming the path otherwise."""
+    hint = ": pickles are not loaded" if path.with_suffix(".bin").exists() else ""
+    check_file(path, "safetensors weights", hint)
     try:
         return load_file(path)
-    except FileNotFoundError:
-        hint = ": pickles are not loaded" if path.with_suffix(".bin").exists() else ""
-        raise fail("dir", f"no file {path}{hint}", "safetensors weights") from None
-    except SafetensorError as error:
+    except OSError as error:
+        raise fail(str(path), f"no access ({error})", "a file that can be read") from error
+    # A dtype that this torch has not got is one of the others.
+    except (SafetensorError, AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise fail(str(path), f"no safetensors ({error})", "a safetensors file") from error
+
+
+def write_tensors(tensors: dict[str, Tensor], path: str) -> None:
+    """A safetensors file; OSError when the disk has no room."""
+    try:
+        save_file(tensors, path)
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), f"{path}: {error}") from error
+
+
+def write_json(data: dict[str, Any], path: str) -> None:
+    """A JSON file."""
+    Path(path).write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")

@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastprefix.hf.files import field
+from fastprefix.hf.files import field, shown
 from fastprefix.hf.probe import Layers
 from fastprefix.prefixes import init
 from fastprefix.prefixes.config import LayerShape, PrefixConfig
 from fastprefix.prefixes.prefix import Prefix
 from fastprefix.prefixes.prompt import PromptConfig, SoftPrompt
-from fastprefix.validation import fail
+from fastprefix.validation import FLOATS, fail
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 OWN_CONFIG, ENCODER = "fastprefix_config.json", "prefix_encoder.safetensors"
 FORMAT_VERSION = 1
 EMBEDDINGS = "prompt_embeddings"
+OWN = "FASTPREFIX"  # the peft_type of what PEFT cannot represent
 PREFIXES, PROMPTS = ("PREFIX_TUNING", "CARTRIDGE"), ("PROMPT_TUNING", "P_TUNING")
 
 _TASKS = {
@@ -92,70 +95,112 @@ def peft_configuration(peft: dict[str, Any], path: Path) -> PrefixConfig | Promp
     """Our configuration of an adapter of PEFT's; ValueError naming path and field for what is not ours to load."""
     kind = field(peft, "peft_type", str, path)
     if kind not in PREFIXES + PROMPTS:
-        raise fail(f"{path}: peft_type", repr(kind), f"{', '.join(PREFIXES + PROMPTS)} or FASTPREFIX")
-    submodules = peft.get("num_transformer_submodules", 1)
+        raise fail(f"{path}: peft_type", shown(kind), f"{', '.join(PREFIXES + PROMPTS)} or FASTPREFIX")
+    submodules = field(peft, "num_transformer_submodules", int, path, None)
     tokens = field(peft, "num_virtual_tokens", int, path)
-    if kind == "PREFIX_TUNING" and submodules == 2:  # of an encoder-decoder
-        return PrefixConfig(tokens, parts=("decoder",))
-    if submodules not in (1, None):
-        raise fail(f"{path}: num_transformer_submodules", submodules, "1, or 2 of an encoder-decoder's PREFIX_TUNING")
-    if kind in PROMPTS:
-        return PromptConfig(tokens)
-    return PrefixConfig(tokens, num_frozen_tokens=peft.get("num_frozen_tokens", 0) if kind == "CARTRIDGE" else 0)
+    with of(path):
+        if kind == "PREFIX_TUNING" and submodules == 2:  # of an encoder-decoder
+            return PrefixConfig(tokens, parts=("decoder",))
+        if submodules not in (1, None):
+            expected = "1, or 2 of an encoder-decoder's PREFIX_TUNING"
+            raise fail("num_transformer_submodules", submodules, expected)
+        if kind in PROMPTS:
+            return PromptConfig(tokens)
+        return PrefixConfig(tokens, num_frozen_tokens=peft.get("num_frozen_tokens", 0) if kind == "CARTRIDGE" else 0)
 
 
 def own_configuration(own: dict[str, Any], path: Path) -> PrefixConfig | PromptConfig:
     """The configuration that :func:`save` wrote; ValueError naming path and field when it is malformed."""
-    if own.get("format_version") != FORMAT_VERSION:
-        raise fail(f"{path}: format_version", own.get("format_version"), str(FORMAT_VERSION))
-    if own.get("kind") == "prompt":
-        return PromptConfig(field(own, "num_virtual_tokens", int, path))
+    if field(own, "format_version", int, path) != FORMAT_VERSION:
+        raise fail(f"{path}: format_version", own["format_version"], str(FORMAT_VERSION))
+    configured = {f.name for f in dataclasses.fields(PrefixConfig)}
+    unknown = sorted(set(own) - configured - {"format_version", "kind", "projected", "weights", "encoder_weights"})
+    if unknown:
+        raise fail(f"{path}: {shown(unknown[0])}", "a field of no known meaning", f"those of version {FORMAT_VERSION}")
+    for name in ("weights", "encoder_weights", "init"):
+        field(own, name, str, path, None)
+    tokens = field(own, "num_virtual_tokens", int, path)
+    if "kind" in own:
+        if own["kind"] != "prompt":
+            raise fail(f"{path}: kind", shown(own["kind"]), "'prompt', or no such field for keys and values")
+        with of(path):
+            return PromptConfig(tokens)
     fields: dict[str, Any] = {
         n: own[n] for n in ("num_virtual_tokens", "layers", "position_offset", "num_frozen_tokens", "parts") if n in own
     }
-    if own.get("projected"):
+    if field(own, "projected", bool, path, None):
         fields.update(prefix_projection=True, encoder_hidden_size=own.get("encoder_hidden_size"))
-    try:
+    with of(path):
         return PrefixConfig(**fields, init=init.normal())
-    except (TypeError, ValueError) as error:
+
+
+@contextmanager
+def of(path: Path) -> Iterator[None]:
+    """Complaints inside the block are about fields of a file."""
+    try:
+        yield
+    except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+
+
+def check_geometry(peft: dict[str, Any], prefix: Prefix, path: Path) -> None:
+    """The model that PEFT's configuration was made for has this one's layers and heads; as many numbers are not enough.
+
+    Raises:
+        ValueError: another; path and field are named.
+    """
+    heads, dim, _ = prefix.shapes[0]
+    want = {"num_layers": len(prefix.shapes), "num_attention_heads": heads, "token_dim": heads * dim}
+    for name, number in want.items():
+        if field(peft, name, int, path, None) not in (None, number):
+            raise fail(f"{path}: {name}", shown(peft[name]), f"{number} of this model")
+
+
+def check_tensors(tensors: Mapping[str, Tensor], want: Mapping[str, tuple[str, Sequence[int]]], path: Path) -> None:
+    """There are these tensors (dims in words and sizes) and no others, all of finite floats.
+
+    Raises:
+        ValueError: not so; path and tensor are named.
+    """
+    for name, (dims, sizes) in want.items():
+        if name not in tensors:
+            raise fail(f"{path}: {name}", "no such tensor", f"{dims} = {list(sizes)}")
+        if list(tensors[name].shape) != list(sizes):
+            raise fail(f"{path}: {name}", f"shape {list(tensors[name].shape)}", f"{dims} = {list(sizes)} of this model")
+    for name, x in tensors.items():
+        if name not in want:
+            expected = f"{', '.join(list(want)[:3])}{', ...' if len(want) > 3 else ''} and nothing else"
+            raise fail(f"{path}: {shown(name)}", "a tensor that is no part of a prefix", expected)
+        if x.dtype not in FLOATS:
+            raise fail(f"{path}: {name}", f"dtype {x.dtype}", " or ".join(str(d) for d in FLOATS))
+        check_finite(name, x, str(path))
+
+
+def check_finite(name: str, x: Tensor, path: str) -> None:
+    """A prefix with one NaN makes every output NaN: ValueError where a number is none, or is beyond fp32."""
+    if not bool(x.detach().float().isfinite().all()):
+        raise fail(f"{path}: {name}", "nan or infinite numbers", "finite numbers")
 
 
 def stored_key_values(tensors: dict[str, Tensor], prefix: Prefix, path: Path) -> tuple[list[Tensor], list[Tensor]]:
     """Keys and values of a prefix's layers from adapter weights, in PEFT's form or one tensor a layer."""
+    shapes, tokens = prefix.shapes, prefix.num_virtual_tokens
     if EMBEDDINGS in tensors:
-        embeddings, shapes = tensors[EMBEDDINGS], prefix.shapes
-        want = [prefix.num_virtual_tokens, sum(s.numel for s in shapes)]
-        if list(embeddings.shape) != want:
-            raise fail(
-                f"{path}: {EMBEDDINGS}", f"shape {list(embeddings.shape)}", f"[P, 2*L*H_kv*D] = {want} of this model"
-            )
+        dims = "[P, 2*L*H_kv*D]"
+        check_tensors(tensors, {EMBEDDINGS: (dims, [tokens, sum(s.numel for s in shapes)])}, path)
         if len(set(shapes)) != 1 or shapes[0].head_dim != shapes[0].value_dim:
             raise fail(
                 f"{path}: {EMBEDDINGS}", "one tensor", "one tensor per layer: this model's layers differ in shape"
             )
-        return unpack(embeddings, shapes, step=2 if prefix.parts[0] is None else 4)
-    found: tuple[list[Tensor], list[Tensor]] = ([], [])
-    for i, shape in zip(prefix.layer_indices, prefix.shapes, strict=True):
-        for out, n, dim in zip(found, "kv", (shape.head_dim, shape.value_dim), strict=True):
-            key, want = f"layers.{i}.{n}", [shape.num_kv_heads, prefix.num_virtual_tokens, dim]
-            if key not in tensors:
-                raise fail(f"{path}: {key}", "no such tensor", f"{EMBEDDINGS}, or keys and values of every layer")
-            if list(tensors[key].shape) != want:
-                raise fail(
-                    f"{path}: {key}", f"shape {list(tensors[key].shape)}", f"[H_kv, P, D] = {want} of this model"
-                )
-            out.append(tensors[key])
-    return found
-
-
-def stored_embedding(tensors: dict[str, Tensor], prompt: SoftPrompt, path: Path) -> Tensor:
-    """A soft prompt's embeddings ``[P, d]`` from adapter weights."""
-    want = list(prompt.embedding.shape)
-    if EMBEDDINGS not in tensors or list(tensors[EMBEDDINGS].shape) != want:
-        got = f"shape {list(tensors[EMBEDDINGS].shape)}" if EMBEDDINGS in tensors else "no such tensor"
-        raise fail(f"{path}: {EMBEDDINGS}", got, f"[P, d] = {want} of this model")
-    return tensors[EMBEDDINGS]
+        return unpack(tensors[EMBEDDINGS], shapes, step=2 if prefix.parts[0] is None else 4)
+    want = {
+        f"layers.{i}.{n}": ("[H_kv, P, D]", [shape.num_kv_heads, tokens, dim])
+        for i, shape in zip(prefix.layer_indices, shapes, strict=True)
+        for n, dim in zip("kv", (shape.head_dim, shape.value_dim), strict=True)
+    }
+    check_tensors(tensors, want, path)
+    keys, values = ([tensors[f"layers.{i}.{n}"] for i in prefix.layer_indices] for n in "kv")
+    return keys, values
 
 
 def digest(tensors: dict[str, Tensor]) -> str:

@@ -31,7 +31,6 @@ def attach(
 ) -> SoftPrompt: ...
 
 
-@torch.inference_mode(False)
 def attach(
     model: Any,
     config: PrefixConfig | PromptConfig,
@@ -56,6 +55,19 @@ def attach(
     """
     if not isinstance(config, PrefixConfig | PromptConfig):
         raise fail("config", type(config).__name__, "a fastprefix.PrefixConfig or PromptConfig")
+
+    def make(state: Installation) -> Prefix | SoftPrompt:
+        prefix = build(state, config)
+        if weights is not None:
+            weights(prefix)
+        return prefix
+
+    return attach_made(model, name, make)
+
+
+@torch.inference_mode(False)
+def attach_made(model: Any, name: str, make: Callable[[Installation], Prefix | SoftPrompt]) -> Prefix | SoftPrompt:
+    """Give a model what ``make`` makes for it; after an error of its the model is as it was."""
     check_name(name)
     fresh = found(model) is None
     state = own_installation(model)
@@ -64,9 +76,7 @@ def attach(
             raise fail("name", f"{name!r} inside a block of prefix_batch", "the block's end first")
         if name in state.source.names():
             raise fail("name", repr(name), f"a new one: {sorted(state.source.names())} are attached")
-        prefix = build(state, config)
-        if weights is not None:
-            weights(prefix)
+        prefix = make(state)
     except BaseException:
         if fresh:
             detach(model)

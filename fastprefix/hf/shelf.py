@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fastprefix.hf import storage
 from fastprefix.hf.attached import Attached
+from fastprefix.hf.folders import where
+from fastprefix.hf.formats import CONFIG
 from fastprefix.hf.install import check_name, found, own_installation, uninstall
 from fastprefix.hf.reading import Name
+from fastprefix.hf.stored import Stored
 from fastprefix.prefixes.prefix import Prefix
 from fastprefix.prefixes.prompt import SoftPrompt
 from fastprefix.validation import fail
@@ -37,7 +39,7 @@ class Shelf:
     def take(self, name: str) -> Prefix | SoftPrompt:
         """A prefix, read from disk unless it is in memory; the one unused for longest makes room."""
         if name not in self.resident:
-            prefix = storage.read_prefix(self.state, self.paths[name])
+            prefix = Stored(self.paths[name]).make(self.state)
             prefix.requires_grad_(False)
             self.resident[name] = prefix
         self.resident.move_to_end(name)
@@ -85,8 +87,8 @@ def register(model: Any, dirs: Mapping[str, str | os.PathLike[str]], max_residen
             check_name(name)
             if name in state.source.names():
                 raise fail("dirs", f"{name!r}, which is taken", "new names")
-            if not (path / storage.CONFIG).is_file():
-                raise fail("dirs", f"{path} for {name!r}", f"a folder with {storage.CONFIG}")
+            if not where(path, CONFIG).is_file():
+                raise fail("dirs", f"{path} for {name!r}", f"a folder with {CONFIG}")
     except BaseException:
         if fresh:
             uninstall(state)

@@ -11,9 +11,10 @@ from torch import nn
 from transformers import Trainer
 from transformers.trainer import TRAINING_ARGS_NAME
 
-from fastprefix.hf import files, formats, storage
+from fastprefix.hf import formats, storage
 from fastprefix.hf.installation import Installation
 from fastprefix.hf.state import installation
+from fastprefix.hf.stored import Stored
 from fastprefix.prefixes.kv import DirectKV
 from fastprefix.prefixes.prefix import Prefix
 from fastprefix.prefixes.prompt import SoftPrompt
@@ -82,9 +83,11 @@ def restore(prefix: Prefix | SoftPrompt, dir: str | os.PathLike[str]) -> None:
     Raises:
         ValueError: a file is missing or malformed, or of a prefix with another configuration; names the field.
     """
-    folder = Path(dir)
-    path, weights = folder / formats.OWN_CONFIG, folder / formats.WEIGHTS
-    own, encoder = files.read_json(path), prefix.encoder if isinstance(prefix, Prefix) else None
+    stored = Stored(dir)
+    own, path = stored.own, stored.paths[formats.OWN_CONFIG]
+    encoder = prefix.encoder if isinstance(prefix, Prefix) else None
+    if own is None:
+        raise fail("dir", f"no file {path}", "a folder written by fastprefix.save")
     mine: dict[str, Any] = {"format_version": formats.FORMAT_VERSION, "num_virtual_tokens": prefix.num_virtual_tokens}
     if isinstance(prefix, SoftPrompt):
         mine["kind"] = "prompt"
@@ -96,12 +99,14 @@ def restore(prefix: Prefix | SoftPrompt, dir: str | os.PathLike[str]) -> None:
         if own.get(field) != expected:
             raise fail(f"{path}: {field}", own.get(field), f"{expected}, the attached prefix's")
     if isinstance(prefix, SoftPrompt):
-        prefix.embedding.copy_(formats.stored_embedding(files.read_tensors(weights), prefix, weights))
-        return
+        stored.check_embedding(prefix.embedding.shape[1])
+        return stored.fill(prefix)
+    keys, values = formats.stored_key_values(stored.tensors, prefix, stored.paths[formats.WEIGHTS])
     if encoder is not None:
-        storage.load_encoder(prefix, files.read_tensors(folder / formats.ENCODER), folder / formats.ENCODER)
-        return
-    keys, values = formats.stored_key_values(files.read_tensors(weights), prefix, weights)
+        stored.check_encoder(encoder)
+    stored.check_whole()
+    if encoder is not None:
+        return stored.fill(prefix)
     for layer, key, value in zip(prefix.layers, keys, values, strict=True):
         assert isinstance(layer, DirectKV)
         frozen = layer.num_frozen_tokens

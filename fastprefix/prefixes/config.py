@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 from fastprefix.prefixes.init import Init, normal
-from fastprefix.validation import fail
+from fastprefix.validation import fail, is_int
 
 PositionOffset = Literal["after_prefix", "none"]
 Part = Literal["encoder", "decoder", "cross"]
@@ -25,6 +25,26 @@ class LayerShape(NamedTuple):
     def numel(self) -> int:
         """Numbers that one prefix token takes in this layer."""
         return self.num_kv_heads * (self.head_dim + self.value_dim)
+
+
+def check_tokens(tokens: object) -> None:
+    """Raise ValueError unless there can be so many prefix tokens."""
+    if not is_int(tokens) or tokens < 1:
+        raise fail("num_virtual_tokens", repr(tokens), "an int of at least 1")
+
+
+def _members(given: Any, name: str, expected: str) -> tuple[Any, ...]:
+    """Distinct things, at least one; ValueError otherwise."""
+    if isinstance(given, (str, bytes, Mapping)) or not isinstance(given, Iterable):
+        raise fail(name, repr(given), expected)
+    members = tuple(given)
+    try:
+        distinct = len(set(members)) == len(members)
+    except TypeError:  # lists and the like
+        distinct = False
+    if not members or not distinct:
+        raise fail(name, list(members), expected)
+    return members
 
 
 @dataclass
@@ -63,32 +83,34 @@ class PrefixConfig:
     parts: Sequence[Part] | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.num_virtual_tokens, int) or self.num_virtual_tokens < 1:
-            raise fail("num_virtual_tokens", repr(self.num_virtual_tokens), "an int of at least 1")
+        check_tokens(self.num_virtual_tokens)
+        if not isinstance(self.prefix_projection, bool):
+            raise fail("prefix_projection", repr(self.prefix_projection), "True or False")
         if self.encoder_hidden_size is not None and not self.prefix_projection:
             raise fail("encoder_hidden_size", self.encoder_hidden_size, "None, or prefix_projection=True beside it")
-        if self.encoder_hidden_size is not None and self.encoder_hidden_size < 1:
-            raise fail("encoder_hidden_size", self.encoder_hidden_size, "an int of at least 1")
+        if self.encoder_hidden_size is not None and not (
+            is_int(self.encoder_hidden_size) and self.encoder_hidden_size > 0
+        ):
+            raise fail("encoder_hidden_size", repr(self.encoder_hidden_size), "an int of at least 1")
         if not isinstance(self.init, Init):
             raise fail("init", repr(self.init), "what fastprefix.init.normal, text, token_ids or kv return")
         if self.position_offset not in ("after_prefix", "none"):
             raise fail("position_offset", repr(self.position_offset), "'after_prefix' or 'none'")
-        if not 0 <= self.num_frozen_tokens <= self.num_virtual_tokens:
-            raise fail(
-                "num_frozen_tokens", self.num_frozen_tokens, f"0..num_virtual_tokens = {self.num_virtual_tokens}"
-            )
-        if self.num_frozen_tokens and self.prefix_projection:
-            raise fail(
-                "num_frozen_tokens", self.num_frozen_tokens, "0 with prefix_projection: an MLP has no frozen rows"
-            )
+        frozen = self.num_frozen_tokens
+        if not is_int(frozen) or not 0 <= frozen <= self.num_virtual_tokens:
+            raise fail("num_frozen_tokens", repr(frozen), f"0..num_virtual_tokens = {self.num_virtual_tokens}")
+        if frozen and self.prefix_projection:
+            raise fail("num_frozen_tokens", frozen, "0 with prefix_projection: an MLP has no frozen rows")
         if self.layers is not None:
-            self.layers = tuple(self.layers)
-            if not self.layers or len(set(self.layers)) != len(self.layers):
-                raise fail("layers", list(self.layers), "distinct layer indices, at least one, or None for all")
+            expected = "distinct layer indices, at least one, or None for all"
+            self.layers = _members(self.layers, "layers", expected)
+            if not all(is_int(i) for i in self.layers):
+                raise fail("layers", list(self.layers), expected)
         if self.parts is not None:
-            given = (self.parts,) if isinstance(self.parts, str) else tuple(self.parts)
-            if not given or len(set(given)) != len(given) or not set(given) <= set(PARTS):
-                raise fail("parts", list(given), f"distinct ones of {list(PARTS)}, at least one, or None for all")
+            expected = f"distinct ones of {list(PARTS)}, at least one, or None for all"
+            given = _members((self.parts,) if isinstance(self.parts, str) else self.parts, "parts", expected)
+            if not all(part in PARTS for part in given):
+                raise fail("parts", list(given), expected)
             self.parts = tuple(part for part in PARTS if part in given)
 
     def to_json(self) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastprefix.prefixes.config import check_tokens
 from fastprefix.prefixes.init import Init, vocabulary
 from fastprefix.validation import fail
 
@@ -39,8 +40,7 @@ class PromptConfig:
     init: Init = field(default_factory=vocabulary)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.num_virtual_tokens, int) or self.num_virtual_tokens < 1:
-            raise fail("num_virtual_tokens", repr(self.num_virtual_tokens), "an int of at least 1")
+        check_tokens(self.num_virtual_tokens)
         if not isinstance(self.init, Init) or self.init.keys is not None:
             expected = "what fastprefix.init.vocabulary, text, token_ids or normal return"
             raise fail("init", repr(self.init.name if isinstance(self.init, Init) else self.init), expected)

@@ -8,11 +8,13 @@ import types
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from fastprefix.hf import sharing
+from fastprefix.hf.folders import finish
 from fastprefix.hf.installation import Installation
 from fastprefix.hf.peft import prompts, resume
 from fastprefix.hf.peft.adapters import Adapters, task
@@ -90,6 +92,7 @@ class Patched:
 
     def save_pretrained(self, save_directory: str, *args: Any, **kwargs: Any) -> None:
         """PEFT's files, and beside them what is trained in front of them, so that training resumes."""
+        finish(Path(save_directory))  # what a killed save of ours has committed is older than this
         super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
         if kwargs.get("is_main_process", True):
             resume.save(self, save_directory, kwargs.get("selected_adapters"))

@@ -1,0 +1,218 @@
+"""A folder's files, replaced together: a reader finds all of the old ones or all of the new, whenever a save ended.
+
+    .fastprefix-save/               the new files, each on the disk; without a commit they mean nothing
+    .fastprefix-save/commit.json    what the folder holds from now on: with its appearance the new files are the adapter
+
+After the commit the files are moved out to where PEFT reads them. A save that is killed meanwhile is finished by the
+next save or load; until then :func:`read_together` finds each file where it lies. PEFT, which looks into the folder
+alone, reads the old files or the new ones: where their key file (``adapter_config.json``) differs it is taken away
+first and put in last, so that in between PEFT finds no adapter instead of a mixture.
+"""
+
+from __future__ import annotations
+
+import errno
+import importlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+from fastprefix.validation import fail
+
+# Elsewhere nothing keeps two saves of one folder apart.
+fcntl: Any = importlib.import_module("fcntl") if os.name == "posix" else None
+
+STAGING, COMMIT = ".fastprefix-save", "commit.json"
+_ATTEMPTS = 100  # of a reader whom saves overtake
+_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EINVAL, errno.ENOSYS)
+
+T = TypeVar("T")
+
+
+class Commit(NamedTuple):
+    """What a folder holds once the commit's files are in place."""
+
+    files: tuple[str, ...]  # the key file last
+    without: tuple[str, ...]
+
+
+def replace_together(folder: Path, files: Mapping[str, Callable[[str], Any]], without: Sequence[str] = ()) -> None:
+    """Write files, all of them or none.
+
+    Args:
+        folder: exists.
+        files: for each name what writes it to a path; the last one is the key file, without which a reader of the
+            folder finds nothing.
+        without: names that are to be gone.
+
+    Raises:
+        OSError: the disk is full, say; before the commit, the folder is as it was.
+        ValueError: a folder lies where a file should.
+    """
+    for name in (*files, *without):
+        if (folder / name).is_dir():
+            raise fail(str(folder / name), "a folder", "a file, or nothing, to be replaced")
+    staging = folder / STAGING
+    with _locked(folder):
+        _finish(folder)
+        try:
+            staging.mkdir()
+            for name, write in files.items():
+                write(str(staging / name))
+                (staging / name).chmod(0o644)
+                _flush(staging / name)
+            part = staging / f"{COMMIT}.part"
+            part.write_text(json.dumps({"files": list(files), "without": list(without)}))
+            _flush(part)
+            _flush(staging)
+            os.replace(part, staging / COMMIT)
+            _flush(staging)
+            _flush(folder)
+        except BaseException:
+            with suppress(OSError):
+                _discard(staging)
+            raise
+        _finish(folder)
+
+
+def finish(folder: Path) -> None:
+    """Move what a killed save has committed into place, unless somebody is at it or the folder cannot be written."""
+    if committed(folder) is not None:
+        with suppress(OSError), _locked(folder, wait=False):
+            _finish(folder)
+
+
+def committed(folder: Path) -> Commit | None:
+    """What a save has committed and not yet moved into place; None where there is nothing."""
+    try:
+        data = json.loads((folder / STAGING / COMMIT).read_text())
+        found = Commit(tuple(data["files"]), tuple(data["without"]))
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return None
+    plain = all(isinstance(name, str) and name not in ("", ".", "..", COMMIT) for name in found.files + found.without)
+    return found if found.files and plain and all(Path(n).name == n for n in found.files + found.without) else None
+
+
+def read_together(folder: Path, names: Iterable[str], read: Callable[[Callable[[str], Path]], T]) -> T:
+    """What ``read`` makes of files of one save; it is given where each name's file lies, and runs again if a save came.
+
+    Raises:
+        ValueError: saves follow one another faster than the files can be read.
+    """
+    finish(folder)
+    names = tuple(names)
+    for attempt in range(_ATTEMPTS):
+        before = _stamp(folder, names)
+        try:
+            result = read(lambda name: where(folder, name))
+        except Exception:
+            if _stamp(folder, names) == before:
+                raise
+        else:
+            if _stamp(folder, names) == before:
+                return result
+        time.sleep(0.001 * attempt)
+    raise fail("dir", f"{folder}, which is written again and again", "a folder at rest for the time of reading it")
+
+
+def where(folder: Path, name: str) -> Path:
+    """Where a file of a folder lies."""
+    commit = committed(folder)
+    staged = folder / STAGING / name
+    if commit is not None and (name in commit.without or (name in commit.files and staged.exists())):
+        return staged
+    return folder / name
+
+
+def _stamp(folder: Path, names: tuple[str, ...]) -> tuple[Any, ...]:
+    """What differs when a file was replaced or a commit came or went."""
+    paths = [folder / STAGING / COMMIT, *(folder / name for name in names)]
+    if committed(folder) is not None:
+        paths += [folder / STAGING / name for name in names]
+    return tuple(_identity(path) for path in paths)
+
+
+def _identity(path: Path) -> tuple[int, ...] | None:
+    try:
+        found = path.stat()
+    except (OSError, ValueError):
+        return None
+    return found.st_ino, found.st_mtime_ns, found.st_size
+
+
+def _finish(folder: Path) -> None:
+    """Every step may have been done already."""
+    staging, commit = folder / STAGING, committed(folder)
+    if commit is not None:
+        *others, key = commit.files
+        if (staging / key).exists() and not _same(staging / key, folder / key):
+            (folder / key).unlink(missing_ok=True)
+            _flush(folder)
+        for name in commit.without:
+            (folder / name).unlink(missing_ok=True)
+        for name in (*others, key):
+            if name == key:
+                _flush(folder)
+            with suppress(FileNotFoundError):
+                os.replace(staging / name, folder / name)
+        _flush(folder)
+    _discard(staging)
+
+
+def _same(one: Path, other: Path) -> bool:
+    try:
+        return one.read_bytes() == other.read_bytes()
+    except OSError:
+        return False
+
+
+def _discard(staging: Path) -> None:
+    """Take a save's folder away, its commit first: half of it must not be taken for a whole one."""
+    if staging.is_symlink() or staging.is_file():
+        staging.unlink()
+    elif staging.exists():
+        (staging / COMMIT).unlink(missing_ok=True)
+        _flush(staging)
+        shutil.rmtree(staging)
+
+
+def _flush(path: Path) -> None:
+    """Have the disk hold a file's bytes or a folder's names."""
+    is_folder = path.is_dir()
+    if is_folder and os.name == "nt":
+        return
+    handle = os.open(path, os.O_RDONLY if is_folder else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if not is_folder or error.errno not in (errno.EINVAL, errno.ENOTSUP):  # not every file system can
+            raise
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def _locked(folder: Path, wait: bool = True) -> Iterator[None]:
+    """One save of a folder at a time, on this machine; the lock ends with its process.
+
+    Raises:
+        BlockingIOError: without ``wait``, another has it.
+    """
+    if fcntl is None:
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+        yield
+    finally:
+        os.close(handle)
