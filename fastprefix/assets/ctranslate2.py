@@ -1,0 +1,46 @@
+"""CTranslate2's ``model.bin``, read without CTranslate2."""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastprefix.validation import fail
+
+VERSION = 6  # of the file; what a model's specification says of itself is another
+_DTYPES = (torch.float32, torch.int8, torch.int16, torch.int32, torch.float16, torch.bfloat16)
+
+
+def read(path: Path, specification: str) -> dict[str, Tensor]:
+    """The variables by name, as they are stored; aliases are left out.
+
+    A file is: version, specification's name and revision, number of variables; of each its name, rank, sizes, dtype,
+    number of bytes, bytes. Little-endian; a text is its length with a closing NUL, and its bytes.
+
+    Raises:
+        ValueError: another version of the format, or not a model of this specification.
+    """
+    with open(path, "rb") as file:
+
+        def number(code: str) -> Any:
+            return struct.unpack(f"<{code}", file.read(struct.calcsize(code)))[0]
+
+        def text() -> str:
+            return file.read(number("H"))[:-1].decode()
+
+        if (version := number("I")) != VERSION:
+            raise fail(str(path), f"version {version}", f"CTranslate2's format {VERSION}")
+        if (name := text()) != specification:
+            raise fail(str(path), name, specification)
+        number("I")  # the specification's revision
+        variables = {}
+        for _ in range(number("I")):
+            name = text()
+            shape = [number("I") for _ in range(number("B"))]
+            dtype = _DTYPES[number("B")]
+            variables[name] = torch.frombuffer(bytearray(file.read(number("I"))), dtype=dtype).reshape(shape)
+    return variables
