@@ -14,6 +14,7 @@ import fastprefix
 from fastprefix import PrefixConfig, init
 from fastprefix.hf.formats import pack, unpack
 from fastprefix.prefixes.config import LayerShape
+from fastprefix.prefixes.prefix import Prefix
 from tests.models import ROWS, VOCAB
 
 P = 6
@@ -36,7 +37,7 @@ def test_pack_puts_keys_and_values_in_slots_2i_and_2i_plus_1() -> None:
     assert packed.shape == (P, 2 * 3 * 2 * 4)
     slots = packed.view(P, 6, 2, 4)
     assert torch.equal(slots[:, 2, 1], keys[1][1]) and torch.equal(slots[:, 5, 0], values[2][0])
-    back = unpack(packed, [LayerShape(2, 4, 4)] * 3)
+    back = unpack(packed, Prefix(PrefixConfig(P), [LayerShape(2, 4, 4)] * 3, range(3)))
     assert all(
         torch.equal(a, b)
         for got, want in zip(back, (keys, values), strict=True)

@@ -38,7 +38,8 @@ def empty_prefix(state: Installation, config: PrefixConfig) -> Prefix:
     """The layers that get a prefix, without its numbers."""
     layers = state.layers
     indices = config.active_layers(layers.parts)
-    return Prefix(config, [layers.shapes[i] for i in indices], indices, [layers.parts[i] for i in indices])
+    shapes, parts = [layers.shapes[i] for i in indices], [layers.parts[i] for i in indices]
+    return Prefix(config, shapes, indices, parts, [layers.sources[i] for i in indices])
 
 
 def new_encoder(state: Installation, prefix: Prefix) -> PrefixEncoder | PartEncoders:

@@ -15,7 +15,7 @@ from torch import Tensor
 from fastprefix.hf.files import field, shown
 from fastprefix.hf.probe import Layers
 from fastprefix.prefixes import init
-from fastprefix.prefixes.config import LayerShape, PrefixConfig
+from fastprefix.prefixes.config import PrefixConfig
 from fastprefix.prefixes.prefix import Prefix
 from fastprefix.prefixes.prompt import PromptConfig, SoftPrompt
 from fastprefix.validation import FLOATS, fail
@@ -42,27 +42,29 @@ def pack(keys: Sequence[Tensor], values: Sequence[Tensor]) -> Tensor:
     return torch.stack(slots).permute(2, 0, 1, 3).flatten(1).contiguous()
 
 
-def unpack(embeddings: Tensor, shapes: Sequence[LayerShape], step: int = 2) -> tuple[list[Tensor], list[Tensor]]:
-    """The inverse of :func:`pack`.
+def unpack(embeddings: Tensor, prefix: Prefix) -> tuple[list[Tensor], list[Tensor]]:
+    """The inverse of :func:`pack`, as PEFT reads it.
 
-    ``step``: slots between one layer's keys and the next one's, round and round: 4 in PEFT's encoder-decoders, whose
-    cache takes a layer's keys and values of cross-attention behind its own, only for PEFT to drop them.
+    A layer without keys and values of its own reads the slots of the layer that it shares them with. In an
+    encoder-decoder slots are counted by fours, round and round: PEFT's cache takes a layer's keys and values of
+    cross-attention behind its own, only for PEFT to drop them.
     """
-    heads, dim, _ = shapes[0]
-    count = 2 * len(shapes)
+    heads, dim, _ = prefix.shapes[0]
+    count = 2 * len(prefix.shapes)
     slots = embeddings.unflatten(1, (count, heads, dim)).permute(1, 2, 0, 3)  # [2L, H_kv, P, D]
-    first = [step * i % count for i in range(len(shapes))]
+    decoder = prefix.parts[0] is not None
+    first = [4 * i % count if decoder else 2 * source for i, source in enumerate(prefix.sources)]
     return [slots[i].contiguous() for i in first], [slots[i + 1].contiguous() for i in first]
 
 
 def is_peft(prefix: Prefix, layers: Layers) -> bool:
     """Whether PEFT can represent, and would compute, what this prefix of a model with these layers is."""
     shapes = set(prefix.shapes)
-    if any(part is not None for part in prefix.parts):
+    if any(part is not None for part in prefix.parts) or layers.again or layers.kinds:
         return False
     uniform = len(shapes) == 1 and prefix.shapes[0].head_dim == prefix.shapes[0].value_dim
     moves = layers.main.takes_positions and prefix.config.position_offset == "after_prefix"
-    return uniform and len(prefix.shapes) == len(layers.modules) and moves
+    return uniform and moves and prefix.sources == tuple(range(len(layers.modules)))
 
 
 def peft_config(model: Any, prefix: Prefix | SoftPrompt) -> dict[str, Any]:
@@ -192,7 +194,7 @@ def stored_key_values(tensors: dict[str, Tensor], prefix: Prefix, path: Path) ->
             raise fail(
                 f"{path}: {EMBEDDINGS}", "one tensor", "one tensor per layer: this model's layers differ in shape"
             )
-        return unpack(tensors[EMBEDDINGS], shapes, step=2 if prefix.parts[0] is None else 4)
+        return unpack(tensors[EMBEDDINGS], prefix)
     want = {
         f"layers.{i}.{n}": ("[H_kv, P, D]", [shape.num_kv_heads, tokens, dim])
         for i, shape in zip(prefix.layer_indices, shapes, strict=True)

@@ -31,6 +31,7 @@ class Stack:
     main_input: str  # the argument with the rows' content
     causal: bool
     layers: tuple[int, ...]  # which of the model's
+    biased: bool = False  # whether biases by position are added to scores of content (T5)
     beside: dict[str, Tensor] = field(default_factory=dict)  # what an example forward needs beside its main input
 
     @property
@@ -198,6 +199,7 @@ def stack(
         main_input=main_input,
         causal=bool(calls[0].options["causal"]),
         layers=tuple(range(first, first + len(calls))),
+        biased=any(x is not None and x.is_floating_point() for x in (call.options.get("bias") for call in calls)),
         beside=beside or {},
     )
 

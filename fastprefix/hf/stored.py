@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -89,6 +90,13 @@ class Stored:
             with torch.device("meta"):
                 self.check_encoder(new_encoder(state, empty))
         self.check_whole()
+        if self.own is None and self.config.parts is not None and state.layers.main.biased:
+            name = type(state.model).__name__
+            warnings.warn(
+                f"fastprefix: PEFT adds {name}'s biases of relative positions to the scores of prefix tokens too; here "
+                "they are the content's alone, so that this adapter's outputs differ from those in PEFT",
+                stacklevel=3,
+            )
         prefix = build(state, self.config)
         self.fill(prefix)
         return prefix

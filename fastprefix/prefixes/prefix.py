@@ -23,6 +23,7 @@ class Prefix(nn.Module):
         config: the :class:`PrefixConfig` it was made from.
         layer_indices: the attention layers that have it, in the order in which they run.
         parts: what each of them is in an encoder-decoder (``"encoder"``, ``"decoder"`` or ``"cross"``); None elsewhere.
+        sources: the layer whose content's keys and values each of them reads: its own, where layers share none.
         shapes: their geometry.
         encoder: the MLP (in an encoder-decoder one for each part), or None when keys and values are trained directly.
     """
@@ -33,12 +34,14 @@ class Prefix(nn.Module):
         shapes: Sequence[LayerShape],
         layer_indices: Sequence[int],
         parts: Sequence[Part | None] | None = None,
+        sources: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
         self.config = config
         self.shapes = tuple(shapes)
         self.layer_indices = tuple(layer_indices)
         self.parts: tuple[Part | None, ...] = (None,) * len(self.shapes) if parts is None else tuple(parts)
+        self.sources = tuple(layer_indices if sources is None else sources)
         self.encoder: PrefixEncoder | PartEncoders | None = None
         self.layers = nn.ModuleList()
 
