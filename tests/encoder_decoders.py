@@ -78,14 +78,14 @@ ROWS: dict[str, Row] = {
     "whisper": _row("Whisper", "Whisper", {**_BART, **_WHISPER}, "reads mel spectrograms"),
 }
 
-# Their kin, for which one forward and its gradients stand.
+# Their kin, which have all parts at once.
 KIN: dict[str, Row] = {
     "blenderbot": _row("Blenderbot", "Blenderbot", _BART, "learned positions"),
     "plbart": _row("PLBart", "PLBart", _BART, "learned positions"),
     "switch": _row(
         "Switch Transformers", "SwitchTransformers",
-        {**_T5, "num_decoder_layers": 3, "num_experts": 2, "expert_capacity": 64, "num_sparse_encoder_layers": 1,
-         "num_sparse_decoder_layers": 1},
+        {**_T5, "num_decoder_layers": 3, "num_experts": 2, "expert_capacity": 64, "router_jitter_noise": 0.0,
+         "num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1},
         _BIAS + ", experts",
     ),
     "t5gemma": Row(
@@ -96,6 +96,9 @@ KIN: dict[str, Row] = {
     ),
 }  # fmt: skip
 
+ALL = {**ROWS, **KIN}
+# Those whose adapters of PEFT's are loaded in a test.
+LOADED = ("bart", "mbart", "pegasus", "m2m_100", "marian", "t5", "mt5")
 S, T = 6, 9
 
 

@@ -81,15 +81,6 @@ def trained(model: Any) -> dict[str, Tensor]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
-def without_dropout(model: Any) -> Any:
-    """The model, its every probability of dropping something 0."""
-    for module in model.modules():
-        for name in ("p", "dropout", "attention_dropout", "activation_dropout"):
-            if isinstance(getattr(module, name, None), float):
-                setattr(module, name, 0.0)
-    return model
-
-
 def gradient(model: Any, **inputs: Any) -> Tensor:
     """Of everything that is trained in a step in train mode, as one vector."""
     model.train()(**inputs).loss.backward()

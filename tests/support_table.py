@@ -15,8 +15,11 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from fastprefix import dispatch, prefix_attention
 from fastprefix.types import BACKENDS, AttentionArgs
+from tests.encoder_decoders import ALL as ENCODER_DECODERS
+from tests.encoder_decoders import LOADED
 from tests.helpers import make_call
 from tests.models import REFUSED, ROWS
+from tests.rows import Row
 
 README = Path(__file__).parents[1] / "README.md"
 
@@ -36,25 +39,43 @@ ARGUMENTS: dict[str, Callable[[], dict[str, Any]]] = {
 }
 
 
+HEAD = (
+    "model",
+    "class",
+    "what is special",
+    "forward",
+    "gradients",
+    "padding",
+    "generate",
+    "checkpointing",
+    "compile",
+    "= PEFT",
+)
+MODES = {(True, False): "yes", (False,): "non-reentrant", (): "no: it has none"}
+
+
 def models() -> str:
-    """One row an architecture; every cell is a test of ``tests/test_conformance.py``."""
-    head = (
-        "model",
-        "class",
-        "what is special",
-        "= concatenation, padded left or right",
-        "checkpointing",
-        "generate",
-        "= PEFT",
-    )
-    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    """One row an architecture; cells are tests of ``tests/test_conformance.py`` and ``test_encoder_decoder.py``."""
+    lines = ["| " + " | ".join(HEAD) + " |", "|---" * len(HEAD) + "|"]
     for row in ROWS.values():
+        padding = " ".join(side for side in row.paddings if side != "none") or "-"
+        generate = "yes" if row.generates else "-"
         peft = "yes" if row.peft is None else f"no: PEFT's {row.peft}"
-        generate = "yes" if row.causal else "-"
-        lines.append(f"| {row.title} | `{row.cls}` | {row.notes or '-'} | yes | yes | {generate} | {peft} |")
+        lines.append(_line(row, padding, generate, MODES[row.modes], peft))
+    for name, row in ENCODER_DECODERS.items():
+        peft = "loads" if name in LOADED else "-"
+        lines.append(_line(row, "left right", "yes, with beams", "yes", peft))
     refused = ", ".join(f"`{name}`" for name in REFUSED)
     return "\n".join(
         [*lines, "", f"Refused when attached, with the reason, instead of ignoring the prefix: {refused}."]
+    )
+
+
+def _line(row: Row, *cells: str) -> str:
+    padding, generate, checkpointing, peft = cells
+    return (
+        f"| {row.title} | `{row.cls}` | {row.notes or '-'} | yes | yes | {padding} | {generate} | {checkpointing} "
+        f"| yes | {peft} |"
     )
 
 

@@ -14,7 +14,7 @@ from fastprefix.hf.formats import pack
 from fastprefix.hf.state import installation
 from fastprefix.prefixes.prefix import Prefix
 from tests.concat import run_cached, run_concat
-from tests.model_inputs import P, S, inputs, output, positions
+from tests.model_inputs import P, S, inputs, output, positions, without_dropout
 from tests.models import REFUSED, ROWS
 from tests.rows import NO_CACHE
 
@@ -59,25 +59,45 @@ def test_equals_explicit_concatenation(name: str, padding: str) -> None:
 @pytest.mark.parametrize("padding", ["none", "left", "right"])
 @pytest.mark.parametrize("name", [name for name, row in ROWS.items() if row.peft is None])
 def test_equals_peft(name: str, padding: str) -> None:
-    """The same numbers in PEFT's own prefix tuning, where it is right. It needs position ids on padded rows."""
-    from peft import PrefixTuningConfig, get_peft_model
-
+    """The same numbers in PEFT's own prefix tuning, where it is right."""
     model, prefix = attached(name, torch.float32)
     batch = inputs(name, padding, torch.float32)
     got = output(model, model(**batch), batch)
     flat = gradients(got, list(prefix.parameters()))
     packed = [pack(x[0::2], x[1::2]) for x in (list(prefix.parameters()), flat)]
     fastprefix.detach(model)
-    task = "CAUSAL_LM" if ROWS[name].causal else "FEATURE_EXTRACTION"
-    peft = get_peft_model(model, PrefixTuningConfig(task_type=task, num_virtual_tokens=P)).eval()
-    weight = peft.prompt_encoder.default.embedding.weight
-    with torch.no_grad():
-        weight.copy_(packed[0])
-    extra = {k: x - P for k, x in positions(name, batch).items()} if ROWS[name].causal else {}
-    want = output(model, peft(**batch, **extra), batch)
+    want, weight = run_peft(model, name, packed[0], batch)
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
     (theirs,) = gradients(want, [weight])
     torch.testing.assert_close(packed[1], theirs, rtol=1e-4, atol=1e-4 * max(1.0, theirs.abs().max().item()))
+
+
+@pytest.mark.parametrize("name", [n for n, row in ROWS.items() if row.peft is not None and row.content == "text"])
+def test_where_peft_is_said_to_differ_it_does(name: str) -> None:
+    """It raises, or computes something else."""
+    model, prefix = attached(name, torch.float32)
+    batch = inputs(name, "left", torch.float32)
+    got = output(model, model(**batch), batch)
+    pairs = list(prefix.parameters())
+    fastprefix.detach(model)
+    try:
+        want, _ = run_peft(model, name, pack(pairs[0::2], pairs[1::2]), batch)
+    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
+        return
+    assert not torch.allclose(got, want, rtol=1e-2, atol=1e-2)
+
+
+def run_peft(model: Any, name: str, embeddings: Tensor, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Output of PEFT's prefix tuning, and its parameter. It needs position ids on padded rows, and moves them."""
+    from peft import PrefixTuningConfig, get_peft_model
+
+    task = "CAUSAL_LM" if ROWS[name].generates else "FEATURE_EXTRACTION"
+    peft = get_peft_model(model, PrefixTuningConfig(task_type=task, num_virtual_tokens=P)).eval()
+    weight = peft.prompt_encoder.default.embedding.weight
+    with torch.no_grad():
+        weight.copy_(embeddings)
+    extra = {k: x - P for k, x in positions(name, batch).items()} if ROWS[name].causal else {}
+    return output(model, peft(**batch, **extra), batch), weight
 
 
 @pytest.mark.parametrize("name", GENERATES)
@@ -120,13 +140,6 @@ def test_checkpointing_that_would_lose_gradients_is_refused(name: str) -> None:
     model.train().gradient_checkpointing_enable({"use_reentrant": True})
     with pytest.raises(ValueError, match="use_reentrant: got True, expected False: layers of this model read another"):
         model(**inputs(name), use_cache=False)
-
-
-def without_dropout(model: Any) -> None:
-    for module in model.modules():
-        for attribute, value in vars(module).items():
-            if isinstance(value, float) and (attribute == "p" or "drop" in attribute):
-                setattr(module, attribute, 0.0)
 
 
 def no_cache(name: str) -> dict[str, bool]:

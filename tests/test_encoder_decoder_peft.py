@@ -16,7 +16,7 @@ import fastprefix
 from fastprefix import PrefixConfig
 from fastprefix.hf.formats import CONFIG, OWN
 from fastprefix.prefixes.prefix import Prefix
-from tests.encoder_decoders import ROWS, batch
+from tests.encoder_decoders import LOADED, ROWS, batch
 from tests.model_inputs import inputs
 from tests.models import ROWS as DECODERS
 from tests.rows import Row
@@ -47,7 +47,7 @@ def without_bias(model: Any) -> Any:
     return model
 
 
-@pytest.mark.parametrize("name", ["bart", "mbart", "pegasus", "m2m_100", "marian", "t5", "mt5"])
+@pytest.mark.parametrize("name", LOADED)
 def test_an_adapter_of_an_encoder_decoder(name: str, tmp_path: Path) -> None:
     """What PEFT's decoder reads of it: half of the slots, each in two layers."""
     biased = name in ("t5", "mt5")
@@ -95,7 +95,7 @@ def test_an_adapter_whose_last_layers_share_keys(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["gemma3n", "albert", "falcon_h1"])
 def test_what_peft_would_compute_otherwise_it_refuses(name: str, tmp_path: Path) -> None:
-    """Layers that share keys have prefixes of their own, one module that is several layers has one, states have none."""
+    """Layers that share keys have prefixes of their own, one module that is several has one, states have none."""
     model, data = DECODERS[name].build(), inputs(name, dtype=torch.float32)
     fastprefix.attach(model, PrefixConfig(P, init=fastprefix.init.normal(0.6)))
     want = model(**data)[0]

@@ -15,6 +15,7 @@ peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 
 from tests import pains  # noqa: E402
+from tests.model_inputs import without_dropout  # noqa: E402
 from tests.models import ROWS  # noqa: E402
 from tests.pain_runs import RIGHT  # noqa: E402
 from tests.peft_models import (  # noqa: E402
@@ -32,7 +33,6 @@ from tests.peft_models import (  # noqa: E402
     padding,
     trained,
     tuned,
-    without_dropout,
 )
 
 PEFT = {

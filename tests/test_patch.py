@@ -12,6 +12,7 @@ from torch import Tensor
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 
+from tests.model_inputs import without_dropout  # noqa: E402
 from tests.models import ROWS  # noqa: E402
 from tests.peft_models import (  # noqa: E402
     KINDS,
@@ -22,7 +23,6 @@ from tests.peft_models import (  # noqa: E402
     padding,
     tasks,
     trained,
-    without_dropout,
 )
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}

@@ -12,6 +12,7 @@ import torch
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 
+from tests.model_inputs import without_dropout  # noqa: E402
 from tests.models import ROWS  # noqa: E402
 from tests.peft_models import (  # noqa: E402
     KINDS,
@@ -24,7 +25,6 @@ from tests.peft_models import (  # noqa: E402
     trained,
     trainer,
     tuned,
-    without_dropout,
 )
 from tests.tiny import tiny_model  # noqa: E402
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from tests.rows import COMMON, GPT, GQA, MIXED, SLIDING, VOCAB, Row, lm, row
 
 _HEAD_DIM = {**GQA, "head_dim": 16}
@@ -29,7 +27,6 @@ def _sections(*sizes: int) -> dict[str, object]:
 
 _SHARED = {**_MIXED, "num_hidden_layers": 4, "layer_types": MIXED * 2, "num_kv_shared_layers": 2}
 _SHARES = "layers that share keys and values have no prefix of their own"
-_TEXT_TOWER: dict[str, Any] = {"decoder": True, "peft": "feature extraction drops position ids"}
 _PER_LAYER = {"vocab_size_per_layer_input": VOCAB, "hidden_size_per_layer_input": 8}
 
 ROWS: dict[str, Row] = {
@@ -48,9 +45,9 @@ ROWS: dict[str, Row] = {
     ),
     "qwen2": lm("Qwen2, 2.5", "Qwen2", GQA),
     "qwen3": lm("Qwen3", "Qwen3", _HEAD_DIM, notes="head dim of its own"),
-    "qwen2_vl": row("Qwen2-VL (text)", "Qwen2VLText", "Model", {**GQA, **_sections(2, 1, 1)}, **_TEXT_TOWER),
-    "qwen2_5_vl": row("Qwen2.5-VL (text)", "Qwen2_5_VLText", "Model", {**GQA, **_sections(2, 1, 1)}, **_TEXT_TOWER),
-    "qwen3_vl": row("Qwen3-VL (text)", "Qwen3VLText", "Model", {**_HEAD_DIM, **_sections(4, 2, 2)}, **_TEXT_TOWER),
+    "qwen2_vl": row("Qwen2-VL (text)", "Qwen2VLText", "Model", {**GQA, **_sections(2, 1, 1)}, decoder=True),
+    "qwen2_5_vl": row("Qwen2.5-VL (text)", "Qwen2_5_VLText", "Model", {**GQA, **_sections(2, 1, 1)}, decoder=True),
+    "qwen3_vl": row("Qwen3-VL (text)", "Qwen3VLText", "Model", {**_HEAD_DIM, **_sections(4, 2, 2)}, decoder=True),
     "gemma": lm("Gemma", "Gemma", _HEAD_DIM),
     "gemma2": lm(
         "Gemma 2", "Gemma2", {**_HEAD_DIM, "sliding_window": 4, "attn_logit_softcapping": 5.0},
