@@ -33,6 +33,21 @@ class DirectKV(nn.Module):
         return torch.cat([self.frozen_k, self.k], 1), torch.cat([self.frozen_v, self.v], 1)
 
 
+class Projection(nn.Module):
+    """``x W^T + b``, with the parameters of ``nn.Linear`` and their start, but not one of them.
+
+    What rewrites every linear layer of a model (LoRA on ``"all-linear"``, quantisation) would rewrite the prefix, too.
+    """
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Linear(inputs, outputs).parameters()  # [outputs, inputs], [outputs]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., outputs]``."""
+        return nn.functional.linear(x, self.weight, self.bias)
+
+
 class PrefixEncoder(nn.Module):
     """The MLP reparameterisation (Li & Liang 2021, section 4.3): ``[P, d] -> tanh -> every layer's keys and values``.
 
@@ -44,8 +59,8 @@ class PrefixEncoder(nn.Module):
         super().__init__()
         self.shapes = tuple(shapes)
         self.embedding = nn.Parameter(torch.randn(num_virtual_tokens, token_dim))
-        self.down = nn.Linear(token_dim, hidden)
-        self.up = nn.Linear(hidden, sum(s.numel for s in shapes))
+        self.down = Projection(token_dim, hidden)
+        self.up = Projection(hidden, sum(s.numel for s in shapes))
         self._shared: list[tuple[Tensor, Tensor]] | None = None
 
     def share(self, parts: Sequence[Part | None] | None = None) -> None:
