@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -173,6 +174,21 @@ def test_a_paged_cache_is_refused() -> None:
     x = torch.randn(1, 2, 3, 8)
     with pytest.raises(ValueError, match="cache: got a paged cache"):
         attention_forward(torch.nn.Module(), x, x, x, cache=object())
+
+
+def test_continuous_batching_is_refused_at_its_entry() -> None:
+    """Its errors end in a thread of its own: generate_batch would return empty texts."""
+    model, prompts = attached(), [[1, 5, 6], [1, 7]]
+    options = transformers.GenerationConfig(max_new_tokens=3, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    model.set_attn_implementation("sdpa")
+    for each in (model, copy.deepcopy(model)):
+        for entry in (each.generate_batch, each.init_continuous_batching):
+            with pytest.raises(ValueError, match="LlamaForCausalLM with a prefix, in continuous batching"):
+                entry(prompts if entry == each.generate_batch else options)
+    fastprefix.set_prefix(model, None)
+    assert type(model.init_continuous_batching(options)).__name__ == "ContinuousBatchingManager"
+    fastprefix.detach(model)
+    assert "init_continuous_batching" not in vars(model)
 
 
 def test_attention_without_anything_attached_is_plain_attention(ids: torch.Tensor) -> None:

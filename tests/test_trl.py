@@ -170,7 +170,7 @@ def test_sft_without_padding(folder: Path, packed: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("reference", ["none", "initial"])
 def test_dpo(folder: Path, reference: str) -> None:
-    """Without a reference TRL reads the model's own folder again: the bare model. A copy is the prefix it started with."""
+    """Without a reference TRL reads the model's folder again: the bare model. A copy is the prefix it started with."""
     model, prefix = attached(folder)
     frozen = None if reference == "none" else copy.deepcopy(model).requires_grad_(False)
     trainer = dpo(model, folder, frozen)

@@ -153,7 +153,7 @@ def _mask_options(mask: Tensor | None, causal: bool, rows: int, keys: int) -> di
         batch_mask = mask[:, 0, 0]  # [B, T]
         if mask.shape[2] == 1:
             # One row: the mask is the whole truth. Several: padding beside the layer's own causality.
-            return {"causal": causal and rows > 1, "key_padding_mask": batch_mask}
+            return {"causal": causal and bool(rows > 1), "key_padding_mask": batch_mask}
         if mask.stride(2) == 0:
             return {"causal": False, "key_padding_mask": batch_mask}
     return {"causal": False, "bias": mask}

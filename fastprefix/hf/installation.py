@@ -13,6 +13,7 @@ from fastprefix.hf.attached import Attached
 from fastprefix.hf.attention import SLOT
 from fastprefix.hf.checkpointing import Checkpointing
 from fastprefix.hf.configs import OwnConfigs
+from fastprefix.hf.continuous import ContinuousBatching
 from fastprefix.hf.heads import HeadHooks
 from fastprefix.hf.hooks import ForwardHooks
 from fastprefix.hf.memo import Memo
@@ -61,6 +62,7 @@ class Installation:
             module.add_module(SLOT, LayerSlot())
         self.checkpointing = Checkpointing(self)
         self.heads = HeadHooks(self)
+        self.continuous = ContinuousBatching(self)
         self.hooks = [ForwardHooks(self, stack) for stack in self.layers.stacks]
 
     def __getstate__(self) -> dict[str, Any]:
@@ -242,6 +244,7 @@ class Installation:
         for hooks in self.hooks:
             hooks.remove()
         self.heads.remove()
+        self.continuous.remove()
         self.checkpointing.remove()
         for module in self.layers.modules:
             del module._modules[SLOT]
