@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._decomp import register_decomposition
 from torch.autograd import forward_ad as fwad
 
-from fastprefix import dispatch
+from fastprefix import dispatch, reference
 from fastprefix.types import AttentionArgs, Grads, Needs, lse_dtype
 
 # q_start comes as a number or as a tensor; neither means T - S.
@@ -164,3 +165,11 @@ for _name, _impl, _fake, _autograd in (
     torch.library.register_fake(f"fastprefix::{_name}", _fake, lib=_lib)
 
 prefix_attn_fwd = torch.ops.fastprefix.prefix_attn_fwd
+
+
+@register_decomposition(prefix_attn_fwd.default)
+def _plain_fwd(*values: Any) -> tuple[Tensor, Tensor]:
+    """The oracle's algebra in plain operators, for exporters that know those alone (ONNX)."""
+    args, _ = _args(values)
+    o, lse = reference.fwd(args)
+    return _bshd(o), lse.contiguous()
