@@ -15,7 +15,7 @@ WORLD = 2
 
 
 def run(worker: Callable[..., Any], folder: Path, *args: Any, timeout: float = 120.0) -> list[Any]:
-    """What ``worker(rank, *args)``, a function of a module, returns in each process; fails with a worker's traceback."""
+    """What ``worker(rank, *args)``, a module's function, returns in each process; fails with its traceback."""
     context = torch.multiprocessing.get_context("spawn")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

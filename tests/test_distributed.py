@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 
 import fastprefix
 from fastprefix import PrefixConfig, init
@@ -72,18 +77,161 @@ def assert_alone(results: list[dict[str, Any]], want: dict[str, Any]) -> None:
                 torch.testing.assert_close(result[what][name], x, rtol=1e-3, atol=1e-4)
 
 
-def ddp(rank: int, kind: str) -> dict[str, Any]:
+def ddp(rank: int) -> dict[str, Any]:
     from accelerate import Accelerator
 
-    model, prefix = attached(**KINDS[kind])
-    accelerator = Accelerator(cpu=True)
-    optimizer = torch.optim.AdamW(prefix.parameters(), lr=LR)
-    model, optimizer = accelerator.prepare(model, optimizer)
-    assert isinstance(model, torch.nn.parallel.DistributedDataParallel)
-    return train(model, prefix, batch().chunk(2)[rank], optimizer=optimizer)
+    found = {}
+    for kind, options in KINDS.items():
+        model, prefix = attached(**options)
+        accelerator = Accelerator(cpu=True)
+        model, optimizer = accelerator.prepare(model, torch.optim.AdamW(prefix.parameters(), lr=LR))
+        assert isinstance(model, torch.nn.parallel.DistributedDataParallel)
+        found[kind] = train(model, prefix, batch().chunk(2)[rank], optimizer=optimizer)
+    return found
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
-def test_ddp(kind: str, tmp_path: Path) -> None:
-    assert_alone(distributed.run(ddp, tmp_path, kind), train(*attached(**KINDS[kind]), batch()))
+def test_ddp(tmp_path: Path) -> None:
+    results = distributed.run(ddp, tmp_path)
+    for kind, options in KINDS.items():
+        assert_alone([each[kind] for each in results], train(*attached(**options), batch()))
+
+
+def sharded(model: Any, **options: Any) -> Any:
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=init_device_mesh("cpu", (distributed.WORLD,)), **options)
+    return fully_shard(model, mesh=init_device_mesh("cpu", (distributed.WORLD,)), **options)
+
+
+def sharded_training(rank: int, kind: str, reentrant: bool | None = None, **options: Any) -> dict[str, Any]:
+    model, prefix = attached(**KINDS[kind])
+    sharded(model, **options)
+    assert all(isinstance(p, DTensor) and p.dtype == torch.float32 for p in prefix.parameters())
+    if reentrant is not None:
+        model.train()
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    return train(model, prefix, batch().chunk(2)[rank])
+
+
+def resumed(rank: int, kind: str, folder: Path) -> dict[str, Any]:
+    """A step, a sharded checkpoint of prefix and optimizer, the rest in a model that was made anew; and the adapter."""
+    ids, trained = batch().chunk(2)[rank], StateDictOptions(ignore_frozen_params=True)
+    model, prefix = attached(**KINDS[kind])
+    optimizer = torch.optim.AdamW(sharded(model) and prefix.parameters(), lr=LR)
+    first = train(model, prefix, ids, 1, optimizer)
+    states = get_state_dict(model, optimizer, options=trained)
+    assert states[0] and all("fastprefix" in name for name in states[0] if "weight" not in name)
+    dcp.save(dict(zip(("model", "optimizer"), states, strict=True)), checkpoint_id=folder / "checkpoint")
+
+    model, prefix = attached(**KINDS[kind])
+    with torch.no_grad():
+        for p in prefix.parameters():
+            p.zero_()
+    optimizer = torch.optim.AdamW(sharded(model) and prefix.parameters(), lr=LR)
+    states = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer, options=trained), strict=True))
+    dcp.load(states, checkpoint_id=folder / "checkpoint")
+    set_state_dict(
+        model,
+        optimizer,
+        model_state_dict=states["model"],
+        optim_state_dict=states["optimizer"],
+        options=StateDictOptions(strict=False, ignore_frozen_params=True),
+    )
+    rest = train(model, prefix, ids, STEPS - 1, optimizer)
+    fastprefix.save(model, folder / "adapter")
+    assert (folder / "adapter" / "adapter_config.json").exists()  # in every process: it waits for the one that writes
+    assert all(isinstance(p, DTensor) for p in prefix.parameters())
+    return {**rest, "grads": first["grads"], "losses": first["losses"] + rest["losses"]}
+
+
+def refusals(rank: int) -> dict[str, str]:
+    ids, found = batch(), {}
+
+    def refused(what: str, call: Callable[[], Any]) -> None:
+        with pytest.raises(ValueError) as raised:
+            call()
+        found[what] = str(raised.value)
+
+    refused("attach", lambda: fastprefix.attach(sharded(tiny_model()), PrefixConfig(P)))
+    model, _ = attached()
+    want = model(ids).logits
+    sharded(model)
+    refused("bake", lambda: fastprefix.bake(model))
+    with fastprefix.prefix_batch(model, ["default", None]):
+        refused("mixed", lambda: model(ids))
+    with fastprefix.shared_prompt(model, [4, 5]):
+        refused("shared", lambda: model(ids))
+    prompted, _ = attached(prompt=True)
+    refused("prompt", lambda: sharded(prompted)(ids))
+    torch.testing.assert_close(model(ids).logits, want)
+    return found
+
+
+def mixed(rank: int) -> list[Tensor]:
+    """A batch with and without an MLP's prefix, whole and sharded: the MLP lies with what is gathered first."""
+    model, _ = attached(prefix_projection=True)
+    with fastprefix.prefix_batch(model, ["default", None]):
+        return [model(batch()).logits.detach(), sharded(model)(batch()).logits.detach()]
+
+
+def generated(rank: int) -> list[Tensor]:
+    model, _ = attached(prefix_projection=True)
+    options: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False}
+    want = model.generate(batch(), **options)
+    return [want, sharded(model).generate(batch(), synced_gpus=True, **options)]
+
+
+def fsdp(rank: int, folder: Path) -> dict[str, Any]:
+    bf16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    found: dict[str, Any] = {"refusals": refusals(rank), "generated": generated(rank), "mixed": mixed(rank)}
+    for kind in KINDS:
+        found[f"plain-{kind}"] = sharded_training(rank, kind)
+        found[f"resumed-{kind}"] = resumed(rank, kind, folder / kind)
+        found[f"bf16-{kind}"] = sharded_training(rank, kind, mp_policy=bf16)
+        for reentrant in (False, True):
+            found[f"recomputed-{kind}-{reentrant}"] = sharded_training(rank, kind, reentrant)
+    return found
+
+
+@pytest.mark.slow
+def test_fsdp2(tmp_path: Path) -> None:
+    results = distributed.run(fsdp, tmp_path, tmp_path)
+    for kind, options in KINDS.items():
+        want = train(*attached(**options), batch())
+        for run in ("plain", "resumed", "recomputed"):
+            for name in (name for name in results[0] if name.startswith(f"{run}-{kind}")):
+                assert_alone([each[name] for each in results], want)
+        losses = mean_losses([each[f"bf16-{kind}"] for each in results])
+        assert losses == pytest.approx(want["losses"], rel=2e-2) and losses[-1] < losses[0]
+        assert all(x.dtype == torch.float32 for x in results[0][f"bf16-{kind}"]["grads"].values())
+        loaded = fastprefix.load(tiny_model(), tmp_path / kind / "adapter")
+        for name, x in results[0][f"resumed-{kind}"]["numbers"].items():
+            torch.testing.assert_close(loaded.state_dict()[name], x)
+    for each in results:
+        assert torch.equal(*each["generated"])
+        torch.testing.assert_close(*each["mixed"])
+        said = each["refusals"]
+        for what in ("attach", "bake"):
+            assert "LlamaForCausalLM with sharded parameters (" in said[what]
+        for what in ("mixed", "shared", "prompt"):
+            assert said[what].startswith("model: got one with sharded parameters"), (what, said[what])
+
+
+def tensor_parallel(rank: int, folder: Path) -> dict[str, Any]:
+    from transformers import AutoModelForCausalLM
+    from transformers.distributed import DistributedConfig
+
+    config = DistributedConfig(tp_size=distributed.WORLD, tp_plan="auto")
+    model = AutoModelForCausalLM.from_pretrained(folder, distributed_config=config)
+    with pytest.raises(ValueError) as raised:
+        fastprefix.attach(model, PrefixConfig(P))
+    return {"error": str(raised.value), "logits": model(batch()).logits.detach()}
+
+
+@pytest.mark.slow
+def test_tensor_parallelism_is_refused(tmp_path: Path) -> None:
+    """Every process has some of the heads there; the model itself still runs."""
+    save_tiny(tmp_path / "base")
+    for each in distributed.run(tensor_parallel, tmp_path, tmp_path / "base"):
+        assert "tensor parallel models cannot carry a prefix" in each["error"]
+        torch.testing.assert_close(each["logits"], tiny_model()(batch()).logits, rtol=1e-4, atol=1e-5)

@@ -9,6 +9,7 @@ from typing import Any, overload
 import torch
 from torch import nn
 
+from fastprefix.hf import sharded
 from fastprefix.hf.attached import Attached
 from fastprefix.hf.build import build
 from fastprefix.hf.installation import Installation
@@ -51,7 +52,8 @@ def attach(
         The trainable :class:`Prefix` or :class:`SoftPrompt`; its parameters are fp32, on their layers' devices.
 
     Raises:
-        ValueError: the model cannot carry a prefix (its class is named), a name is taken or a config field is off.
+        ValueError: the model cannot carry a prefix (its class is named) or is sharded already, a name is taken or a
+            config field is off.
     """
     if not isinstance(config, PrefixConfig | PromptConfig):
         raise fail("config", type(config).__name__, "a fastprefix.PrefixConfig or PromptConfig")
@@ -95,7 +97,11 @@ def check_name(name: object) -> None:
 
 
 def own_installation(model: Any) -> Installation:
-    """What is installed in a model, or now is; raises ValueError for a patched PEFT model: its adapters are PEFT's."""
+    """What is installed in a model, or now is; raises ValueError for a patched PEFT model: its adapters are PEFT's.
+
+    And for a model that is sharded, where a prefix would be a different one on every device.
+    """
+    sharded.refuse(model)
     state = found(model)
     return install(model) if state is None else own(state)
 
@@ -124,9 +130,10 @@ def bake(model: Any, name: str = "default") -> Prefix | SoftPrompt:
         The same prefix, its keys and values now parameters of their own.
 
     Raises:
-        ValueError: no prefix of this name is attached.
+        ValueError: no prefix of this name is attached, or the model is sharded.
     """
     prefix = own(installation(model)).named(name)
+    sharded.refuse(model)
     if isinstance(prefix, Prefix) and prefix.encoder is not None:
         with torch.no_grad():
             keys, values = zip(*prefix.key_values(), strict=True)

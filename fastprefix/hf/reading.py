@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from fastprefix.hf import sharing
+from fastprefix.hf import sharded, sharing
 from fastprefix.hf.sharing import KeyValues
 from fastprefix.prefixes.prefix import LayerKV
 from fastprefix.validation import fail
@@ -145,6 +145,7 @@ def make_bank(
     """Keys and values of these names, computed; and what came of the module that soft prompts ran through, if any."""
     embeds = [entry.prompt() for entry in entries if entry.prompt is not None]
     output = None
+    sharded.refuse_bank(p for entry in entries if entry.prompt is None for p in entry.parameters)
     made: Iterator[tuple[KeyValues, Tensor]] = iter([])
     if embeds:
         run = sharing.run(state, embeds, module=module, options=options)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fastprefix.hf import sharded
 from fastprefix.prefixes.prefix import LayerKV
 from fastprefix.validation import fail
 
@@ -48,6 +49,7 @@ def run(
         reading: what stands in front of them, if anything.
         module: the model or its part around all layers (default); ``options``: of its forward.
     """
+    sharded.refuse_bank(p for module in state.layers.modules for p in module.parameters())
     lengths = [len(x) for x in prompts]
     padded = nn.utils.rnn.pad_sequence(list(prompts), batch_first=True)  # [N, P, d] or [N, P]
     inputs: dict[str, Any] = {"inputs_embeds" if padded.dim() == 3 else "input_ids": padded}

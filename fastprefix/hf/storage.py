@@ -41,6 +41,7 @@ from fastprefix.hf.formats import (
 )
 from fastprefix.hf.install import attach_made, own
 from fastprefix.hf.installation import Installation
+from fastprefix.hf.sharded import gathered
 from fastprefix.hf.state import installation
 from fastprefix.hf.stored import Stored
 from fastprefix.prefixes.prefix import Prefix
@@ -55,7 +56,8 @@ def save(model: Any, dir: str | os.PathLike[str], name: str = "default") -> None
     ``adapter_config.json`` differs from the old one; a save killed just then is finished by the next save or load.
 
     Args:
-        model: a model with the prefix attached.
+        model: a model with the prefix attached. Where it is sharded (FSDP2) every process has to call this; the first
+            one writes.
         dir: made if missing; other files in it stay.
         name: of the prefix.
 
@@ -65,9 +67,14 @@ def save(model: Any, dir: str | os.PathLike[str], name: str = "default") -> None
     """
     state = own(installation(model))
     prefix = state.named(name)
-    for parameter, x in prefix.state_dict().items():
-        check_finite(parameter, x, f"prefix {name!r}")
-    folder = Path(dir)
+    with gathered(prefix) as writes:
+        for parameter, x in prefix.state_dict().items():
+            check_finite(parameter, x, f"prefix {name!r}")
+        if writes:
+            _write(state, prefix, Path(dir))
+
+
+def _write(state: Installation, prefix: Prefix | SoftPrompt, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     config, tensors = contents(state, prefix)
     fields = {"format_version": FORMAT_VERSION, **prefix.config.to_json(), "weights": digest(tensors)}
