@@ -42,12 +42,14 @@ def gathered(prefix: nn.Module) -> Iterator[bool]:
 
     Where they are sharded every process has to enter, and leaves when all have.
     """
-    shards = [(m, n, p) for m in prefix.modules() for n, p in m._parameters.items() if is_sharded(p)]
+    shards: list[tuple[nn.Module, str, Any]] = [
+        (m, n, p) for m in prefix.modules() for n, p in m._parameters.items() if is_sharded(p)
+    ]
     if not shards:
         yield True
         return
     for module, name, shard in shards:
-        module._parameters[name] = nn.Parameter(shard.full_tensor().detach(), requires_grad=False)  # type: ignore[union-attr,operator]
+        module._parameters[name] = nn.Parameter(shard.full_tensor().detach(), requires_grad=False)
     try:
         yield torch.distributed.get_rank() == 0
     finally:
