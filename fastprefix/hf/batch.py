@@ -18,7 +18,8 @@ def prefix_batch(model: Any, names: Sequence[str | None]) -> Iterator[None]:
     The prefixes in use lie behind one another in memory, once, however different their lengths: nothing is padded to
     the longest and nothing copied for a row. Content starts behind its own row's prefix. Prefixes and soft prompts
     may be mixed (where a soft prompt need not be concatenated), and every one that is trained gets its gradient.
-    Under ``generate``, beams and ``num_return_sequences`` of a row read its prefix.
+    Under ``generate``, beams and ``num_return_sequences`` of a row read its prefix. The block chooses for the thread
+    that opened it: meanwhile another thread's forward of the model raises RuntimeError, its block ValueError.
 
     Args:
         model: with the prefixes attached (or kept on disk, see :func:`register`), or a patched PEFT model.
@@ -36,12 +37,13 @@ def prefix_batch(model: Any, names: Sequence[str | None]) -> Iterator[None]:
             raise fail("names", repr(name), f"None or one of {sorted(known)}")
     if state.shared is not None:
         raise fail("names", "a mixed batch inside shared_prompt", "neither block inside the other")
-    outside, state.chosen = state.chosen, Choice(tuple(names))
-    on = state.configs.on
-    try:
-        with state.source.held(state.chosen):
-            state.switch(on=True)
-            yield
-    finally:
-        state.chosen = outside
-        state.switch(on=on)
+    with state.turns.block():
+        outside, state.chosen = state.chosen, Choice(tuple(names))
+        on = state.configs.on
+        try:
+            with state.source.held(state.chosen):
+                state.switch(on=True)
+                yield
+        finally:
+            state.chosen = outside
+            state.switch(on=on)

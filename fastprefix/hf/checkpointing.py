@@ -32,7 +32,7 @@ class _Recompute:
             args = self.state.checkpointing.enter(reading, args)
 
         def run(*inputs: Any, **options: Any) -> Any:
-            with self.state.again(reading, active):
+            with self.state.turns.turn(), self.state.again(reading, active):
                 return function(*inputs, **options)
 
         return self.original(run, *args, **kwargs)

@@ -93,7 +93,7 @@ class HeadHooks:
 
     def after(self, model: nn.Module, args: Any, output: Any) -> Any:
         """Logits of the rows' own tokens; those in front of them are kept for whoever shares a prompt."""
-        if self.state.nested is not None:
+        if self.state.nested is not None or not self.state.turns.mine():
             return None
         wanted, self.wanted = self.wanted, False
         if not wanted or output is None:

@@ -137,7 +137,7 @@ class ForwardHooks:
     def after(self, owner: nn.Module, args: Any, output: Any) -> Any:
         """Forget what belongs to this forward; after the first one, check that no layer passed the prefix by."""
         state, reading, heads = self.state, self.state.running, self.state.heads
-        if state.paused:
+        if state.paused or not state.turns.mine():
             return None
         if self.shift is not None:
             self.shift.offset = 0

@@ -73,6 +73,13 @@ def attach_made(model: Any, name: str, make: Callable[[Installation], Prefix | S
     check_name(name)
     fresh = found(model) is None
     state = own_installation(model)
+    with state.turns.turn():
+        return _attach_made(model, state, name, make, fresh)
+
+
+def _attach_made(
+    model: Any, state: Installation, name: str, make: Callable[[Installation], Prefix | SoftPrompt], fresh: bool
+) -> Prefix | SoftPrompt:
     try:
         if state.chosen is not None:
             raise fail("name", f"{name!r} inside a block of prefix_batch", "the block's end first")
@@ -120,7 +127,9 @@ def detach(model: Any) -> None:
     Raises:
         ValueError: nothing is attached, or the model is a patched one (see :func:`unpatch`).
     """
-    uninstall(own(installation(model)))
+    state = own(installation(model))
+    with state.turns.turn():
+        uninstall(state)
 
 
 def bake(model: Any, name: str = "default") -> Prefix | SoftPrompt:
@@ -151,4 +160,5 @@ def set_prefix(model: Any, name: str | None) -> None:
     state = own(installation(model))
     if state.chosen is not None:
         raise fail("name", f"{name!r} inside a block of prefix_batch", "the block's end first: it chooses for its rows")
-    state.activate(name)
+    with state.turns.turn():
+        state.activate(name)

@@ -19,6 +19,7 @@ from fastprefix.hf.hooks import ForwardHooks
 from fastprefix.hf.memo import Memo
 from fastprefix.hf.reading import Choice, Reading, Source
 from fastprefix.hf.sharing import Nested
+from fastprefix.hf.turns import Turns
 from fastprefix.prefixes.prefix import LayerSlot, Prefix
 from fastprefix.prefixes.prompt import SoftPrompt
 from fastprefix.validation import fail
@@ -64,6 +65,7 @@ class Installation:
         self.heads = HeadHooks(self)
         self.continuous = ContinuousBatching(self)
         self.hooks = [ForwardHooks(self, stack) for stack in self.layers.stacks]
+        self.turns = Turns(self)
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy made inside a block is outside of it.
@@ -243,6 +245,7 @@ class Installation:
         """Undo everything."""
         for hooks in self.hooks:
             hooks.remove()
+        self.turns.remove()
         self.heads.remove()
         self.continuous.remove()
         self.checkpointing.remove()

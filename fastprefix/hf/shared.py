@@ -155,14 +155,15 @@ def shared_prompt(model: Any, input_ids: Any, groups: Any = None) -> Iterator[Sh
         raise fail("input_ids", "a shared prompt inside another block", "one block of shared_prompt or prefix_batch")
     if state.source.beside:
         raise fail("model", "one with gated prompts (ADAPTION_PROMPT)", "one without: they are read beside the content")
-    on = state.configs.on
-    state.shared = SharedPrompt(prompts, chosen)
-    try:
-        state.switch(on=True)
-        yield state.shared
-    finally:
-        state.shared = None
-        state.switch(on=on)
+    with state.turns.block():
+        on = state.configs.on
+        state.shared = SharedPrompt(prompts, chosen)
+        try:
+            state.switch(on=True)
+            yield state.shared
+        finally:
+            state.shared = None
+            state.switch(on=on)
 
 
 def _bare(model: Any) -> Any:

@@ -157,13 +157,14 @@ def _chosen(state: Installation, choice: Any) -> Iterator[None]:
     if choice is None:
         yield
         return
-    outside, state.chosen = state.chosen, choice
-    state.switch(on=True)
-    try:
-        with state.source.held(choice):
-            yield
-    finally:
-        state.chosen = outside
+    with state.turns.block():
+        outside, state.chosen = state.chosen, choice
+        state.switch(on=True)
+        try:
+            with state.source.held(choice):
+                yield
+        finally:
+            state.chosen = outside
 
 
 def _concatenates(model: Any, state: Installation, choice: Any, kwargs: dict[str, Any]) -> str | None:

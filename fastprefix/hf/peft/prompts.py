@@ -25,9 +25,10 @@ def forward(model: Any, state: Installation, choice: Choice, kwargs: dict[str, A
     else:
         names = choice.distinct()
         options = {name: kwargs[name] for name in ("output_hidden_states",) if name in kwargs}
-        bank, prompt = make_bank(state, names, [state.source.entry(name) for name in names], base, options)
-        with state.preparing(bank):
-            output = base(**kwargs, return_dict=True)
+        with state.turns.turn():
+            bank, prompt = make_bank(state, names, [state.source.entry(name) for name in names], base, options)
+            with state.preparing(bank):
+                output = base(**kwargs, return_dict=True)
         _join(output, prompt, _rows(state, bank, choice, kwargs))
     return output if return_dict else output.to_tuple()
 

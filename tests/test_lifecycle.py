@@ -1,0 +1,302 @@
+"""Attach, use, copy, move, delete: what is left behind, and what two models have in common (nothing)."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import io
+import pickle
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import fastprefix
+from fastprefix import PrefixConfig, PromptConfig, init
+from fastprefix.hf.installation import Installation
+from fastprefix.prefixes.prefix import LayerSlot, Prefix
+from fastprefix.prefixes.prompt import SoftPrompt
+from tests.adapters import numbers, same, state
+from tests.tiny import tiny_model
+
+peft = pytest.importorskip("peft")
+
+IDS = torch.arange(3, 19).view(2, 8)
+
+
+def direct(seed: int = 1) -> Any:
+    torch.manual_seed(seed)
+    model = tiny_model()
+    fastprefix.attach(model, PrefixConfig(3, init=init.normal(0.5)))
+    return model
+
+
+def mixed() -> Any:
+    model = direct()
+    fastprefix.attach(model, PrefixConfig(2, prefix_projection=True, encoder_hidden_size=5), "projected")
+    fastprefix.attach(model, PromptConfig(2), "prompt")
+    return model
+
+
+def patched() -> Any:
+    torch.manual_seed(1)
+    config = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    return fastprefix.patch(peft.get_peft_model(tiny_model(), config)).eval()
+
+
+MAKERS = {"direct": direct, "mixed": mixed, "patched": patched}
+
+
+def step(model: Any) -> None:
+    model(input_ids=IDS, labels=IDS).loss.backward()
+
+
+def generate(model: Any) -> None:
+    model.generate(input_ids=IDS, max_new_tokens=3, do_sample=False)
+
+
+def blocks(model: Any) -> None:
+    names = [None, "default"]
+    with fastprefix.prefix_batch(model, names):
+        step(model)
+        generate(model)
+    with fastprefix.shared_prompt(model, torch.arange(3, 6)):
+        generate(model)
+
+
+def checkpointed(model: Any) -> None:
+    model.train()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    step(model)
+
+
+def refused(model: Any) -> None:
+    with pytest.raises(ValueError, match="output_attentions"):
+        model(input_ids=IDS, output_attentions=True)
+
+
+def kept_on_disk(model: Any) -> None:
+    if not isinstance(model, peft.PeftModel):
+        fastprefix.register(model, {})
+        fastprefix.set_prefix(model, None)
+
+
+USES: tuple[Callable[[Any], None], ...] = (
+    lambda model: None,
+    step,
+    generate,
+    blocks,
+    checkpointed,
+    refused,
+    kept_on_disk,
+)
+
+
+@pytest.mark.parametrize("use", USES, ids=("nothing", *(use.__name__ for use in USES[1:])))
+@pytest.mark.parametrize("kind", MAKERS)
+def test_a_deleted_model_is_gone(kind: str, use: Callable[[Any], None]) -> None:
+    """Without detach: nothing outside the model holds it, nor what was in it."""
+    model = MAKERS[kind]()
+    use(model)
+    base = model.get_base_model() if kind == "patched" else model
+    gone = [weakref.ref(x) for x in (model, base, base._fastprefix, base._fastprefix.slots[0], next(base.parameters()))]
+    del model, base
+    gc.collect()
+    assert not [ref() for ref in gone if ref() is not None]
+
+
+def test_attached_and_detached_twice() -> None:
+    model = tiny_model()
+    before = state(model)
+    fastprefix.attach(model, PrefixConfig(3))
+    with pytest.raises(ValueError, match=r"name: got 'default', expected a new one: \['default'\] are attached"):
+        fastprefix.attach(model, PrefixConfig(3))
+    fastprefix.attach(model, PrefixConfig(2), "other")
+    assert list(model._fastprefix.prefixes) == ["default", "other"]
+    fastprefix.detach(model)
+    assert state(model) == before
+    with pytest.raises(
+        ValueError, match="model: got LlamaForCausalLM without a prefix, expected a model that fastprefix"
+    ):
+        fastprefix.detach(model)
+    assert state(model) == before
+
+
+def by_deepcopy(model: Any) -> Any:
+    return copy.deepcopy(model)
+
+
+def by_pickle(model: Any) -> Any:
+    return pickle.loads(pickle.dumps(model))
+
+
+def by_torch_save(model: Any) -> Any:
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=False)
+
+
+@pytest.mark.parametrize("make_copy", [by_deepcopy, by_pickle, by_torch_save])
+@pytest.mark.parametrize("kind", MAKERS)
+def test_a_copy_is_a_model_of_its_own(kind: str, make_copy: Callable[[Any], Any]) -> None:
+    """Both train, neither moves the other, and both can be taken apart."""
+    model = MAKERS[kind]()
+    with torch.no_grad():
+        want = model(input_ids=IDS).logits
+    twin = make_copy(model)
+    with torch.no_grad():
+        assert torch.equal(twin(input_ids=IDS).logits, want)
+    for one, other in ((twin, model), (model, twin)):
+        with torch.no_grad():
+            unmoved, before = other(input_ids=IDS).logits, one(input_ids=IDS).logits
+        trained = [p for p in one.parameters() if p.requires_grad]
+        one(input_ids=IDS, labels=IDS).loss.backward()
+        assert any(p.grad is not None for p in trained) and all(p.grad is None for p in other.parameters())
+        torch.optim.SGD(trained, lr=5.0).step()
+        one.zero_grad()
+        with torch.no_grad():
+            assert torch.equal(other(input_ids=IDS).logits, unmoved)
+            assert not torch.equal(one(input_ids=IDS).logits, before)
+    undo = fastprefix.unpatch if kind == "patched" else fastprefix.detach
+    with torch.no_grad():
+        before = model(input_ids=IDS).logits
+        undo(twin)
+        assert torch.equal(model(input_ids=IDS).logits, before)
+        undo(model)
+    bare = model.get_base_model() if kind == "patched" else model
+    twins = twin.get_base_model() if kind == "patched" else twin
+    assert not hasattr(twins, "_fastprefix")
+    assert not any(m._forward_hooks or m._forward_pre_hooks for x in (bare, twins) for m in x.modules())
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_patched_without_gradients_it_still_trains(mode: Any) -> None:
+    model = fastprefix.unpatch(patched())
+    with mode():
+        fastprefix.patch(model)
+        model(input_ids=IDS)
+    step(model)
+    assert [n for n, p in model.named_parameters() if p.grad is not None] == ["prompt_encoder.default.embedding.weight"]
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+def test_moved_between_dtypes(kind: str, tmp_path: Path) -> None:
+    """Everything moves, the model still trains, and what is saved of it loads as what it was."""
+    model = MAKERS[kind]()
+    with torch.no_grad():
+        want = model(input_ids=IDS).logits
+    for move, dtype in (
+        (lambda: model.to(torch.bfloat16), torch.bfloat16),
+        (model.half, torch.half),
+        (model.float, torch.float),
+    ):
+        move()
+        assert {p.dtype for p in model.parameters()} == {dtype}
+        out = model(input_ids=IDS, labels=IDS)
+        assert out.logits.dtype == dtype
+        out.loss.backward()
+        assert any(p.grad is not None and bool(p.grad.isfinite().all()) for p in model.parameters())
+        model.zero_grad()
+        if kind != "patched" and dtype != torch.float:
+            for name, prefix in model._fastprefix.prefixes.items():
+                fastprefix.save(model, tmp_path / name, name)
+                again = numbers(fastprefix.load(tiny_model(), tmp_path / name))
+                assert same(again, {n: x.float() for n, x in numbers(prefix).items()})
+    torch.testing.assert_close(model(input_ids=IDS).logits, want, rtol=0.2, atol=0.2)
+
+
+def test_moved_to_the_meta_device() -> None:
+    model = direct().to("meta")
+    assert model(IDS.to("meta")).logits.shape == (2, 8, 32)
+    with pytest.raises(ValueError, match="parameters on the meta device"):
+        fastprefix.attach(tiny_model().to("meta"), PrefixConfig(3))
+
+
+def test_two_models_of_one_config_with_a_prefix_each() -> None:
+    first = tiny_model()
+    second = type(first)(first.config).eval()
+    second.load_state_dict(first.state_dict())
+    alone = []
+    for seed in (1, 2):
+        with torch.no_grad():
+            alone.append(direct(seed)(IDS).logits)
+    for seed, model in ((1, first), (2, second)):
+        torch.manual_seed(seed)
+        fastprefix.attach(model, PrefixConfig(3, init=init.normal(0.5)))
+    for _ in range(2):
+        for model, want in zip((first, second), alone, strict=True):
+            assert torch.equal(model(IDS).logits, want)
+    fastprefix.detach(first)
+    assert torch.equal(second(IDS).logits, alone[1])
+    assert second.config._attn_implementation == "fastprefix" and first.config._attn_implementation == "sdpa"
+
+
+def alive() -> dict[str, int]:
+    """How many of our objects, and how many tensors, the interpreter holds."""
+    gc.collect()
+    kinds = (
+        Installation,
+        LayerSlot,
+        Prefix,
+        SoftPrompt,
+        torch.utils.hooks.RemovableHandle,
+        torch.nn.Module,
+        torch.Tensor,
+    )
+    objects = gc.get_objects()
+    found = {kind.__name__: sum(issubclass(type(x), kind) for x in objects) for kind in kinds}
+    return {**found, "bytes": sum(x.untyped_storage().nbytes() for x in objects if issubclass(type(x), torch.Tensor))}
+
+
+def resident() -> int:
+    """Bytes of memory that the process takes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS"))
+
+
+@pytest.mark.slow
+def test_500_steps_leave_nothing_behind(tmp_path: Path) -> None:
+    """Training with everything else in between: after ten rounds and after fifty the same things are alive."""
+    if not Path("/proc/self/status").exists():
+        pytest.skip("no /proc")
+    model = tiny_model()
+    bare, counts, memory = state(model), [], []
+
+    def train(prefix: Any, steps: int) -> None:
+        optimizer = torch.optim.AdamW([p for p in prefix.parameters() if p.requires_grad], lr=1e-3)
+        for _ in range(steps):
+            optimizer.zero_grad()
+            model(IDS, labels=IDS).loss.backward()
+            optimizer.step()
+
+    for turn in range(50):
+        config: Any = (
+            PrefixConfig(3),
+            PrefixConfig(3, prefix_projection=True, encoder_hidden_size=5),
+            PromptConfig(3),
+        )[turn % 3]
+        train(fastprefix.attach(model, config), 5)
+        fastprefix.save(model, tmp_path)
+        train(fastprefix.load(model, tmp_path, "again"), 5)
+        fastprefix.set_prefix(model, "default")
+        generate(model)
+        with fastprefix.prefix_batch(model, ["again", None]):
+            generate(model)
+        fastprefix.set_prefix(model, None)
+        with fastprefix.shared_prompt(model, torch.arange(3, 6)):
+            model(IDS)
+        fastprefix.register(model, {"disk": tmp_path}, max_resident=1)
+        fastprefix.set_prefix(model, "disk")
+        generate(model)
+        fastprefix.detach(model)
+        assert state(model) == bare
+        if turn in (9, 49):
+            counts.append(alive())
+            memory.append(resident())
+    assert counts[0] == counts[1] and counts[0]["Installation"] == 0
+    assert memory[1] - memory[0] < 32 * 2**20, f"{(memory[1] - memory[0]) / 2**20:.0f} MiB more"
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
