@@ -97,6 +97,7 @@ def prefix_attention(  # type: ignore[misc]  # the overloads tell the return typ
     """
     named = dict(locals())
     backend, gate, return_lse = _default_backend(named.pop("backend")), named.pop("gate"), named.pop("return_lse")
+    validation.check_flag("return_lse", return_lse)
     args = _validated(gate=gate, **named)
     dispatch.check_name(backend)
     if gate is None:

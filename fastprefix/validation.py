@@ -181,10 +181,15 @@ def _is_number(x: object) -> TypeGuard[float]:
     return isinstance(x, (int, float)) and not isinstance(x, bool) and -INFINITY < x < INFINITY
 
 
+def check_flag(name: str, x: object) -> None:
+    """A plain bool."""
+    if not isinstance(x, bool):
+        raise fail(name, repr(x), "True or False")
+
+
 def check_scalars(scale: object, dropout_p: object, causal: object) -> None:
     """Plain numbers."""
-    if not isinstance(causal, bool):
-        raise fail("causal", repr(causal), "True or False")
+    check_flag("causal", causal)
     if scale is not None and not _is_number(scale):
         raise fail("scale", repr(scale), "a finite number, or None for 1 / sqrt(D)")
     if not _is_number(dropout_p) or not 0.0 <= dropout_p < 1.0:

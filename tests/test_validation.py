@@ -77,6 +77,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "softcap bool": ({"softcap": True}, "softcap: got True"),
     "no heads": ({"q": torch.randn(2, 0, 5, 16)}, "q: got shape .*, expected at least one head"),
     "causal": ({"causal": None}, "causal: got None"),
+    "return_lse": ({"return_lse": torch.ones(2)}, r"return_lse: got tensor\(\[1., 1.\]\), expected True or False"),
 }
 
 
