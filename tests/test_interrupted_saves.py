@@ -19,7 +19,8 @@ import fastprefix
 from fastprefix.hf import folders
 from fastprefix.hf.folders import COMMIT, STAGING
 from tests.adapters import CONFIG, ENCODER, OWN, WEIGHTS, numbers, same, saved
-from tests.interrupted import CHANGES, at_step, attached, seen_by_peft
+from tests.interrupted import CHANGES, attached, seen_by_peft
+from tests.steps import at_step
 from tests.tiny import tiny_model
 
 pytest.importorskip("transformers")
