@@ -68,6 +68,8 @@ def replace_together(folder: Path, files: Mapping[str, Callable[[str], Any]], wi
                 _flush(staging / name)
             part = staging / f"{COMMIT}.part"
             part.write_text(json.dumps({"files": list(files), "without": list(without)}))
+            if (old := _identity(folder / [*files][-1])) is not None and old[1] > part.stat().st_mtime_ns:
+                os.utime(part, ns=(old[1], old[1]))  # the clock was set back: see _written_since
             _flush(part)
             _flush(staging)
             os.replace(part, staging / COMMIT)
@@ -94,8 +96,19 @@ def committed(folder: Path) -> Commit | None:
         found = Commit(tuple(data["files"]), tuple(data["without"]))
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return None
+    if _written_since(folder, found):
+        return None
     plain = all(isinstance(name, str) and name not in ("", ".", "..", COMMIT) for name in found.files + found.without)
     return found if found.files and plain and all(Path(n).name == n for n in found.files + found.without) else None
+
+
+def _written_since(folder: Path, commit: Commit) -> bool:
+    """Whether somebody who knows nothing of commits, PEFT say, has put a newer key file into the folder."""
+    if not commit.files or not isinstance(commit.files[-1], str):
+        return False
+    key, made = _identity(folder / commit.files[-1]), _identity(folder / STAGING / COMMIT)
+    # A save's own files are written before its commit, wherever they lie.
+    return key is not None and made is not None and key[1] > made[1]
 
 
 def read_together(folder: Path, names: Iterable[str], read: Callable[[Callable[[str], Path]], T]) -> T:
