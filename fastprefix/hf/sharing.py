@@ -111,7 +111,7 @@ def check_tokens(model: Any) -> None:
         got = f"{type(model).__name__}, which reads {model.main_input_name}"
         raise fail("model", got, "a model of input_ids: prompts are tokens")
     if getattr(model.config, "is_encoder_decoder", False):
-        expected = "a decoder or an encoder (an encoder-decoder takes a PrefixConfig)"
+        expected = "a decoder or an encoder (an encoder-decoder: attach with a PrefixConfig, or load what PEFT saved)"
         raise fail("model", f"{type(model).__name__}, an encoder-decoder", expected)
 
 
