@@ -118,7 +118,7 @@ def _validated(*, gate: Tensor | None, **named: Any) -> AttentionArgs:
     )
     validation.check_extras(q, k, named["sinks"], bias, gate, named["softcap"])
     validation.check_bank(q, prefix_k, named["prefix_ids"], named["prefix_lens"])
-    validation.check_scalars(scale, named["dropout_p"], named["causal"])
+    validation.check_scalars(scale, named["dropout_p"])
     seed = None
     if named["dropout_p"] > 0.0:
         # Drawn from torch's generator, so that recomputation under checkpointing draws the same.

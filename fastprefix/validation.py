@@ -10,6 +10,7 @@ from torch import Tensor
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTS = (torch.int32, torch.int64)
 INFINITY = float("inf")
+FARTHEST = 2**62  # a position: sums and differences of two stay in int64
 
 
 def fail(name: str, got: object, expected: str) -> ValueError:
@@ -25,6 +26,8 @@ def is_int(x: object) -> TypeGuard[int]:
 def _tensor(name: str, x: object, dims: str, rank: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> Tensor:
     if not isinstance(x, Tensor):
         raise fail(name, type(x).__name__, f"a tensor {dims}")
+    if x.layout != torch.strided:
+        raise fail(name, f"layout {x.layout}", f"a dense tensor {dims}")
     if x.dim() not in rank:
         raise fail(name, f"shape {list(x.shape)}", dims)
     if x.dtype not in dtypes:
@@ -106,6 +109,7 @@ def check_masks(
     q: Tensor, k: Tensor, causal: bool, key_padding_mask: object, segment_ids: object, q_start: object, window: object
 ) -> None:
     """Everything that hides content keys."""
+    check_flag("causal", causal)
     batch, keys = q.shape[0], k.shape[2]
     _optional(q, "key_padding_mask", key_padding_mask, "[B, T]", [batch, keys], (torch.bool,))
     _optional(q, "segment_ids", segment_ids, "[B, T]", [batch, keys], INTS)
@@ -116,6 +120,9 @@ def check_masks(
             _optional(q, "q_start", q_start, "[B]", [batch], INTS)
     elif q_start is not None and (isinstance(q_start, bool) or not isinstance(q_start, (int, torch.SymInt))):
         raise fail("q_start", type(q_start).__name__, "an int, an int tensor [] or [B], or None")
+    for name, number in (("q_start", q_start), ("window", window)):
+        if isinstance(number, int) and abs(number) > FARTHEST:
+            raise fail(name, number, f"within {-FARTHEST}..{FARTHEST}")
     if window is None:
         return
     if isinstance(window, bool) or not isinstance(window, (int, torch.SymInt)) or window < 1:
@@ -187,9 +194,8 @@ def check_flag(name: str, x: object) -> None:
         raise fail(name, repr(x), "True or False")
 
 
-def check_scalars(scale: object, dropout_p: object, causal: object) -> None:
+def check_scalars(scale: object, dropout_p: object) -> None:
     """Plain numbers."""
-    check_flag("causal", causal)
     if scale is not None and not _is_number(scale):
         raise fail("scale", repr(scale), "a finite number, or None for 1 / sqrt(D)")
     if not _is_number(dropout_p) or not 0.0 <= dropout_p < 1.0:

@@ -63,6 +63,10 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "segments": ({"segment_ids": torch.ones(2, 5)}, "segment_ids: got dtype"),
     "q_start": ({"q_start": 1.5}, "q_start: got float"),
     "q_start shape": ({"q_start": torch.tensor([1, 2, 3])}, r"q_start: got shape \[3\]"),
+    "q_start beyond int64": ({"q_start": 10**30}, "q_start: got 1000000000000000000000000000000, expected within"),
+    "window beyond int64": ({"window": 2**63}, "window: got 9223372036854775808, expected within"),
+    "sparse": ({"q": torch.zeros(2, 6, 5, 16).to_sparse()}, "q: got layout torch.sparse_coo, expected a dense tensor"),
+    "sparse bias": ({"bias": torch.zeros(5, 5).to_sparse()}, "bias: got layout torch.sparse_coo"),
     "window": ({"window": 0}, "window: got 0"),
     "window without causal": ({"window": 3, "causal": False}, "window: got a window with causal=False"),
     "softcap": ({"softcap": -1.0}, "softcap: got -1.0, expected a positive finite number"),
@@ -77,6 +81,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "softcap bool": ({"softcap": True}, "softcap: got True"),
     "no heads": ({"q": torch.randn(2, 0, 5, 16)}, "q: got shape .*, expected at least one head"),
     "causal": ({"causal": None}, "causal: got None"),
+    "causal a tensor": ({"causal": torch.ones(2) > 0, "window": 3}, "causal: got tensor"),
     "return_lse": ({"return_lse": torch.ones(2)}, r"return_lse: got tensor\(\[1., 1.\]\), expected True or False"),
 }
 
