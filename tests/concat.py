@@ -64,7 +64,9 @@ AttentionMaskInterface.register(NAME, eager_mask)
 def concatenating(model: nn.Module, key_values: dict[str, tuple[Tensor, Tensor]]) -> Iterator[Any]:
     """A copy of ``model`` with the prefix ``{attention module's name: (k, v)}`` concatenated in."""
     twin: Any = copy.deepcopy(model)
-    twin.set_attn_implementation(NAME)
+    # Not by set_attn_implementation, which on some versions leaves the two stacks of an encoder-decoder as they were.
+    for config in {id(m.config): m.config for m in twin.modules() if hasattr(m, "config")}.values():
+        config._attn_implementation = NAME
     modules = dict(twin.named_modules())
     _prefixes.clear()
     _prefixes.update({id(modules[name]): kv for name, kv in key_values.items()})

@@ -24,6 +24,9 @@ CHOICES = [("encoder", "decoder", "cross"), ("encoder",), ("decoder",), ("cross"
 def attached(name: str, dtype: torch.dtype = torch.float64, **options: Any) -> tuple[Any, Prefix]:
     """A model with a random prefix in the model's dtype."""
     model = ALL[name].build(dtype)
+    decoder = model.get_decoder()
+    if name == "umt5" and not getattr(decoder.block[0].layer[0].SelfAttention, "is_causal", True):
+        pytest.skip("this transformers' own UMT5 sees the future under SDPA")
     prefix = fastprefix.attach(model, PrefixConfig(P, init=fastprefix.init.normal(0.6), **options))
     return model, prefix.to(dtype)
 
@@ -51,7 +54,14 @@ def test_equals_explicit_concatenation(name: str, parts: tuple[str, ...], padded
     pairs = key_values(model, prefix, leaves=True)
     assert {part for part in prefix.parts} == set(parts)
     assert len(pairs) == sum({"encoder": 3 if "t5" in name else 2}.get(part, 3) for part in parts)
-    check(model, pairs, inputs, got, grads)
+    # Whisper takes position ids: there left padding counts for nothing, as in its generate.
+    check(model, pairs, inputs, got, grads, **(counted(inputs) if name == "whisper" and padded else {}))
+
+
+def counted(inputs: dict[str, Tensor], first: int = 0) -> dict[str, Tensor]:
+    """The targets' position ids, real tokens alone counted."""
+    mask = inputs.get("decoder_attention_mask", torch.ones(3, S, dtype=torch.long))
+    return {"decoder_position_ids": (mask.cumsum(1) - 1).clamp(min=0) + first}
 
 
 def check(
@@ -74,10 +84,7 @@ def test_their_kin_equal_explicit_concatenation(name: str, padded: bool) -> None
     inputs = batch(name, padded)
     got = logits(model(**inputs), inputs)
     grads = gradients(got, list(prefix.parameters()))
-    extra = {}
-    if name == "t5gemma":
-        mask = inputs.get("decoder_attention_mask", torch.ones(3, S, dtype=torch.long))
-        extra["decoder_position_ids"] = (mask.cumsum(1) - 1).clamp(min=0) + P
+    extra = counted(inputs, first=P) if name == "t5gemma" else {}
     check(model, key_values(model, prefix, leaves=True), inputs, got, grads, **extra)
 
 
