@@ -6,11 +6,11 @@ q, k and v lie in [B, S, H, D] storage, as models hold them; ``lse`` and the gra
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._decomp import register_decomposition
 from torch.autograd import forward_ad as fwad
 
 from fastprefix import dispatch, reference
@@ -167,9 +167,16 @@ for _name, _impl, _fake, _autograd in (
 prefix_attn_fwd = torch.ops.fastprefix.prefix_attn_fwd
 
 
-@register_decomposition(prefix_attn_fwd.default)
-def _plain_fwd(*values: Any) -> tuple[Tensor, Tensor]:
-    """The oracle's algebra in plain operators, for exporters that know those alone (ONNX)."""
-    args, _ = _args(values)
-    o, lse = reference.fwd(args)
-    return _bshd(o), lse.contiguous()
+def decompositions() -> dict[Any, Callable[..., Any]]:
+    """The operator as the oracle's algebra in plain ones, for exporters that know those alone (ONNX).
+
+    A table for ``torch.export.ExportedProgram.run_decompositions``. It is not in torch's own, where ``torch.compile``
+    looks: there the operator stays one.
+    """
+
+    def plain(*values: Any) -> tuple[Tensor, Tensor]:
+        args, _ = _args(values)
+        o, lse = reference.fwd(args)
+        return _bshd(o), lse.contiguous()
+
+    return {prefix_attn_fwd.default: plain}

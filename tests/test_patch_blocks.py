@@ -77,7 +77,7 @@ def test_a_generation_that_may_outgrow_a_window_is_peft_s() -> None:
 
 @pytest.mark.parametrize("name", [name for name, row in ROWS.items() if row.peft is None])
 def test_every_model_that_peft_has_right(name: str) -> None:
-    task = "CAUSAL_LM" if ROWS[name].causal else "FEATURE_EXTRACTION"
+    task = "CAUSAL_LM" if ROWS[name].generates else "FEATURE_EXTRACTION"
     config = peft.PrefixTuningConfig(task_type=task, num_virtual_tokens=4)
     torch.manual_seed(0)
     theirs = peft.get_peft_model(ROWS[name].build(), config).eval()

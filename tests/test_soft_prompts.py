@@ -14,9 +14,14 @@ import fastprefix
 from fastprefix import PromptConfig, init
 from fastprefix.hf.state import installation
 from tests.models import ROWS, VOCAB
+from tests.rows import hybrids
 
 P, B, S = 5, 3, 7
-CAUSAL = [name for name, row in ROWS.items() if row.causal and name not in ("gpt_oss",) and "experts" not in row.notes]
+REFUSED = ["gemma4", "clip_text"]  # they want token ids
+CAUSAL = [
+    name for name, row in ROWS.items()
+    if row.generates and name not in (*REFUSED, *hybrids.ROWS) and "experts" not in row.notes
+]  # fmt: skip
 ENCODERS = ["bert", "roberta"]
 
 
@@ -54,6 +59,14 @@ def padded(side: str) -> Tensor:
     for row in range(B):
         mask[row, slice(0, row) if side == "left" else slice(S - row, S)] = 0
     return mask
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_model_that_takes_no_embeddings_is_refused(name: str) -> None:
+    model = ROWS[name].build()
+    with pytest.raises(ValueError, match=f"model: got {ROWS[name].cls}, which does not run on inputs_embeds alone"):
+        fastprefix.attach(model, PromptConfig(P))
+    assert "fastprefix" not in str(model) and all(p.requires_grad for p in model.parameters())
 
 
 @pytest.mark.parametrize("side", ["none", "left", "right"])

@@ -31,7 +31,18 @@ def prompt_dim(state: Installation) -> int:
     """Numbers of a soft prompt's token; raises ValueError for a model that takes none."""
     sharing.check(state)
     hidden = state.model.config.get_text_config().hidden_size
-    return int(getattr(state.model.get_input_embeddings(), "embedding_dim", hidden))
+    dim = int(getattr(state.model.get_input_embeddings(), "embedding_dim", hidden))
+    owner = state.layers.main.owner
+    embeds = next(p for p in owner.parameters() if p.is_floating_point()).new_zeros(1, 2, dim)
+    state.paused = True
+    try:
+        probe.run(owner, {"inputs_embeds": embeds})
+    except (AttributeError, RuntimeError, TypeError, ValueError) as error:
+        got = f"{type(state.model).__name__}, which does not run on inputs_embeds alone ({error})"
+        raise fail("model", got, "one that does: a soft prompt is embeddings") from error
+    finally:
+        state.paused = False
+    return dim
 
 
 def empty_prefix(state: Installation, config: PrefixConfig) -> Prefix:

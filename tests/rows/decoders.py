@@ -91,7 +91,7 @@ ROWS: dict[str, Row] = {
     "opt": lm("OPT", "OPT", {**COMMON, "ffn_dim": 48, "word_embed_proj_dim": 32}, notes="learned positions"),
     "biogpt": lm("BioGPT", "BioGpt", COMMON, notes="learned positions"),
     "modernbert_decoder": lm(
-        "ModernBERT decoder", "ModernBertDecoder", {**COMMON, "local_attention": 4, "layer_types": MIXED},
+        "ModernBERT decoder", "ModernBertDecoder", {**COMMON, "local_attention": 8, "layer_types": MIXED},
         notes="mixed windows", peft=SLIDING,
     ),
     "gptj": lm("GPT-J", "GPTJ", {**GPT, "rotary_dim": 4}, notes="led to the interface", cached=True),
