@@ -92,7 +92,7 @@ KIN: dict[str, Row] = {
         "T5Gemma", "T5GemmaForConditionalGeneration", "T5GemmaConfig",
         {"encoder": _GEMMA, "decoder": _GEMMA, "vocab_size": VOCAB, "pad_token_id": 0, "bos_token_id": 1,
          "eos_token_id": 2, "decoder_start_token_id": 1},
-        "rotary positions, GQA, softcap, sliding window",
+        "rotary positions, GQA, softcap, sliding window; no static cache",
     ),
 }  # fmt: skip
 

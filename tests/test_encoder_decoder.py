@@ -6,10 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
 
 import fastprefix
 from fastprefix import PrefixConfig
+from fastprefix.hf import tables
 from fastprefix.hf.state import installation
 from fastprefix.prefixes.prefix import Prefix
 from tests.concat import concatenating, run_concat
@@ -310,3 +312,52 @@ def test_trains() -> None:
         losses.append(loss.item())
     assert losses[-1] < 0.8 * losses[0]
     assert all(torch.equal(p, frozen[n]) for n, p in model.named_parameters() if n in frozen)
+
+
+@pytest.mark.parametrize("name", ["bart", "t5"])
+def test_a_decoder_alone_runs_without_cross_attention(name: str) -> None:
+    """Its first forward may be without an encoder's states; the check for skipped layers waits for one with them."""
+    model, _ = attached(name, torch.float32)
+    decoder, ids = model.get_decoder(), batch(name)["decoder_input_ids"]
+    got = decoder(input_ids=ids)[0]
+    fastprefix.set_prefix(model, None)
+    assert not torch.allclose(decoder(input_ids=ids)[0], got, atol=1e-3)
+    assert not installation(model).hooks[-1].checked
+
+
+@pytest.mark.parametrize("family", ["Bart", "Whisper"])
+def test_a_decoder_with_a_head_of_its_own(family: str) -> None:
+    """Its config counts the encoder's layers, which it does not have."""
+    options = {**ROWS[family.lower()].options, "is_decoder": True, "is_encoder_decoder": False}
+    options.update(encoder_layers=3, decoder_layers=2)
+    model = getattr(transformers, family + "ForCausalLM")(getattr(transformers, family + "Config")(**options)).eval()
+    prefix = fastprefix.attach(model, PrefixConfig(P))
+    assert len(prefix.layers) == 2
+
+
+@pytest.mark.parametrize("name", [name for name in ALL if name != "t5gemma"])
+def test_a_static_cache(name: str) -> None:
+    model, _ = attached(name, torch.float32)
+    inputs = source(batch(name))
+    options = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
+    want = model.generate(**inputs, **options)
+    assert torch.equal(model.generate(**inputs, **options, cache_implementation="static"), want)
+
+
+def test_masks_made_in_advance_need_their_positions() -> None:
+    """T5Gemma's static caches: which tokens are padding is no longer to be seen."""
+    model, _ = attached("t5gemma", torch.float32)
+    with pytest.raises(ValueError, match="position_ids: got None beside masks made in advance"):
+        model.generate(**source(batch("t5gemma")), max_new_tokens=3, cache_implementation="static")
+
+
+def test_a_decoder_whose_positions_cannot_be_moved_is_refused_and_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = ROWS["bart"].build()
+    before = [n for n, _ in model.named_modules()], count_hooks(model), dict(vars(model)), model.config
+    monkeypatch.setattr(tables, "find", lambda owner: None)
+    for _ in range(2):
+        with pytest.raises(
+            ValueError, match="model: got BartForConditionalGeneration, whose positions cannot be moved"
+        ):
+            fastprefix.attach(model, PrefixConfig(P))
+    assert ([n for n, _ in model.named_modules()], count_hooks(model), dict(vars(model)), model.config) == before

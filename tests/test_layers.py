@@ -13,7 +13,7 @@ import transformers
 
 import fastprefix
 from fastprefix import PrefixConfig, PromptConfig
-from fastprefix.hf.bypassing import Led
+from fastprefix.hf.bypassing import Led, leads
 from fastprefix.hf.state import found, installation
 from tests.model_inputs import P, S, inputs
 from tests.models import ROWS
@@ -43,6 +43,21 @@ def test_packed_rows_of_a_hybrid_are_refused(name: str) -> None:
     with pytest.raises(ValueError, match=r"position_ids: got packed documents .* carry a state past its end"):
         model(ids, position_ids=torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]]))
     model(ids, position_ids=torch.arange(S)[None])
+
+
+def test_packed_rows_of_a_compiled_hybrid_are_refused() -> None:
+    """Ids cannot be read in a graph: there a mask beside them has to say that a row is one document."""
+    ids, where = inputs("lfm2")["input_ids"][:1], torch.arange(S)[None]
+    for packed in (torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]]), where):
+        model = ROWS["lfm2"].build()
+        fastprefix.attach(model, PrefixConfig(P, init=START))
+        torch._dynamo.reset()
+        compiled = torch.compile(model, backend="eager", fullgraph=packed is where)
+        with pytest.raises((ValueError, torch._dynamo.exc.Unsupported), match="position_ids: got"):
+            compiled(ids, position_ids=packed)
+    torch._dynamo.reset()
+    got = torch.compile(model, backend="eager")(ids, position_ids=where, attention_mask=torch.ones_like(ids)).logits
+    torch.testing.assert_close(got, model(ids).logits, rtol=1e-4, atol=1e-4)
 
 
 def test_a_layer_past_the_interface_is_no_state() -> None:
@@ -105,6 +120,37 @@ def test_a_led_model_copies_pickles_and_is_given_back(name: str) -> None:
 
 def leds(model: Any) -> list[Led]:
     return [x for m in model.modules() for x in vars(m).values() if isinstance(x, Led)]
+
+
+@pytest.mark.parametrize("name", ["gptj", "falcon"])
+def test_what_stood_in_a_methods_place_is_back_there(name: str) -> None:
+    """A hook of accelerate's, a profiler: called while no prefix is active, and after."""
+    model, batch, calls = ROWS[name].build(), inputs(name, dtype=torch.float32), []
+    way = next(iter(leads(model)))
+    original = getattr(way.module, way.method)
+
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        calls.append(name)
+        return original(*args, **kwargs)
+
+    way.module.__dict__[way.method] = wrapper
+    fastprefix.attach(model, PrefixConfig(P, init=START))
+    calls.clear()
+    model(**batch)
+    assert not calls
+    fastprefix.set_prefix(model, None)
+    model(**batch)
+    fastprefix.detach(model)
+    assert way.module.__dict__[way.method] is wrapper
+    model(**batch)
+    assert len(calls) == 2
+
+
+def test_gpt_neo_takes_a_float_mask_of_the_callers_own() -> None:
+    model, ids = ROWS["gpt_neo"].build(), inputs("gpt_neo")["input_ids"]
+    fastprefix.attach(model, PrefixConfig(P, init=START))
+    mask = torch.full((S, S), torch.finfo(torch.float32).min).triu(1).expand(3, 1, S, S)
+    torch.testing.assert_close(model(ids, attention_mask=mask).logits, model(ids).logits, rtol=1e-4, atol=1e-4)
 
 
 def test_gpt_neo_hides_content_outside_its_window_and_no_prefix() -> None:

@@ -16,7 +16,10 @@ import torch
 
 import fastprefix
 from fastprefix import PrefixConfig, PromptConfig, init
+from fastprefix.hf.state import installation
 from tests.adapters import numbers, same, state
+from tests.encoder_decoders import ROWS as ENCODER_DECODERS
+from tests.models import ROWS
 from tests.tiny import tiny_model
 
 peft = pytest.importorskip("peft")
@@ -44,7 +47,13 @@ def patched() -> Any:
     return fastprefix.patch(peft.get_peft_model(tiny_model(), config)).eval()
 
 
-MAKERS = {"direct": direct, "mixed": mixed, "patched": patched}
+def led() -> Any:
+    model = ROWS["gptj"].build()
+    fastprefix.attach(model, PrefixConfig(3, init=init.normal(0.5)))
+    return model
+
+
+MAKERS = {"direct": direct, "mixed": mixed, "patched": patched, "led": led}
 
 
 def step(model: Any) -> None:
@@ -180,7 +189,7 @@ def test_patched_without_gradients_it_still_trains(mode: Any) -> None:
     assert [n for n, p in model.named_parameters() if p.grad is not None] == ["prompt_encoder.default.embedding.weight"]
 
 
-@pytest.mark.parametrize("kind", MAKERS)
+@pytest.mark.parametrize("kind", ["direct", "mixed", "patched"])
 def test_moved_between_dtypes(kind: str, tmp_path: Path) -> None:
     """Everything moves, the model still trains, and what is saved of it loads as what it was."""
     model = MAKERS[kind]()
@@ -230,3 +239,44 @@ def test_two_models_of_one_config_with_a_prefix_each() -> None:
     fastprefix.detach(first)
     assert torch.equal(second(IDS).logits, alone[1])
     assert second.config._attn_implementation == "fastprefix" and first.config._attn_implementation == "sdpa"
+
+
+def bart() -> tuple[Any, dict[str, Any]]:
+    model = ENCODER_DECODERS["bart"].build()
+    fastprefix.attach(model, PrefixConfig(3, init=init.normal(0.5)))
+    return model, {"input_ids": IDS, "decoder_input_ids": IDS}
+
+
+def prompted_bert() -> tuple[Any, dict[str, Any]]:
+    model = ROWS["bert"].build()
+    fastprefix.attach(model, PromptConfig(3))
+    return model, {"input_ids": IDS}
+
+
+def plain() -> tuple[Any, dict[str, Any]]:
+    return direct(), {"input_ids": IDS}
+
+
+@pytest.mark.filterwarnings("ignore:fastprefix. the prompt is concatenated")
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("make", [plain, bart, prompted_bert])
+@torch.no_grad()
+def test_an_interrupted_forward_leaves_nothing_to_the_bare_model(make: Any, first: bool) -> None:
+    """A table's positions, a prompt's places, a check that waits: torch calls no hook after an interrupt."""
+    model, inputs = make()
+    fastprefix.set_prefix(model, None)
+    want = model(**inputs)[0]
+    fastprefix.set_prefix(model, "default")
+    if not first:
+        model(**inputs)
+
+    def interrupt(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    last = installation(model).layers.modules[-1]
+    handle = last.register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        model(**inputs)
+    handle.remove()
+    fastprefix.set_prefix(model, None)
+    assert torch.equal(model(**inputs)[0], want)

@@ -12,7 +12,8 @@ from torch import nn
 
 import fastprefix
 from fastprefix import PrefixConfig, PromptConfig, init
-from tests.models import ROWS as MODELS
+from fastprefix.hf.state import installation
+from tests.encoder_decoders import ROWS as ENCODER_DECODERS
 from tests.tiny import tiny_model
 
 pytest.importorskip("transformers")
@@ -98,18 +99,19 @@ def test_one_model_serves_two_threads(kind: str) -> None:
     together(*(lambda i=i: serve(i) for i in (0, 1, 0)))  # type: ignore[misc]
 
 
-@pytest.mark.parametrize("row", ["opt", "gpt2"])
+@pytest.mark.parametrize("row", ["bart", "m2m_100"])
 def test_tables_of_positions_are_moved_for_one_forward(row: str) -> None:
-    model = MODELS[row].build()
+    model = ENCODER_DECODERS[row].build()
     fastprefix.attach(model, PrefixConfig(3, init=init.normal(0.5)))
+    assert installation(model).hooks[-1].shift is not None
     rows = [IDS, IDS.flip(1)[:1, :5]]
     with torch.no_grad():
-        want = [model(x).logits for x in rows]
+        want = [model(x, decoder_input_ids=x).logits for x in rows]
 
     @torch.no_grad()
     def serve(i: int) -> None:
         for _ in range(30):
-            assert torch.equal(model(rows[i]).logits, want[i])
+            assert torch.equal(model(rows[i], decoder_input_ids=rows[i]).logits, want[i])
 
     together(*(lambda i=i: serve(i) for i in (0, 1)))  # type: ignore[misc]
 

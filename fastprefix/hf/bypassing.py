@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fastprefix.hf.attention import NAME, attention_forward
@@ -18,11 +19,14 @@ class Led:
 
     def __init__(self, model: Any, module: nn.Module, method: str) -> None:
         self.model, self.module, self.method = model, module, method
+        self.own = module.__dict__.get(method)  # what somebody else put in its place before
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         module: Any = self.module
         if self.model.config._attn_implementation == NAME:
             return _WAYS[type(module).__name__][1](module, *args, **kwargs)
+        if self.own is not None:
+            return self.own(*args, **kwargs)
         return getattr(type(module), self.method)(module, *args, **kwargs)
 
 
@@ -49,6 +53,8 @@ def restore(found: list[Led]) -> None:
     """Take them out."""
     for led in found:
         del led.module.__dict__[led.method]
+        if led.own is not None:
+            led.module.__dict__[led.method] = led.own
 
 
 def _attn(
@@ -71,7 +77,13 @@ def _attn_local(
     rows, keys = query.shape[2], key.shape[2]
     if module.attention_type == "local":
         local = module.bias[:, :, keys - rows : keys, :keys].expand(len(query), -1, -1, -1)
-        attention_mask = local if attention_mask is None else local & attention_mask
+        if attention_mask is None:
+            attention_mask = local
+        elif attention_mask.dtype == torch.bool:
+            attention_mask = local & attention_mask[..., :keys]
+        else:  # one of the caller's own
+            hidden = torch.finfo(attention_mask.dtype).min
+            attention_mask = attention_mask[..., :keys].masked_fill(~local, hidden)
     dropout = module.attn_dropout.p if module.training else 0.0
     output, _ = attention_forward(
         module, query, key, value, attention_mask, scaling=1.0, dropout=dropout, is_causal=True

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from fastprefix.hf import masks
+from fastprefix.hf.attention import SLOT
 from fastprefix.hf.reading import Reading
 from fastprefix.prefixes.prefix import LayerKV
 from fastprefix.validation import fail
@@ -32,7 +35,7 @@ class _Recompute:
             args = self.state.checkpointing.enter(reading, args)
 
         def run(*inputs: Any, **options: Any) -> Any:
-            with self.state.turns.turn(), self.state.again(reading, active):
+            with self.state.turns.turn(), self.state.checkpointing.again(reading, active):
                 return function(*inputs, **options)
 
         return self.original(run, *args, **kwargs)
@@ -85,6 +88,26 @@ class Checkpointing:
             function = getattr(module, _FUNCTION, None)
             if function is not None and not isinstance(function, _Recompute):
                 setattr(module, _FUNCTION, _Recompute(self.state, function))
+
+    @contextmanager
+    def again(self, reading: Reading | None, active: str | None) -> Iterator[None]:
+        """Run a part of a forward again with what it read (None: the bare model), whatever is chosen by now."""
+        if any(SLOT not in module._modules for module in self.state.layers.modules):
+            raise RuntimeError("fastprefix: the prefix was taken out between a checkpointed forward and its backward")
+        slots, on, beside = self.state.slots, self.state.configs.on, masks.running.beside
+        outside = [(slot.active, slot.given, slot.overridden) for slot in slots]
+        self.state.switch(on=reading is not None)
+        masks.running.beside = slots[0].beside if reading is not None and reading.beside else None
+        for slot, kv in zip(slots, (reading and reading.layers) or [None] * len(slots), strict=True):
+            slot.active, slot.given = active, kv
+            slot.overridden = reading is None or reading.layers is not None
+        try:
+            yield
+        finally:
+            for slot, (name, kv, overridden) in zip(slots, outside, strict=True):
+                slot.active, slot.given, slot.overridden = name, kv, overridden
+            self.state.switch(on=on)
+            masks.running.beside = beside
 
     def remove(self) -> None:
         """Give the layers their own checkpointing functions back."""

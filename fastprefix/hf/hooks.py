@@ -19,13 +19,14 @@ if TYPE_CHECKING:
 class ForwardHooks:
     """Hooks on the module that makes a stack's positions and masks."""
 
-    def __init__(self, state: Installation, stack: Stack) -> None:
+    def __init__(self, state: Installation, stack: Stack, table: nn.Module | None) -> None:
         self.state = state
         self.stack = stack
         self.checked = False
+        self.alone = False  # whether a decoder runs without an encoder's states, which its cross-attention then skips
         owner = stack.owner
         self.table = positions.learned_table(owner)
-        self.shift = tables.shift(state.model, stack, is_decoder=stack is state.layers.main)
+        self.shift = None if table is None else tables.Table(table)
         self.handles = [
             owner.register_forward_pre_hook(self.before, with_kwargs=True),
             owner.register_forward_hook(self.after, always_call=True),
@@ -41,16 +42,19 @@ class ForwardHooks:
     def before(self, owner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Find what the layers read, shift positions behind it and refuse what cannot be right."""
         state = self.state
-        if state.paused or state.idle():
+        if state.paused:
             return None
         if state.nested is None and not torch.compiler.is_compiling():
             self.reset()  # an interrupt may have kept the last forward from it
+        if state.idle():
+            return None
         kwargs = {**dict(zip(self.stack.owner_arguments, args, strict=False)), **kwargs}
         reading = state.nested.reading if state.nested is not None else state.read(kwargs)
         if reading is None and state.nested is None:
             state.switch(on=False)
             return None
         state.switch(on=True)
+        self.alone = kwargs.get("encoder_hidden_states") is None
         self.refuse(kwargs)
         if reading is not None and reading.beside:
             masks.running.beside = state.slots[0].beside
@@ -83,7 +87,7 @@ class ForwardHooks:
         state.running = None
         state.take_back()
         state.unshare_encoder()
-        masks.running.boundary = masks.running.beside = None
+        masks.running.forget()
         if self.shift is not None:
             self.shift.offset = 0
 
@@ -122,16 +126,19 @@ class ForwardHooks:
         if torch.compiler.is_compiling():
             # The ids cannot be read. In training those that come without a mask may be packed, and need no cache.
             may_be = kwargs.get("position_ids") is not None and kwargs.get("attention_mask") is None
+            if may_be and self.state.layers.kinds and kwargs.get("past_key_values") is None:
+                got = "ids that may be those of packed documents, which torch.compile cannot read"
+                expected = f"an attention_mask beside them: layers of {type(self.state.model).__name__} carry a state"
+                raise fail("position_ids", got, f"{expected} past a document's end")
             if owner.training and takes_cache and may_be and not kwargs.get("use_cache"):
                 kwargs["use_cache"] = False
             return
-        masks.running.boundary = positions.documents(kwargs)
-        if masks.running.boundary is None:
-            return
-        if self.state.layers.kinds:
+        boundary = positions.documents(kwargs)
+        if boundary is not None and self.state.layers.kinds:
             got, model = "packed documents (they jump)", type(self.state.model).__name__
             raise fail("position_ids", got, f"one document a row: layers of {model} carry a state past its end")
-        if takes_cache:
+        masks.running.boundary = boundary
+        if boundary is not None and takes_cache:
             kwargs["use_cache"] = False
 
     def after(self, owner: nn.Module, args: Any, output: Any) -> Any:
@@ -142,7 +149,7 @@ class ForwardHooks:
         if self.shift is not None:
             self.shift.offset = 0
         if not torch.compiler.is_compiling():
-            masks.running.boundary = masks.running.beside = None
+            masks.running.forget()
         if reading is None:
             return None
         state.running = None
@@ -169,7 +176,8 @@ class ForwardHooks:
     def check(self, owner: nn.Module) -> None:
         """Raise if a layer's attention went past our function."""
         state = self.state
-        missed = [i for i in self.stack.layers if not state.slots[i].ran]
+        alone = {"cross"} if self.alone else set()
+        missed = [i for i in self.stack.layers if not state.slots[i].ran and state.layers.parts[i] not in alone]
         drops = [getattr(state.model.config, f"{part}layerdrop", 0.0) for part in ("", "encoder_", "decoder_")]
         skips_layers = owner.training and any(drop > 0.0 for drop in drops)
         if missed and not skips_layers:
@@ -177,7 +185,7 @@ class ForwardHooks:
             raise RuntimeError(
                 f"fastprefix: {name} ran without the attention hook of layers {missed}: the prefix was ignored there"
             )
-        self.checked = True
+        self.checked = not alone or "cross" not in state.layers.parts
 
 
 def _whole_mask(kwargs: dict[str, Any]) -> Any:

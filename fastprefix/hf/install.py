@@ -42,7 +42,7 @@ def attach(
     """Give a transformers model a trained prefix or soft prompt, and freeze the rest of the model.
 
     Args:
-        model: a decoder or encoder whose attention goes through transformers' attention interface.
+        model: a decoder, encoder or encoder-decoder whose attention goes through transformers' attention interface.
         config: what to train and where to start: a :class:`PrefixConfig` (keys and values in every attention layer)
             or a :class:`PromptConfig` (input embeddings).
         name: of this prefix; several can be attached, the last one is active (see :func:`set_prefix`).

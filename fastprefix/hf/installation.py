@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from fastprefix.hf import bypassing, encoder_decoder, masks, probe, reading
+from fastprefix.hf import bypassing, encoder_decoder, masks, probe, reading, tables
 from fastprefix.hf.attached import Attached
 from fastprefix.hf.attention import SLOT
 from fastprefix.hf.checkpointing import Checkpointing
@@ -49,12 +49,14 @@ class Installation:
         self.trainable: list[tuple[nn.Parameter, bool]] = []
         self.configs = OwnConfigs(model)
         self.led = bypassing.lead(model)
+        masks.running.forget()  # an interrupt may have kept another model's forward from it
         try:
             self.switch(on=True)
             self.layers = (
                 encoder_decoder.find_layers(model) if encoder_decoder.is_one(model) else probe.find_layers(model)
             )
             self.check_masks()
+            moved = [tables.table(model, stack, stack is self.layers.main) for stack in self.layers.stacks]
         except BaseException:
             self.give_back()
             raise
@@ -64,7 +66,7 @@ class Installation:
         self.checkpointing = Checkpointing(self)
         self.heads = HeadHooks(self)
         self.continuous = ContinuousBatching(self)
-        self.hooks = [ForwardHooks(self, stack) for stack in self.layers.stacks]
+        self.hooks = [ForwardHooks(self, *pair) for pair in zip(self.layers.stacks, moved, strict=True)]
         self.turns = Turns(self)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -215,26 +217,6 @@ class Installation:
         prefix = self.prefixes.get(self.active) if self.active is not None else None
         if isinstance(prefix, Prefix) and prefix.encoder is not None:
             prefix.encoder.unshare()
-
-    @contextmanager
-    def again(self, reading: Reading | None, active: str | None) -> Iterator[None]:
-        """Run a part of a forward again with what it read (None: the bare model), whatever is chosen by now."""
-        if any(SLOT not in module._modules for module in self.layers.modules):
-            raise RuntimeError("fastprefix: the prefix was taken out between a checkpointed forward and its backward")
-        slots, on, beside = self.slots, self.configs.on, masks.running.beside
-        outside = [(slot.active, slot.given, slot.overridden) for slot in slots]
-        self.switch(on=reading is not None)
-        masks.running.beside = slots[0].beside if reading is not None and reading.beside else None
-        for slot, kv in zip(slots, (reading and reading.layers) or [None] * len(slots), strict=True):
-            slot.active, slot.given = active, kv
-            slot.overridden = reading is None or reading.layers is not None
-        try:
-            yield
-        finally:
-            for slot, (name, kv, overridden) in zip(slots, outside, strict=True):
-                slot.active, slot.given, slot.overridden = name, kv, overridden
-            self.switch(on=on)
-            masks.running.beside = beside
 
     def give_back(self) -> None:
         """Let the model run on its own configs and methods again."""

@@ -35,6 +35,10 @@ class _Running(threading.local):
         self.beside: str | None = None
         self.windows: list[list[int]] = []
 
+    def forget(self) -> None:
+        """No forward runs."""
+        self.boundary = self.beside = None
+
 
 running = _Running()
 

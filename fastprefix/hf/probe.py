@@ -114,7 +114,7 @@ def run_part(model: nn.Module, part: nn.Module, inputs: dict[str, Tensor]) -> li
         calls = run(part, inputs)
     except KeyError as error:  # models that look their classes up by the implementation's name
         raise does_not_dispatch(model, f" ({error})") from error
-    except (AttributeError, TypeError) as error:
+    except (AttributeError, IndexError, RuntimeError, TypeError) as error:
         got = f"{type(model).__name__}, which does not run on {' and '.join(inputs)} alone ({error})"
         raise fail("model", got, "a model that does, or the part of it that is to read the prefix") from error
     if not calls:
@@ -129,7 +129,9 @@ def find_layers(model: nn.Module) -> Layers:
         calls = run_part(model, model, inputs)
     config: Any = getattr(model.config, "get_text_config", lambda: model.config)()
     kinds = tuple(getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or ())
-    expected = getattr(config, "num_hidden_layers", None)
+    # A decoder's config that an encoder-decoder shares names the encoder's layers so.
+    decoder = getattr(config, "decoder_layers", None) if getattr(config, "is_decoder", False) else None
+    expected = decoder or getattr(config, "num_hidden_layers", None)
     if expected is not None:
         expected -= sum(kind in _WITHOUT_ATTENTION for kind in kinds)
         if len(calls) != expected:

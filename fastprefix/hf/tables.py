@@ -27,8 +27,8 @@ def has_positions(owner: nn.Module) -> bool:
     return any(name.rsplit(".", 1)[-1] in names for name, _ in owner.named_modules())
 
 
-def shift(model: nn.Module, stack: Stack, is_decoder: bool) -> Table | None:
-    """What moves the positions of a decoder without position ids; None where there is nothing to move.
+def table(model: nn.Module, stack: Stack, is_decoder: bool) -> nn.Module | None:
+    """The table that moves a decoder without position ids; None where there is nothing to move.
 
     Raises:
         ValueError: its positions are absolute and cannot be moved.
@@ -36,13 +36,11 @@ def shift(model: nn.Module, stack: Stack, is_decoder: bool) -> Table | None:
     if not is_decoder or not stack.causal or stack.takes_positions:
         return None
     module = find(stack.owner)
-    if module is not None:
-        return Table(module)
-    if has_positions(stack.owner):
+    if module is None and has_positions(stack.owner):
         owner = type(stack.owner).__name__
         got = f"{type(model).__name__}, whose positions cannot be moved: {owner} takes no position_ids"
         raise fail("model", got, "a decoder that does, or one of relative positions")
-    return None
+    return module
 
 
 class Table:

@@ -32,6 +32,8 @@ MIXED = ["sliding_attention", "full_attention"]
 # Why PEFT's prefix tuning does not compute the same.
 SLIDING = "prefix is out of sight of a sliding window"
 NO_CACHE = "prefix needs past_key_values, which it does not take"
+STATES = "prefix tuning makes a cache that holds no states"
+TWO_DIMS = "prefix has one head dim for keys and values"
 NO_TOKENS = "prefix tuning is of token ids"
 
 

@@ -103,6 +103,6 @@ ROWS: dict[str, Row] = {
     ),
     "falcon": lm(
         "Falcon (7B, 40B)", "Falcon", {**COMMON, "num_kv_heads": 2, "new_decoder_architecture": True},
-        notes="led to the interface", cached=True, peft="prefix has another number of heads than its cache",
+        notes="led to the interface", cached=True, peft="prefix has the queries' heads, not the groups'",
     ),
 }  # fmt: skip

@@ -31,7 +31,9 @@ ROWS: dict[str, Row] = {
         {**COMMON, "local_attention": 4, "global_attn_every_n_layers": 2, "cls_token_id": 1, "sep_token_id": 2},
         notes="bidirectional, mixed windows", peft=NO_CACHE,
     ),
-    "eurobert": row("EuroBERT", "EuroBert", "Model", GQA, notes="bidirectional, GQA", peft=NO_CACHE),
+    "eurobert": row(
+        "EuroBERT", "EuroBert", "Model", GQA, notes="bidirectional, GQA", peft="content starts at 0 beside its prefix"
+    ),
     "nomic_bert": row("Nomic BERT", "NomicBert", "Model", COMMON, notes="bidirectional", peft=NO_CACHE),
     "esm": row(
         "ESM-2", "Esm", "Model", {**_ESM, "position_embedding_type": "rotary"}, notes="bidirectional, of proteins",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.rows import COMMON, GQA, MIXED, SLIDING, Row, lm
+from tests.rows import COMMON, GQA, MIXED, SLIDING, TWO_DIMS, Row, lm
 
 _LOCAL = {**GQA, "num_local_experts": 4, "num_experts_per_tok": 2}
 _ROUTED = {**GQA, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
@@ -25,7 +25,6 @@ _MLA = {
     "qk_rope_head_dim": 8,
     "v_head_dim": 8,
 }
-_TWO_DIMS = "prefix has one head dim for keys and values"
 
 ROWS: dict[str, Row] = {
     "mixtral": lm("Mixtral", "Mixtral", _LOCAL, notes="experts"),
@@ -44,6 +43,6 @@ ROWS: dict[str, Row] = {
     "glm4_moe": lm("GLM-4-MoE", "Glm4Moe", {**GQA, **_DEEP, "head_dim": 8}, notes="experts"),
     "dots1": lm("dots.llm1", "Dots1", {**GQA, **_DEEP}, notes="experts"),
     "minimax_m2": lm("MiniMax-M2", "MiniMaxM2", {**_LOCAL, "head_dim": 8}, notes="experts"),
-    "deepseek_v2": lm("DeepSeek-V2", "DeepseekV2", _MLA, notes="MLA: D = 20, D_v = 8, experts", peft=_TWO_DIMS),
-    "deepseek_v3": lm("DeepSeek-V3", "DeepseekV3", _MLA, notes="MLA: D = 20, D_v = 8, experts", peft=_TWO_DIMS),
+    "deepseek_v2": lm("DeepSeek-V2", "DeepseekV2", _MLA, notes="MLA: D = 20, D_v = 8, experts", peft=TWO_DIMS),
+    "deepseek_v3": lm("DeepSeek-V3", "DeepseekV3", _MLA, notes="MLA: D = 20, D_v = 8, experts", peft=TWO_DIMS),
 }  # fmt: skip

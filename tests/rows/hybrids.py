@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tests.rows import COMMON, GQA, Row, lm
+from tests.rows import COMMON, GQA, STATES, TWO_DIMS, Row, lm
 
 _HYBRID = ["linear_attention", "full_attention"]
 _DELTA = {
@@ -23,11 +23,12 @@ _ZAMBA = {
     "layers_block_type": ["hybrid", "linear_attention", "hybrid"],
     "mamba_d_state": 4,
 }
-_PEFT = "prefix tuning makes a cache that holds no states"
 
 
-def _row(title: str, family: str, options: dict[str, Any], layers: str, config: str | None = None) -> Row:
-    return lm(title, family, options, config, notes=f"hybrid: attention in {layers}", peft=_PEFT)
+def _row(
+    title: str, family: str, options: dict[str, Any], layers: str, config: str | None = None, peft: str = STATES
+) -> Row:
+    return lm(title, family, options, config, notes=f"hybrid: attention in {layers}", peft=peft)
 
 
 ROWS: dict[str, Row] = {
@@ -59,7 +60,7 @@ ROWS: dict[str, Row] = {
     "zamba": _row(
         "Zamba", "Zamba",
         {**_ZAMBA, "n_mamba_heads": 2, "use_mamba_kernels": False, "attention_head_dim": 16},
-        "every sixth layer, of tied weights",
+        "every sixth layer, of tied weights", peft=TWO_DIMS,
     ),
     "zamba2": _row(
         "Zamba2", "Zamba2",
@@ -86,6 +87,6 @@ ROWS: dict[str, Row] = {
         "RecurrentGemma", "RecurrentGemma",
         {**COMMON, "num_key_value_heads": 1, "lru_width": 32, "attention_window_size": 8,
          "block_types": ["recurrent", "attention"]},
-        "every third layer, windows",
+        "every third layer, windows", peft="prefix has slots for layers without attention",
     ),
 }  # fmt: skip
