@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
+import fastprefix
+from fastprefix import PrefixConfig
 from fastprefix.hf.state import installation
 from fastprefix.prefixes.prefix import Prefix
 from tests.models import VOCAB, Row
@@ -99,7 +102,7 @@ KIN: dict[str, Row] = {
 ALL = {**ROWS, **KIN}
 # Those whose adapters of PEFT's are loaded in a test.
 LOADED = ("bart", "mbart", "pegasus", "m2m_100", "marian", "t5", "mt5")
-S, T = 6, 9
+P, S, T = 5, 6, 9
 
 
 def batch(name: str, padded: bool = False) -> dict[str, Tensor]:
@@ -150,3 +153,22 @@ def move_positions(model: Any, by: int) -> None:
     else:
         first = table.padding_idx + 1
         table.weights[first:-by] = table.weights[first + by :].clone()
+
+
+def attached(name: str, dtype: torch.dtype = torch.float64, **options: Any) -> tuple[Any, Prefix]:
+    """A model with a random prefix in the model's dtype."""
+    model = ALL[name].build(dtype)
+    decoder = model.get_decoder()
+    if name == "umt5" and not getattr(decoder.block[0].layer[0].SelfAttention, "is_causal", True):
+        pytest.skip("this transformers' own UMT5 sees the future under SDPA")
+    prefix = fastprefix.attach(model, PrefixConfig(P, init=fastprefix.init.normal(0.6), **options))
+    return model, prefix.to(dtype)
+
+
+def source(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What ``generate`` is given."""
+    return {k: x for k, x in inputs.items() if not k.startswith("decoder")}
+
+
+def count_hooks(model: Any) -> int:
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())

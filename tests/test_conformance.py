@@ -15,7 +15,7 @@ from fastprefix.hf.formats import pack
 from fastprefix.hf.state import installation
 from fastprefix.prefixes.prefix import Prefix
 from tests.concat import run_cached, run_concat
-from tests.model_inputs import P, S, inputs, output, positions, without_dropout
+from tests.model_inputs import P, S, gradients, inputs, output, positions, without_dropout
 from tests.models import REFUSED, ROWS
 from tests.rows import NO_CACHE, STATES, TWO_DIMS
 
@@ -28,11 +28,6 @@ def attached(name: str, dtype: torch.dtype = torch.float64, **options: Any) -> t
     model = ROWS[name].build(dtype)
     prefix = fastprefix.attach(model, PrefixConfig(P, init=fastprefix.init.normal(0.6), **options))
     return model, prefix.to(dtype)
-
-
-def gradients(x: Tensor, leaves: list[Tensor]) -> tuple[Tensor, ...]:
-    weight = torch.sin(torch.arange(x.numel(), dtype=x.dtype)).view(x.shape)
-    return torch.autograd.grad((x * weight).sum(), leaves)
 
 
 @pytest.mark.parametrize(("name", "padding"), PADDED)
