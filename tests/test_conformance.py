@@ -17,6 +17,7 @@ from fastprefix.prefixes.prefix import Prefix
 from tests.concat import run_cached, run_concat
 from tests.model_inputs import P, S, gradients, inputs, output, positions, without_dropout
 from tests.models import REFUSED, ROWS
+from tests.precision import StayingInDouble, assert_model_rule
 from tests.rows import NO_CACHE, STATES, TWO_DIMS
 
 PADDED = [(name, padding) for name, row in ROWS.items() for padding in row.paddings]
@@ -41,15 +42,20 @@ def test_equals_explicit_concatenation(name: str, padding: str) -> None:
     names = [modules[id(m)] for m in state.layers.modules]
     pairs = [(k.detach().clone().requires_grad_(), v.detach().clone().requires_grad_()) for k, v in prefix.key_values()]
     fastprefix.detach(model)
-    if ROWS[name].cached:
-        result = run_cached(model, pairs, batch, **positions(name, batch))
-    else:
-        result = run_concat(model, dict(zip(names, pairs, strict=True)), **batch, **positions(name, batch))
-    want = output(model, result, batch)
-    torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
-    for grad, expected in zip(grads, gradients(want, [x for kv in pairs for x in kv]), strict=True):
-        assert expected.abs().max() > 0
-        torch.testing.assert_close(grad, expected, rtol=1e-6, atol=1e-6 * max(1.0, expected.abs().max().item()))
+
+    def oracle() -> list[Tensor]:
+        if ROWS[name].cached:
+            result = run_cached(model, pairs, batch, **positions(name, batch))
+        else:
+            result = run_concat(model, dict(zip(names, pairs, strict=True)), **batch, **positions(name, batch))
+        want = output(model, result, batch)
+        return [want, *gradients(want, [x for kv in pairs for x in kv])]
+
+    eager = oracle()
+    assert all(expected.abs().max() > 0 for expected in eager)
+    with StayingInDouble():
+        truth = oracle()
+    assert_model_rule([got, *grads], eager, truth)
 
 
 @pytest.mark.parametrize("padding", ["none", "left", "right"])

@@ -13,6 +13,7 @@ from torch import Tensor
 import fastprefix
 from fastprefix import PrefixConfig
 from tests.models import ROWS, VOCAB
+from tests.precision import StayingInDouble, assert_model_rule
 
 P, B, S = 6, 4, 5
 NAMES = ["llama_gqa", "gpt2", "qwen3", "phi"]
@@ -33,18 +34,22 @@ def repeated(model: Any, prompt: Tensor, rows: Tensor, **kwargs: Any) -> Any:
 @pytest.mark.parametrize("name", NAMES)
 def test_equals_repeating_the_prompt_with_gradients_into_the_model(name: str) -> None:
     model = ROWS[name].build(torch.float64)
-    twin, prompt, rows = copy.deepcopy(model), ids(P), ids(B, S, seed=1)
-    want = repeated(twin, prompt, rows, labels=rows)
+    prompt, rows = ids(P), ids(B, S, seed=1)
+
+    def oracle() -> list[Tensor]:
+        twin = copy.deepcopy(model)
+        want = repeated(twin, prompt, rows, labels=rows)
+        grads = torch.autograd.grad(want.loss, list(twin.parameters()))
+        return [want.logits[:, P:], want.logits[:, P - 1], want.loss, *grads]
+
+    eager = oracle()
+    with StayingInDouble():
+        truth = oracle()
     with fastprefix.shared_prompt(model, prompt) as shared:
         got = model(input_ids=rows, labels=rows)
         assert shared.next_logits is not None
-    torch.testing.assert_close(got.logits, want.logits[:, P:], rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(shared.next_logits, want.logits[:, P - 1], rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(got.loss, want.loss, rtol=1e-6, atol=1e-6)
-    got.loss.backward()
-    want.loss.backward()
-    for (key, p), q in zip(model.named_parameters(), twin.parameters(), strict=True):
-        torch.testing.assert_close(p.grad, q.grad, rtol=1e-6, atol=1e-6, msg=lambda m, key=key: f"{key}: {m}")
+    grads = torch.autograd.grad(got.loss, list(model.parameters()))
+    assert_model_rule([got.logits, shared.next_logits, got.loss, *grads], eager, truth)
 
 
 @pytest.mark.parametrize("ragged", [False, True])

@@ -14,6 +14,7 @@ import fastprefix
 from fastprefix import PromptConfig, init
 from fastprefix.hf.state import installation
 from tests.models import ROWS, VOCAB
+from tests.precision import StayingInDouble, assert_model_rule
 from tests.rows import hybrids
 
 P, B, S = 5, 3, 7
@@ -77,16 +78,20 @@ def test_equals_concatenated_embeddings(name: str, side: str) -> None:
     labels = ids if mask is None else ids.masked_fill(mask == 0, -100)
     if side == "left":
         labels[:, 1:][mask.diff(dim=1) == 1] = -100  # there concatenation has padding predict it
-    twin = prompt.embedding.detach().clone().requires_grad_()
-    want = concatenated(bare, twin, ids, mask, labels=labels)
-    got = model(input_ids=ids, attention_mask=mask, labels=labels)
     real = torch.ones_like(ids).bool() if mask is None else mask.bool()
+
+    def oracle() -> list[Tensor]:
+        twin = prompt.embedding.detach().clone().requires_grad_()
+        want = concatenated(bare, twin, ids, mask, labels=labels)
+        return [want.logits[:, P:][real], want.loss, *torch.autograd.grad(want.loss, [twin])]
+
+    eager = oracle()
+    with StayingInDouble():
+        truth = oracle()
+    got = model(input_ids=ids, attention_mask=mask, labels=labels)
     assert got.logits.shape[:2] == ids.shape
-    torch.testing.assert_close(got.logits[real], want.logits[:, P:][real], rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(got.loss, want.loss, rtol=1e-6, atol=1e-6)
-    want.loss.backward()
     got.loss.backward()
-    torch.testing.assert_close(prompt.embedding.grad, twin.grad, rtol=1e-6, atol=1e-6)
+    assert_model_rule([got.logits[real], got.loss, prompt.embedding.grad], eager, truth)
     assert prompt.embedding.grad.abs().max() > 1e-4
 
 
