@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fastprefix import functional
-from fastprefix.hf import probe, sharing
+from fastprefix.hf import exactness, probe
 from fastprefix.hf.attention import AttentionCall
 from fastprefix.hf.installation import Installation
 from fastprefix.hf.reading import Entry
@@ -24,7 +24,7 @@ def explain_model(model: Any) -> str:
         mark = "active" if name in active else "attached"
         lines.append(f"{entry.kind} {name!r}: {mark}, P={entry.tokens}, {_where(state, entry)}, {count:,} trainable")
         if entry.prompt is not None:
-            reason = sharing.inexact(state, entry.tokens, {})
+            reason = exactness.inexact(state, entry.tokens, {})
             lines.append(f"      {'computed once per forward' if reason is None else f'concatenated: {reason}'}")
     if not active:
         return "\n".join([*lines, "no prefix is active: the model runs its own attention"])

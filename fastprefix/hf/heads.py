@@ -8,17 +8,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from fastprefix.hf.next_token import IGNORED, predicts_next_token
+
 if TYPE_CHECKING:
     from fastprefix.hf.installation import Installation
     from fastprefix.hf.reading import Reading
 
-_LANGUAGE_MODELS = ("ForCausalLM", "LMHeadModel")
-IGNORED = -100
-
-
-def is_language_model(model: nn.Module) -> bool:
-    """Whether a model's logits predict the next token."""
-    return any(cls.__name__.endswith(_LANGUAGE_MODELS) for cls in type(model).__mro__)
 
 
 def keeps_some(kwargs: dict[str, Any]) -> bool:
@@ -34,10 +29,11 @@ class HeadHooks:
         self.state = state
         self.wanted = False  # by the forward that runs
         self.labelled = False
+        self.length = 0  # 1 + S, tokens of the rows and the place in front of them
         self.padding: Tensor | None = None  # [B], places in front of its rows
         self.handles: list[Any] = []
         model = state.model
-        if state.layers.main.owner is model or not is_language_model(model):
+        if len(state.layers.stacks) > 1 or not predicts_next_token(model, state.layers.main):
             return
         self.arguments = tuple(inspect.signature(model.forward).parameters)
         self.handles = [
@@ -83,7 +79,7 @@ class HeadHooks:
 
     def behind_padding(self, output: Any, reading: Reading) -> Any:
         """The same; in rows padded on the left the prompt's last state stands in front of their first token."""
-        self.padding = reading.padding
+        self.padding, self.length = reading.padding, output[0].shape[1]
         if reading.padding is None:
             return output
         hidden = output[0]
@@ -98,19 +94,27 @@ class HeadHooks:
         wanted, self.wanted = self.wanted, False
         if not wanted or output is None:
             return None
+        length = self.length
         if isinstance(output, tuple):
             at = 1 if self.labelled else 0
-            logits, output = output[at], (*output[:at], output[at][:, 1:], *output[at + 1 :])
+            logits = output[at] if len(output) > at else None
+            output = tuple(_behind_first(x, length) if i == at else x for i, x in enumerate(output))
         else:
-            logits = output.logits
-            if logits is None:  # a loss fused with the head makes none
-                return None
-            output.logits = logits[:, 1:]
-        if self.state.shared is not None:
+            # A loss fused with the head makes no logits, but may tell something of every token.
+            logits = output.get("logits")
+            for name, x in list(output.items()):
+                if name in ("logits", "last_hidden_state") or (isinstance(x, Tensor) and x.dim() == 2):
+                    output[name] = _behind_first(x, length)
+        if self.state.shared is not None and isinstance(logits, Tensor):
             rows = torch.arange(len(logits), device=logits.device)
             at_prompt = torch.zeros_like(rows) if self.padding is None else self.padding.to(rows.device)
             self.state.shared.next_logits = logits[rows, at_prompt]
         return output
+
+
+def _behind_first(x: Any, length: int) -> Any:
+    """What an output tells of ``[B, 1 + S]`` places, of the rows' own tokens; anything else as it is."""
+    return x[:, 1:] if isinstance(x, Tensor) and x.dim() > 1 and x.shape[1] == length else x
 
 
 def replace_first(output: Any, hidden: Tensor) -> Any:

@@ -59,6 +59,7 @@ class ForwardHooks:
         if reading is not None and reading.beside:
             masks.running.beside = state.slots[0].beside
             return self.start(reading, kwargs)
+        masks.running.spelt_out = not self.stack.causal
         if "attention_mask" in kwargs:
             kwargs["attention_mask"] = _whole_mask(kwargs)
         self.separate_documents(owner, kwargs)
@@ -99,11 +100,14 @@ class ForwardHooks:
         if self.shift is not None:
             self.shift.offset = reading.offset
             return
+        mask, ids = kwargs.get("attention_mask"), kwargs.get("position_ids")
+        if state.nested is None:
+            mask, ids = state.outer.own_arguments(kwargs)
+        counts = causal or state.outer.outer.makes_positions
         shifted = isinstance(reading.offset, Tensor) or reading.offset > 0
-        if self.stack.takes_positions and (shifted or (causal and kwargs.get("position_ids") is None)):
-            ids = positions.content_positions(kwargs, reading.offset, causal, self.table)
-            kwargs["position_ids"] = ids
-        mask = kwargs.get("attention_mask")
+        if self.stack.takes_positions and (shifted or (counts and ids is None)):
+            given, first = {**kwargs, "attention_mask": mask, "position_ids": ids}, state.outer.first_position
+            kwargs["position_ids"] = positions.content_positions(given, reading.offset, counts, self.table, first)
         if state.heads.wanted and isinstance(mask, Tensor) and mask.dim() == 2:
             reading.padding = (mask.cumsum(1) == 0).sum(1)
             prompted = state.prompted_rows(len(mask))

@@ -9,7 +9,7 @@ from typing import Any, overload
 import torch
 from torch import nn
 
-from fastprefix.hf import sharded
+from fastprefix.hf import sharded, trial
 from fastprefix.hf.attached import Attached
 from fastprefix.hf.build import build
 from fastprefix.hf.installation import Installation
@@ -90,10 +90,20 @@ def _attach_made(
         if fresh:
             detach(model)
         raise
+    before = state.active
     state.freeze()
     state.prefixes[name] = prefix
     state.place(name, prefix)
     state.activate(name)
+    try:
+        trial.run_once(state)
+    except BaseException:
+        if fresh:
+            detach(model)
+        else:
+            state.displace(name)
+            state.activate(before)
+        raise
     return prefix
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from fastprefix.hf import bypassing, encoder_decoder, masks, probe, reading, tables
+from fastprefix.hf import bypassing, encoder_decoder, exactness, masks, outer, probe, reading, tables
 from fastprefix.hf.attached import Attached
 from fastprefix.hf.attention import SLOT
 from fastprefix.hf.checkpointing import Checkpointing
@@ -56,15 +56,18 @@ class Installation:
                 encoder_decoder.find_layers(model) if encoder_decoder.is_one(model) else probe.find_layers(model)
             )
             self.check_masks()
+            around = outer.look(model, self.layers.main)
             moved = [tables.table(model, stack, stack is self.layers.main) for stack in self.layers.stacks]
         except BaseException:
             self.give_back()
             raise
         self.switch(on=False)
+        self.rotary_limits = tuple(exactness.rotary_limits(self.layers.main.owner))
         for module in self.layers.modules:
             module.add_module(SLOT, LayerSlot())
         self.checkpointing = Checkpointing(self)
         self.heads = HeadHooks(self)
+        self.outer = outer.OuterCall(model, self.layers.main, around)
         self.continuous = ContinuousBatching(self)
         self.hooks = [ForwardHooks(self, *pair) for pair in zip(self.layers.stacks, moved, strict=True)]
         self.turns = Turns(self)
@@ -122,6 +125,18 @@ class Installation:
             assert isinstance(encoders, nn.ModuleDict)
             encoders[name] = encoder
         elif isinstance(encoders, nn.ModuleDict) and name in encoders:
+            del encoders[name]
+            if not encoders:
+                del self.layers.main.owner._modules[_ENCODERS]
+
+    def displace(self, name: str) -> None:
+        """Take one prefix out again."""
+        del self.prefixes[name]
+        for slot in self.slots:
+            if name in slot.prefixes:
+                del slot.prefixes[name]
+        encoders = self.layers.main.owner._modules.get(_ENCODERS)
+        if isinstance(encoders, nn.ModuleDict) and name in encoders:
             del encoders[name]
             if not encoders:
                 del self.layers.main.owner._modules[_ENCODERS]
@@ -229,6 +244,7 @@ class Installation:
             hooks.remove()
         self.turns.remove()
         self.heads.remove()
+        self.outer.remove()
         self.continuous.remove()
         self.checkpointing.remove()
         for module in self.layers.modules:

@@ -33,11 +33,14 @@ class _Running(threading.local):
         self.boundary: tuple[int, int] | None = None
         # The attention implementation whose masks are wanted, while a model keeps its own beside a gated prompt.
         self.beside: str | None = None
+        # Whether the layers are not causal by themselves: a causal mask must say so aloud, as padding alone would not.
+        self.spelt_out = False
         self.windows: list[list[int]] = []
 
     def forget(self) -> None:
         """No forward runs."""
         self.boundary = self.beside = None
+        self.spelt_out = False
 
 
 running = _Running()
@@ -102,7 +105,8 @@ def content_mask(
     if not plain_causal and aligned and allow_is_causal_skip and local_size is not None and not exporting:
         # A window or chunk that the text has not outgrown hides nothing.
         plain_causal = bool(q_offset + q_length <= local_size)
-    if plain_causal and aligned:
+    # Without padding transformers, too, leaves it to the layer (its sdpa makes no mask then).
+    if plain_causal and aligned and not (running.spelt_out and padding is not None):
         return None if padding is None else padding[:, None, None, :]
     if mask_function is masking_utils.bidirectional_mask_function:
         # Said aloud even when nothing is hidden: the layer itself may not know that it is not causal.

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from fastprefix.validation import fail
 
+_AXES_AND_TEXT = 4  # Qwen2-VL's: a text's positions, then time, height and width
+
 
 def learned_table(owner: nn.Module) -> nn.Embedding | None:
     """The model's learned absolute positions, if it has them."""
@@ -22,14 +24,18 @@ def learned_table(owner: nn.Module) -> nn.Embedding | None:
     return None
 
 
-def content_positions(kwargs: dict[str, Any], offset: int | Tensor, causal: bool, table: nn.Embedding | None) -> Tensor:
+def content_positions(
+    kwargs: dict[str, Any], offset: int | Tensor, causal: bool, table: nn.Embedding | None, first: int = 0
+) -> Tensor:
     """``[B or 1, S]`` position ids for a forward's keyword arguments, ``offset`` (an int or ``[B, 1]``) behind 0.
+
     Given ids are shifted. Otherwise causal models count the tokens that are not padding, as ``generate`` does, so
     that a left-padded row means the same in training; encoders keep the model's own counting.
+    ``first`` is the position of a row's first token in this model.
     """
     position_ids = kwargs.get("position_ids")
     if position_ids is None:
-        position_ids = _default_positions(kwargs, causal, None if table is None else table.padding_idx)
+        position_ids = first + _default_positions(kwargs, causal, None if table is None else table.padding_idx)
     position_ids = position_ids + (offset.to(position_ids.device) if isinstance(offset, Tensor) else offset)
     if table is not None and not torch.compiler.is_compiling():
         last = table.num_embeddings - 1 - getattr(table, "offset", 0)
@@ -69,10 +75,15 @@ def _default_positions(kwargs: dict[str, Any], causal: bool, padding_idx: int | 
 def documents(kwargs: dict[str, Any]) -> tuple[int, int] | None:
     """Row and first position of a document that lies behind another in its row; None where there is none.
 
-    A row is packed when its position ids jump, and neither a mask nor a cache says otherwise.
+    A row is packed when its position ids jump, and neither a mask nor a cache says otherwise. Positions on several axes
+    ``[3, B, S]`` are those of images and films, which jump by themselves; ``[4, B, S]`` begins with the text's own.
     """
     ids = kwargs.get("position_ids")
     if ids is None or kwargs.get("attention_mask") is not None or kwargs.get("past_key_values") is not None:
         return None
+    if ids.dim() == 3:
+        if ids.shape[0] != _AXES_AND_TEXT:
+            return None
+        ids = ids[0]
     jumps = (ids.diff(dim=-1) != 1).nonzero()
     return (int(jumps[0, 0]), int(jumps[0, -1]) + 1) if len(jumps) else None

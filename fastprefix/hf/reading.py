@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from fastprefix.hf import sharded, sharing
+from fastprefix.hf import exactness, sharded, sharing
 from fastprefix.hf.sharing import KeyValues
 from fastprefix.prefixes.prefix import LayerKV
 from fastprefix.validation import fail
@@ -115,7 +115,7 @@ def read(state: Installation, choice: Choice, kwargs: dict[str, Any]) -> Reading
     entries = [state.source.entry(name) for name in names]
     prompts = [entry for entry in entries if entry.prompt is not None]
     if prompts:
-        reason = sharing.inexact(state, max(entry.tokens for entry in prompts), kwargs)
+        reason = exactness.inexact(state, max(entry.tokens for entry in prompts), kwargs)
         if reason is not None:
             return _concatenate(state, choice, names, entries, kwargs, reason)
     if state.prepared is not None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from fastprefix.hf import probe, reading, sharing
+from fastprefix.hf import exactness, probe, reading, sharing
 from fastprefix.hf.reading import Bank, Choice, Reading, batch_size
 from fastprefix.hf.state import found, install, uninstall
 from fastprefix.prefixes.prefix import LayerKV
@@ -57,7 +57,7 @@ class SharedPrompt:
         if front is not None and front.concatenated is not None:
             raise fail("model", "a soft prompt that has to be concatenated", "one that can be shared, or none")
         longest = max(len(self.prompts[n]) for n in used)
-        reason = sharing.inexact(state, longest + offset, kwargs)
+        reason = exactness.inexact(state, longest + offset, kwargs)
         if reason is not None:
             return self.concatenate(state, rows, front, kwargs, reason)
         key = (tuple(used), choice)

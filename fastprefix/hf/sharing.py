@@ -129,37 +129,6 @@ def check(state: Installation) -> None:
         raise fail("model", got, "attention in every layer: others would not see the prompt")
 
 
-def inexact(state: Installation, tokens: int, kwargs: dict[str, Any]) -> str | None:
-    """Why a prompt of so many tokens must be concatenated in a forward to be exact; None where it may be shared."""
-    if not state.layers.main.causal:
-        return f"{type(state.layers.main.owner).__name__} is bidirectional: its prompt sees the row"
-    if (name := _active_dropout(state.layers.main.owner)) is not None:
-        return f"dropout is active in the model ({name}): every row draws its own"
-    window = state.layers.window
-    if window is not None:
-        source = kwargs.get("input_ids") if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
-        rows = 0 if source is None else source.shape[1]
-        past = kwargs.get("past_key_values")
-        if tokens + rows + (0 if past is None else past.get_seq_length()) > window:
-            return f"a layer has a window of {window} tokens: rows outgrow it, and a prompt in their place would too"
-    return None
-
-
-def _active_dropout(owner: nn.Module) -> str | None:
-    """The name of a module that drops something in this mode."""
-    for name, module in owner.named_modules():
-        if not module.training:
-            continue
-        if isinstance(module, nn.modules.dropout._DropoutNd):
-            if module.p > 0.0:
-                return name
-            continue
-        for attribute, value in vars(module).items():
-            if isinstance(value, float) and value > 0.0 and "drop" in attribute:
-                return f"{name}.{attribute}"
-    return None
-
-
 def refuse_cache(kwargs: dict[str, Any], reason: str) -> None:
     """Raise ValueError for a cache: a prompt concatenated into it would be content ever after."""
     if kwargs.get("past_key_values") is not None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from fastprefix.hf import sharing
+from fastprefix.hf import exactness, sharing
 from fastprefix.hf.folders import finish
 from fastprefix.hf.installation import Installation
 from fastprefix.hf.peft import prompts, resume
@@ -61,8 +61,8 @@ class Patched:
         entries = [] if choice is None else [adapters.entry(name) for name in choice.distinct()]
         tokens = max((entry.tokens for entry in entries if entry.prompt is not None), default=0)
         alone = names is None and state.chosen is None and state.shared is None
-        if tokens and alone and prompts.outgrows(self, state, tokens, args, kwargs):
-            reason = f"it may outgrow a window of {state.layers.window} tokens"
+        reason = prompts.outgrows(self, state, tokens, args, kwargs) if tokens and alone else None
+        if reason is not None:
             if tasks is not None:
                 kwargs["task_ids"] = tasks
             return _theirs("generate", self, adapters, reason, *args, **kwargs)
@@ -173,7 +173,7 @@ def _concatenates(model: Any, state: Installation, choice: Any, kwargs: dict[str
         return "a question-answering head has its softmax over the prompt's positions too"
     tokens = max(state.source.entry(name).tokens for name in choice.distinct())
     # PEFT's forward knows no cache: what outgrows a window while generating is the reading's to see.
-    return sharing.inexact(state, tokens, {**kwargs, "past_key_values": None})
+    return exactness.inexact(state, tokens, {**kwargs, "past_key_values": None})
 
 
 def _theirs(method: str, model: Any, adapters: Adapters, reason: str, *args: Any, **kwargs: Any) -> Any:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastprefix.hf import exactness
 from fastprefix.hf.heads import keeps_some
 from fastprefix.hf.installation import Installation
 from fastprefix.hf.peft.adapters import task
@@ -33,15 +34,20 @@ def forward(model: Any, state: Installation, choice: Choice, kwargs: dict[str, A
     return output if return_dict else output.to_tuple()
 
 
-def outgrows(model: Any, state: Installation, tokens: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether a generation behind so many prompt tokens may leave a sliding window, where PEFT's own way is exact."""
-    window, config = state.layers.window, kwargs.get("generation_config") or model.generation_config
+def outgrows(
+    model: Any, state: Installation, tokens: int, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> str | None:
+    """Why a generation behind so many prompt tokens may grow too long to share them, where PEFT's own way is exact."""
+    config = kwargs.get("generation_config") or model.generation_config
     ids = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids", kwargs.get("inputs_embeds")))
-    if window is None or ids is None:
-        return False
+    if ids is None:
+        return None
     new, whole = (kwargs.get(name, getattr(config, name, None)) for name in ("max_new_tokens", "max_length"))
     last = ids.shape[1] + new if new is not None else max(whole or 0, ids.shape[1] + 20)  # 20: generate's own default
-    return bool(tokens + last > window)
+    window = state.layers.window
+    if window is not None and tokens + last > window:
+        return f"it may outgrow a window of {window} tokens"
+    return exactness.outgrown(state, tokens + last)
 
 
 def pools(model: Any) -> bool:

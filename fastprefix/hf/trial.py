@@ -1,0 +1,59 @@
+"""A model's own forward, run once as its user will run it: what cannot work is to be known at ``attach``."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fastprefix.hf import probe
+from fastprefix.hf.encoder_decoder import is_one
+from fastprefix.hf.example import example
+from fastprefix.validation import fail
+
+if TYPE_CHECKING:
+    from fastprefix.hf.installation import Installation
+
+
+def run_once(state: Installation) -> None:
+    """Run the model from its outermost module on a few tokens, with a mask and without one, reading what is active.
+
+    Warnings are kept for the user's own first forward.
+
+    Raises:
+        ValueError: it does not run; the model's class and the error are named.
+    """
+    model, said = state.model, set(state.said)
+    for inputs in _calls(model):
+        try:
+            with warnings.catch_warnings(), probe.evaluating(model):
+                warnings.simplefilter("ignore")
+                model(**inputs)
+        except (ArithmeticError, AttributeError, LookupError, NotImplementedError, RuntimeError, TypeError) as error:
+            raise _fails(model, inputs, error) from error
+        except ValueError as error:
+            raise _fails(model, inputs, error) from error
+        finally:
+            state.said.clear()
+            state.said.update(said)
+
+
+def _fails(model: Any, inputs: dict[str, Any], error: Exception) -> ValueError:
+    got = f"{type(model).__name__}, whose forward of {' and '.join(inputs)} fails with a prefix attached ({error})"
+    return fail("model", got, "a model that runs on what it ran on before, or the part of it that reads the prefix")
+
+
+def _calls(model: Any) -> list[dict[str, Any]]:
+    """A forward's arguments as users give them."""
+    arguments = inspect.signature(model.forward).parameters
+    inputs: dict[str, Any] = example(model.get_encoder() if is_one(model) else model)
+    if is_one(model):
+        inputs["decoder_input_ids"] = torch.ones(1, 2, dtype=torch.long, device=next(iter(inputs.values())).device)
+    if "use_cache" in arguments:
+        inputs["use_cache"] = False
+    calls = [inputs]
+    if "input_ids" in inputs and "attention_mask" in arguments:
+        calls.append({**inputs, "attention_mask": torch.ones_like(inputs["input_ids"])})
+    return calls
