@@ -10,13 +10,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+from tests.sweep import table
 from tests.sweep.outcome import RED
 
 RESULTS = Path(__file__).parents[2] / "build" / "sweep.jsonl"
 
 
 def read(path: Path = RESULTS) -> dict[str, Any]:
-    """The last result of each class."""
+    """The last result of each class, in the transformers that is installed."""
     if not path.exists():
         return {}
     return {found["class"]: found for found in map(json.loads, path.read_text().splitlines())}
@@ -38,6 +39,7 @@ def main() -> int:
     options = parser.parse_args()
     if not options.table:
         sweep(options)
+    table.write(read())
     return 1 if any(map(is_red, read().values())) else 0
 
 
@@ -59,7 +61,7 @@ def sweep(options: argparse.Namespace) -> None:
             if time.monotonic() - begun > 60 * options.minutes:
                 print(f"{len(due) - i} classes left for another call")
                 break
-            result = worker.check(name)
+            result = {**worker.check(name), "date": time.strftime("%Y-%m-%d")}
             file.write(json.dumps(result) + "\n")
             file.flush()
             print(f"{i + 1}/{len(due)} {name}: {_short(result)}", flush=True)

@@ -22,10 +22,10 @@ class NotBuilt(Exception):
     """A class of which no tiny model can be made, and why."""
 
 
-def build(cls: Any) -> Any:
-    """The model in eval mode, with eager attention; raises NotBuilt."""
+def build(cls: Any, fields: dict[str, Any] | None = None) -> Any:
+    """The model in eval mode, with eager attention; ``fields``: of a variant of its config. Raises NotBuilt."""
     try:
-        config = tiny(cls.config_class, cls.__name__)
+        config = tiny(cls.config_class, fields)
     except Exception as error:
         raise NotBuilt(f"config: {_line(error)}") from error
     try:
@@ -37,7 +37,7 @@ def build(cls: Any) -> Any:
         raise NotBuilt(f"size: {count} parameters")
     torch.manual_seed(0)
     try:
-        model = cls(tiny(cls.config_class, cls.__name__))
+        model = cls(tiny(cls.config_class, fields))
     except Exception as error:
         raise NotBuilt(f"model: {_line(error)}") from error
     count = sum(p.numel() for p in model.parameters())

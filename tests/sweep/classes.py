@@ -1,9 +1,11 @@
-"""Which classes are swept: every model that transformers exports, by the name of its class."""
+"""Which classes are swept: every model that transformers exports, by the name of its class, and some variants."""
 
 from __future__ import annotations
 
 import inspect
 from typing import Any
+
+from tests.sweep.overrides import VARIANTS
 
 # The order of a run: what users attach to first. Of one config's classes the others mostly add a head.
 _FIRST = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "ForMaskedLM", "Model")
@@ -27,16 +29,15 @@ def found() -> dict[str, Any]:
         # A second name for a class is the same class.
         if getattr(cls, "config_class", None) is not None and cls.__name__ == name:
             classes[name] = cls
+    for name in VARIANTS:
+        classes[name] = classes[class_name(name)]
     return dict(sorted(classes.items(), key=lambda item: (_rank(item[0]), item[0])))
 
 
+def class_name(name: str) -> str:
+    """The class that a name of a variant starts with."""
+    return name.split(",")[0]
+
+
 def _rank(name: str) -> int:
-    return next((i for i, suffix in enumerate(_FIRST) if name.endswith(suffix)), len(_FIRST))
-
-
-def by_config(classes: dict[str, Any]) -> dict[str, list[str]]:
-    """The names of the classes of each config."""
-    groups: dict[str, list[str]] = {}
-    for name, cls in classes.items():
-        groups.setdefault(cls.config_class.__name__, []).append(name)
-    return groups
+    return next((i for i, suffix in enumerate(_FIRST) if class_name(name).endswith(suffix)), len(_FIRST))

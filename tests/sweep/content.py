@@ -87,7 +87,22 @@ def beside(model: Any, text: Tensor) -> list[tuple[str, dict[str, Tensor]]]:
                 continue
             found.append((kind, {**inputs, **offer}))
             break
+    parameters = inspect.signature(model.forward).parameters
+    if not found and "pixel_values" in parameters and _placeholder(model.config, "image") is None:
+        found = _side_by_side(model, text, _images(model.config, parameters))
     return found
+
+
+def _side_by_side(model: Any, text: Tensor, offers: list[dict[str, Tensor]]) -> list[tuple[str, dict[str, Tensor]]]:
+    """A text and an image that do not share a row of tokens (CLIP)."""
+    for offer in offers:
+        try:
+            with torch.no_grad():
+                model(input_ids=text, **offer)
+        except Exception:
+            continue
+        return [("image", {"input_ids": text, **offer})]
+    return []
 
 
 def _placeholder(config: Any, kind: str) -> int | None:

@@ -20,6 +20,8 @@ BY_CONFIG: dict[str, Any] = {
         "ffn_config": {"ffn_hidden_size": 64, "hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2}},
     "DeepseekOcr2TextConfig": {"mlp_layer_types": ["dense", "sparse"]},
     "Emu3Config": {"vocabulary_map": {"<image>": 100}},
+    "Ernie4_5_VLMoeTextConfig": {
+        "rope_parameters": {"rope_type": "default", "rope_theta": 5e5, "mrope_section": [3, 3, 2]}},
     "EsmConfig": {"vocab_size": 128, "pad_token_id": 0, "mask_token_id": 120},
     "EsmcConfig": {"vocab_size": 128},
     "FalconH1Config": {"mamba_d_ssm": 128, "mamba_n_heads": 8, "mamba_d_head": 16},
@@ -50,4 +52,19 @@ BY_CONFIG: dict[str, Any] = {
     "Zamba2Config": {"mamba_headdim": 16, "n_mamba_heads": 8, "mamba_ngroups": 1,
         "attention_hidden_size": 128, "attention_head_dim": 32},
     "ZambaConfig": {"attention_hidden_size": 128, "attention_head_dim": 32},
+}  # fmt: skip
+
+# Configs of a class that work in another way than its default: "class, what is special" and the fields.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "LlamaForCausalLM, dynamic RoPE": {"max_position_embeddings": 8,
+        "rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
+    "Phi3ForCausalLM, long RoPE": {"max_position_embeddings": 64, "original_max_position_embeddings": 8,
+        "rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 8,
+            "long_factor": [2.0] * 8, "original_max_position_embeddings": 8}},
+    "LlamaForCausalLM, YaRN": {"max_position_embeddings": 64, "rope_parameters": {"rope_type": "yarn", "factor": 4.0,
+        "rope_theta": 1e4, "original_max_position_embeddings": 16}},
+    "MistralForCausalLM, window of 4": {"sliding_window": 4},
+    "Gemma3ForCausalLM, window of 4": {"sliding_window": 4},
+    "BertLMHeadModel, decoder": {"is_decoder": True},
+    "FalconForCausalLM, ALiBi": {"alibi": True},
 }  # fmt: skip

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import select
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
+IMPORTS = 60.0  # what the first class of a process waits for besides
+COMMAND = (sys.executable, "-m", "tests.sweep.worker")
 
 
 class Worker:
     """One process; ``check`` never raises for what happens in it."""
 
-    def __init__(self, timeout: float = 60.0) -> None:
-        self.timeout = timeout
+    def __init__(self, timeout: float = 60.0, command: Sequence[str] = COMMAND) -> None:
+        self.timeout, self.command = timeout, command
         self.process: subprocess.Popen[str] | None = None
 
     def check(self, name: str) -> dict[str, Any]:
@@ -24,14 +28,14 @@ class Worker:
         fresh = self.process is None
         if self.process is None:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "tests.sweep.worker"], cwd=ROOT, text=True,
+                self.command, cwd=ROOT, text=True,
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
             )  # fmt: skip
         assert self.process.stdin is not None and self.process.stdout is not None
-        self.process.stdin.write(name + "\n")
-        self.process.stdin.flush()
-        # The first class of a process waits for imports, too.
-        ready, _, _ = select.select([self.process.stdout], [], [], self.timeout + (60.0 if fresh else 0.0))
+        with contextlib.suppress(BrokenPipeError):  # it has ended already, which shows below
+            self.process.stdin.write(name + "\n")
+            self.process.stdin.flush()
+        ready, _, _ = select.select([self.process.stdout], [], [], self.timeout + (IMPORTS if fresh else 0.0))
         answer = self.process.stdout.readline() if ready else ""
         if answer:
             found: dict[str, Any] = json.loads(answer)

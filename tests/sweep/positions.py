@@ -26,7 +26,8 @@ def checked(bare: Any, model: Any, cases: list[Case]) -> dict[str, Outcome]:
     if cases[0].inputs["input_ids"].dim() != 2:
         return {}
     causal = [case for case in cases if oracles.is_causal(bare, case)]
-    if causal and not oracles.has_states(bare) and not state.layers.again:
+    elsewhere = oracles.has_states(bare) or oracles.has_narrow_window(bare) or state.layers.again
+    if causal and not elsewhere:
         return in_context(bare, causal)
     if takes(bare, "position_ids"):
         return {"position ids": _by_hand(bare, cases[0])}

@@ -67,9 +67,9 @@ _SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_st
 _TOKEN = re.compile(r"(token_id|token_index|_id|_index|_token)$")
 
 
-def tiny(config_class: Any, class_name: str = "") -> Any:
+def tiny(config_class: Any, fields: dict[str, Any] | None = None) -> Any:
     """A config of this class with two layers of 64 numbers (four where kinds of layers alternate)."""
-    special = overrides.BY_CONFIG.get(config_class.__name__, {})
+    special = {**overrides.BY_CONFIG.get(config_class.__name__, {}), **(fields or {})}
     try:
         default = config_class()
     except Exception:

@@ -20,13 +20,15 @@ def check(name: str) -> dict[str, Any]:
     import transformers
 
     from tests.sweep.build import NotBuilt, build
+    from tests.sweep.classes import class_name
     from tests.sweep.outcome import line
+    from tests.sweep.overrides import VARIANTS
 
-    cls = getattr(transformers, name)
+    cls = getattr(transformers, class_name(name))
     found: dict[str, Any] = {"class": name, "config": cls.config_class.__name__, "checks": {}}
     begun = time.monotonic()
     try:
-        bare = build(cls)
+        bare = build(cls, VARIANTS.get(name))
     except NotBuilt as reason:
         found["not built"] = str(reason)
         return found
