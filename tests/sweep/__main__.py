@@ -7,6 +7,7 @@ import json
 import re
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ def read(path: Path = RESULTS) -> dict[str, Any]:
     """The last result of each class, in the transformers that is installed."""
     if not path.exists():
         return {}
-    return {found["class"]: found for found in map(json.loads, path.read_text().splitlines())}
+    every = map(json.loads, path.read_text().splitlines())
+    return {found["class"]: found for found in every if found.get("transformers") == version("transformers")}
 
 
 def is_red(found: dict[str, Any]) -> bool:
@@ -33,7 +35,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.sweep", description=__doc__)
     parser.add_argument("--only", metavar="REGEX", default="", help="classes whose name it is found in")
     parser.add_argument("--again", action="store_true", help="classes that have a result, too")
-    parser.add_argument("--failed", action="store_true", help="again those that were red or not run")
+    parser.add_argument("--failed", action="store_true", help="again those that were red, not built or not run")
     parser.add_argument("--minutes", type=float, default=60.0, help="after which the rest is left for another call")
     parser.add_argument("--table", action="store_true", help="only make docs/models.md from the results there are")
     options = parser.parse_args()
@@ -51,7 +53,11 @@ def sweep(options: argparse.Namespace) -> None:
     known = read()
     due = [name for name in found() if re.search(options.only, name)]
     if options.failed:
-        due = [name for name in due if name in known and (is_red(known[name]) or "not run" in known[name])]
+        due = [
+            name
+            for name in due
+            if name in known and (is_red(known[name]) or {"not built", "not run"} & set(known[name]))
+        ]
     elif not options.again:
         due = [name for name in due if name not in known]
     RESULTS.parent.mkdir(exist_ok=True)
@@ -61,7 +67,7 @@ def sweep(options: argparse.Namespace) -> None:
             if time.monotonic() - begun > 60 * options.minutes:
                 print(f"{len(due) - i} classes left for another call")
                 break
-            result = {**worker.check(name), "date": time.strftime("%Y-%m-%d")}
+            result = {**worker.check(name), "date": time.strftime("%Y-%m-%d"), "transformers": version("transformers")}
             file.write(json.dumps(result) + "\n")
             file.flush()
             print(f"{i + 1}/{len(due)} {name}: {_short(result)}", flush=True)

@@ -51,8 +51,9 @@ def build(cls: Any, fields: dict[str, Any] | None = None) -> Any:
                 parameter.normal_(std=0.15)
             elif "norm" not in name.lower() and "ln" not in name.lower():
                 parameter.normal_(std=0.05)
-    if model._can_set_experts_implementation():
-        model.set_experts_implementation("eager")  # the grouped product has no fp64
+    for module in model.modules():  # the grouped product has no fp64
+        if hasattr(module, "config"):
+            module.config._experts_implementation = "eager"
     # What is not the prefix takes no gradient: a result that takes one depends on it.
     model = model.to(torch.float64).eval().requires_grad_(False)
     bare = copy.deepcopy(model)

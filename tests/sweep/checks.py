@@ -12,7 +12,7 @@ from tests.sweep import oracles, positions
 from tests.sweep.build import as_built
 from tests.sweep.inputs import Case
 from tests.sweep.oracles import P
-from tests.sweep.outcome import ORACLE, RAISED, REFUSED, RIGHT, Outcome, compare, line, tensors, worst
+from tests.sweep.outcome import ORACLE, RAISED, RIGHT, Outcome, compare, line, tensors, worst
 from tests.sweep.running import (
     Concatenating,
     Refused,
@@ -20,6 +20,7 @@ from tests.sweep.running import (
     judged,
     only_real,
     pairs_by_name,
+    refused,
     run,
     with_gradients,
 )
@@ -30,7 +31,7 @@ def prefix(bare: Any, cases: list[Case]) -> Outcome:
     try:
         model, made = attached(bare, PrefixConfig(P, init=init.normal(1.0), position_offset="none"))
     except Refused as refusal:
-        return Outcome(REFUSED, str(refusal))
+        return refused(bare, refusal)
     except Exception as error:
         return Outcome(RAISED, "attach: " + line(error))
     found = {f"{case.name}": _concatenated(bare, model, made, case) for case in cases}
@@ -61,7 +62,7 @@ def prompt(bare: Any, cases: list[Case]) -> Outcome:
     try:
         model, made = attached(bare, PromptConfig(P, init=init.normal(1.0)))
     except Refused as refusal:
-        return Outcome(REFUSED, str(refusal))
+        return refused(bare, refusal)
     except Exception as error:
         return Outcome(RAISED, "attach: " + line(error))
     found = {}

@@ -18,7 +18,7 @@ def found() -> dict[str, Any]:
     transformers.logging.set_verbosity_error()
     classes: dict[str, Any] = {}
     for name in dir(transformers):
-        if name.startswith("_") or name.endswith("PreTrainedModel"):
+        if name.startswith("_") or "pretrainedmodel" in name.lower():
             continue
         try:
             cls = getattr(transformers, name)

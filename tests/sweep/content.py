@@ -16,6 +16,7 @@ def alone(model: Any) -> list[Any]:
     from tests.sweep.inputs import Case
 
     config, main = model.config, model.main_input_name
+    parameters = inspect.signature(model.forward).parameters
     torch.manual_seed(3)
     shapes: list[tuple[int, ...]] = []
     if main == "pixel_values":
@@ -32,19 +33,30 @@ def alone(model: Any) -> list[Any]:
         frames = next((x for x in _fields(config, "max_source_positions")), _FRAMES)
         shapes += [(2, bins, 2 * frames), (2, _FRAMES, bins), (2, getattr(config, "max_length", 24), bins)]
         shapes += [(2, 800), (2, 1, 800), (2, 4000)]
-    found = []
-    for shape in shapes:
-        values = {main: torch.randn(*shape)}
+    found, offers = [], [{main: torch.randn(*shape)} for shape in shapes]
+    if "grid_thw" in parameters:
+        offers = _patches(config, next(iter(parameters)))
+    for values in offers:
         try:
             with torch.no_grad():
                 model(**values, **_target(model))
         except Exception as error:
             last = error
             continue
-        found.append(Case({"p": "image", "i": "sound"}[main[0]], values))
+        found.append(Case("sound" if main in ("input_values", "input_features") else "image", values))
         break
     else:
-        raise last if shapes else ValueError(f"nothing is known of {main}")
+        raise last if offers else ValueError(f"nothing is known of {main}")
+    return found
+
+
+def _patches(config: Any, main: str) -> list[dict[str, Tensor]]:
+    """Two images as rows of patches, with their grids."""
+    channels = getattr(config, "in_channels", None) or getattr(config, "num_channels", None) or 3
+    patch = getattr(config, "patch_size", 8)
+    grid = torch.tensor([[1, 4, 4]] * 2)
+    sizes = [channels * times * patch * patch for times in (1, 2)] if isinstance(patch, int) else []
+    found = [{main: torch.randn(32, size), "grid_thw": grid} for size in sizes]
     return found
 
 

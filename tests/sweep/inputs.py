@@ -97,8 +97,7 @@ def _proposed(model: Any) -> list[Case]:
     config = model.config
     if getattr(config, "is_encoder_decoder", False):
         return _of_encoder_decoder(model)
-    main = model.main_input_name
-    if main != "input_ids":
+    if model.main_input_name != "input_ids" or takes(model, "grid_thw"):
         return content.alone(model)
     text = ids(config)
     if type(model).__name__.endswith("ForMultipleChoice"):
@@ -143,6 +142,6 @@ def _of_encoder_decoder(model: Any) -> list[Case]:
     if model.main_input_name == "input_ids" and takes(model, "attention_mask"):
         mask = torch.ones(B, S, dtype=torch.long)
         mask[1, S - 2 :] = 0
-        text = found[0].inputs["input_ids"].masked_fill(mask == 0, config.pad_token_id or 0)
+        text = found[0].inputs["input_ids"].masked_fill(mask == 0, getattr(config, "pad_token_id", None) or 0)
         found.append(Case("padded", {**found[0].inputs, "input_ids": text, "attention_mask": mask}, None, ("labels",)))
     return found

@@ -12,9 +12,10 @@ from torch import Tensor
 
 RIGHT, REFUSED, RAISED, DIFFERS = "right", "refused", "raised later", "differs"
 ORACLE, PEFT = "oracle failed", "PEFT refuses"
-RED = (RAISED, DIFFERS)
+UNTRUE = "refused untruly"  # with a reason that the bare model contradicts
+RED = (RAISED, DIFFERS, UNTRUE)
 # The worst of its cases is a check's outcome.
-_WORST = (DIFFERS, RAISED, RIGHT, REFUSED, PEFT, ORACLE)
+_WORST = (DIFFERS, RAISED, UNTRUE, RIGHT, REFUSED, PEFT, ORACLE)
 RTOL = 1e-6
 # What a forward returns beside its result.
 _BESIDE = ("past_key_values", "hidden_states", "attentions", "router", "rope_deltas", "aux", "mems", "image_hidden")

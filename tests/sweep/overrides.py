@@ -11,6 +11,7 @@ _SWIN = {"depths": (2, 2), "num_heads": (2, 4), "window_size": 2, "embed_dim": 3
 BY_CONFIG: dict[str, Any] = {
     **dict.fromkeys(("SwinConfig", "Swinv2Config", "DonutSwinConfig", "MaskFormerSwinConfig", "Swin2SRConfig"), _SWIN),
     "AriaConfig": {"projector_patch_to_query_dict": {16: 4}},
+    "AutoformerConfig": {"prediction_length": 4},
     "BailingHybridConfig": {"num_experts_per_tok": 2, "n_group": 1, "topk_group": 1},
     "BambaConfig": {"attn_layer_indices": [1], "mamba_d_head": 16, "mamba_n_heads": 8},
     "BltConfig": {"encoder_hash_byte_group_vocab": 64},
@@ -19,6 +20,7 @@ BY_CONFIG: dict[str, Any] = {
     "DbrxConfig": {"attn_config": {"rope_theta": 1e4, "kv_n_heads": 2, "clip_qkv": 8.0},
         "ffn_config": {"ffn_hidden_size": 64, "hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2}},
     "DeepseekOcr2TextConfig": {"mlp_layer_types": ["dense", "sparse"]},
+    "DiffusionGemmaTextConfig": {"moe_intermediate_size": 64, "top_k_experts": 2},
     "Emu3Config": {"vocabulary_map": {"<image>": 100}},
     "Ernie4_5_VLMoeTextConfig": {
         "rope_parameters": {"rope_type": "default", "rope_theta": 5e5, "mrope_section": [3, 3, 2]}},
@@ -30,6 +32,7 @@ BY_CONFIG: dict[str, Any] = {
     "Gemma4Config": {"vision_config": "Gemma4VisionConfig", "audio_config": "Gemma4AudioConfig"},
     "Granite4VisionConfig": {"deepstack_layer_map": [[0, 0]], "downsample_rate": "1/2"},
     "GraniteMoeHybridConfig": {"layer_types": ["mamba", "attention"], "mamba_d_head": 16, "mamba_n_heads": 8},
+    "InformerConfig": {"prediction_length": 4},
     "KimiLinearConfig": {"num_experts_per_token": 2, "num_experts_per_tok": 2},
     "Lfm2MoeConfig": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     "Llama4VisionConfig": {"intermediate_size": 256},
@@ -47,6 +50,7 @@ BY_CONFIG: dict[str, Any] = {
     "ReformerConfig": {"axial_pos_embds_dim": (32, 32), "axial_pos_shape": (4, 4), "lsh_attn_chunk_length": 4,
         "local_attn_chunk_length": 4, "num_buckets": 4},
     "T5Gemma2EncoderConfig": {"mm_tokens_per_image": 4},
+    "TimeSeriesTransformerConfig": {"prediction_length": 4},
     "VipLlavaConfig": {"vision_feature_layers": [-1, -2]},
     "VoxtralConfig": {"audio_token_id": 100},
     "Zamba2Config": {"mamba_headdim": 16, "n_mamba_heads": 8, "mamba_ngroups": 1,

@@ -15,9 +15,9 @@ from tests.sweep import oracles
 from tests.sweep.build import as_built
 from tests.sweep.inputs import Case
 from tests.sweep.oracles import P
-from tests.sweep.outcome import DIFFERS, PEFT, RAISED, REFUSED, RIGHT, Outcome, compare, line, tensors
+from tests.sweep.outcome import DIFFERS, PEFT, RAISED, RIGHT, Outcome, compare, line, tensors
 from tests.sweep.running import attached as attach_in_fp64
-from tests.sweep.running import only_real, run, with_gradients
+from tests.sweep.running import only_real, refused, run, with_gradients
 
 _TASKS = [
     ("ForSequenceClassification", "SEQ_CLS"), ("ForTokenClassification", "TOKEN_CLS"),
@@ -55,7 +55,7 @@ def patched(bare: Any, case: Case, kind: Any, attached: Outcome) -> Outcome:
         try:
             fastprefix.patch(model)
         except ValueError as error:
-            return Outcome(REFUSED, " ".join(str(error).split()))
+            return refused(bare, " ".join(str(error).split()))
         except Exception as error:
             return Outcome(RAISED, "patch: " + line(error))
         try:

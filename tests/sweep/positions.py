@@ -13,7 +13,7 @@ from tests.sweep import oracles
 from tests.sweep.inputs import Case, ids, takes
 from tests.sweep.oracles import P
 from tests.sweep.outcome import ORACLE, RAISED, RIGHT, Outcome, compare, line, tensors
-from tests.sweep.running import Concatenating, Refused, attached, judged, only_real, pairs_by_name, run
+from tests.sweep.running import Concatenating, Refused, attached, judged, only_real, pairs_by_name, run, with_gradients
 
 
 def checked(bare: Any, model: Any, cases: list[Case]) -> dict[str, Outcome]:
@@ -56,14 +56,19 @@ def in_context(bare: Any, cases: list[Case]) -> dict[str, Outcome]:
         def want(case: Case = case, length: int = length) -> dict[str, Tensor]:
             with torch.no_grad():
                 output = tensors(bare(**oracles.in_front(case.inputs, tokens)))
-            return only_real(oracles.behind(output, length), case)
+            return _by_token(only_real(oracles.behind(output, length), case))
 
         def got(case: Case = case) -> dict[str, Tensor]:
             with torch.no_grad():
-                return run(model, case)
+                return _by_token(run(model, case))
 
         found[f"{case.name} in context"] = judged(got, want)
     return found
+
+
+def _by_token(output: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Without what a text with no end of its own is pooled to: its first token, which is another one in context."""
+    return {k: x for k, x in output.items() if "pooler_output" not in k and "embeds" not in k}
 
 
 def _moved(bare: Any, case: Case) -> Outcome:
@@ -99,7 +104,11 @@ def _by_hand(bare: Any, case: Case) -> Outcome:
             return Outcome(ORACLE, line(error))
         if same.outcome != RIGHT:
             return Outcome(ORACLE, f"position ids from {start} on are not its own: {same.message}")
-        return judged(lambda: run(model, case), lambda: run(Concatenating(bare, pairs), case, **moved))
+    leaves = [p for p in made.parameters() if p.requires_grad]
+    return judged(
+        lambda: with_gradients(run(model, case), leaves),
+        lambda: with_gradients(run(Concatenating(bare, pairs), case, **moved), leaves),
+    )
 
 
 def _start(bare: Any, case: Case) -> int:

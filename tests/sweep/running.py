@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +15,10 @@ from fastprefix.hf.state import installation
 from tests.concat import run_concat
 from tests.sweep.build import as_built
 from tests.sweep.inputs import Case
-from tests.sweep.outcome import ORACLE, RAISED, Outcome, compare, line, tensors
+from tests.sweep.outcome import ORACLE, RAISED, REFUSED, UNTRUE, Outcome, compare, line, tensors
+
+# What a refusal reads like.
+_REFUSAL = re.compile(r"[\w.]+: got .*, expected ", re.DOTALL)
 
 
 class Refused(Exception):
@@ -27,8 +31,29 @@ def attached(bare: Any, config: Any) -> tuple[Any, Any]:
     try:
         prefix = fastprefix.attach(model, config)
     except ValueError as error:
-        raise Refused(" ".join(str(error).split())) from error
+        said = " ".join(str(error).split())
+        if not _REFUSAL.match(said):  # the model's own, let through
+            raise
+        raise Refused(said) from error
     return model, prefix.to(torch.float64)
+
+
+def refused(bare: Any, refusal: object) -> Outcome:
+    """A refusal, and whether what it says of the bare model's inputs is so."""
+    ids = torch.ones(1, 2, dtype=torch.long)
+    inputs: dict[str, Tensor] = {}
+    if "does not run on input_ids alone" in str(refusal):
+        inputs = {"input_ids": ids}
+    elif "does not run on inputs_embeds alone" in str(refusal):
+        inputs = {"inputs_embeds": bare.get_input_embeddings()(ids)}
+    if inputs:
+        try:
+            with torch.no_grad():
+                bare(**inputs)
+        except Exception:
+            return Outcome(REFUSED, str(refusal))
+        return Outcome(UNTRUE, str(refusal))
+    return Outcome(REFUSED, str(refusal))
 
 
 def run(model: Any, case: Case, **more: Any) -> dict[str, Tensor]:

@@ -9,17 +9,18 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from tests.sweep.outcome import DIFFERS, ORACLE, PEFT, RAISED, REFUSED, RIGHT
+from tests.sweep.outcome import DIFFERS, ORACLE, PEFT, RAISED, REFUSED, RIGHT, UNTRUE
 
 ROOT = Path(__file__).parents[2]
 RESULTS, DOCS = Path(__file__).with_name("results.json"), ROOT / "docs" / "models.md"
 CHECKS = ("prefix", "prompt", "peft prefix", "peft prompt")
-_LETTERS = {RIGHT: "r", REFUSED: "n", DIFFERS: "D", RAISED: "X", ORACLE: "o", PEFT: "p"}
+_LETTERS = {RIGHT: "r", REFUSED: "n", DIFFERS: "D", RAISED: "X", UNTRUE: "U", ORACLE: "o", PEFT: "p"}
 _WORDS = {
     "r": "right",
     "n": "refused",
     "D": "**differs**",
     "X": "**raises later**",
+    "U": "**refused untruly**",
     "o": "no oracle",
     "p": "not PEFT's",
 }
@@ -39,10 +40,11 @@ come plain, with a mask, padded, and with an image or a sound where the class re
 Equal is to a millionth of the largest number.
 
 *right* is equal, *refused* raises when attached and says why. *not PEFT's*: PEFT does not take the class or fails
-itself. *no oracle*: concatenation by hand cannot be done in this class. **differs** and **raises later** are faults.
+itself. *no oracle*: concatenation by hand cannot be done in this class. **differs**, **raises later** and
+**refused untruly** (for a reason that the bare model contradicts) are faults.
 
-| | right | refused | not PEFT's | no oracle | differs | raises later |
-|---|---|---|---|---|---|---|
+| | right | refused | not PEFT's | no oracle | differs | raises later | refused untruly |
+|---|---|---|---|---|---|---|---|
 {counts}
 """
 
@@ -92,7 +94,7 @@ def text(results: dict[str, Any]) -> str:
     counts = []
     for i, title in enumerate(("attach", "soft prompt", "PEFT prefix", "PEFT prompt")):
         count = Counter(row[0][i] for row in run.values())
-        counts.append(f"| {title} | " + " | ".join(str(count[letter]) for letter in "rnpoDX") + " |")
+        counts.append(f"| {title} | " + " | ".join(str(count[letter]) for letter in "rnpoDXU") + " |")
     intro = INTRO.format(
         classes=len(classes), version=results["transformers"], date=results["date"], run=len(run),
         interface=sum(row[2] for row in run.values()), counts="\n".join(counts),

@@ -53,7 +53,14 @@ _SIZES: list[tuple[str, int]] = [
     (r"num_queries$|num_query_tokens$|num_latents$|_latents$|latent_query_num$", 8),
     (r"depthwise|codevectors_per_group$", 8),
 ]  # fmt: skip
-_STAGES = ("depths", "num_heads", "hidden_sizes", "embed_dims")  # lists that are no lists by layer
+_STAGES = (
+    "depths",
+    "num_heads",
+    "num_attention_heads",
+    "hidden_sizes",
+    "embed_dims",
+    "patch_sizes",
+)  # lists that are no lists by layer
 _KEPT = re.compile(
     r"patch_size|kernel|stride|merge_size|window_size|_ratio|codebook_size|chunk_size|factor|dtype|temporal|"
     r"num_feat_extract_layers|block_size|type_vocab|in_channels|num_channels|batch_size|step|sample_size|n_groups|conv_dim$|ngram"
@@ -61,7 +68,7 @@ _KEPT = re.compile(
 # What models need that is None where nothing is said.
 _ABSENT = {
     "head_dim": 16, "num_key_value_heads": 2, "n_routed_experts": 4, "num_experts": 4, "num_experts_per_tok": 2,
-    "topk_group": 1, "n_group": 1, "n_shared_experts": 1,
+    "topk_group": 1, "n_group": 1, "n_shared_experts": 1, "pad_token_id": 0,
 }  # fmt: skip
 _SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
 _TOKEN = re.compile(r"(token_id|token_index|_id|_index|_token)$")

@@ -44,20 +44,21 @@ def check(name: str) -> dict[str, Any]:
 def _checks(bare: Any) -> dict[str, Any]:
     import peft
 
-    from tests.sweep import checks, inputs, peft_checks
+    from fastprefix import PrefixConfig, PromptConfig
+    from tests.sweep import checks, inputs, outcome, peft_checks, running
 
     try:
         cases = inputs.cases(bare)
     except Exception as error:
         # What cannot be run can still be refused, if not because it cannot be run.
         refusals = {}
-        for kind, config in (("prefix", checks.PrefixConfig(4)), ("prompt", checks.PromptConfig(4))):
+        for kind, config in (("prefix", PrefixConfig(4)), ("prompt", PromptConfig(4))):
             try:
-                checks.attached(bare, config)
-            except checks.Refused as refusal:
+                running.attached(bare, config)
+            except running.Refused as refusal:
                 if "does not run on" in str(refusal):
                     raise error from None
-                refusals[kind] = checks.Outcome(checks.REFUSED, str(refusal)).plain()
+                refusals[kind] = outcome.Outcome(outcome.REFUSED, str(refusal)).plain()
         if len(refusals) == 2:
             return {"checks": refusals, "cases": []}
         raise
