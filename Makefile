@@ -1,18 +1,20 @@
 PYTHON ?= python3
 PYTEST_ARGS ?=
 PEFT_ARGS ?=
+SWEEP_ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip install -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-peft lint bench clean
+.PHONY: help demo test test-peft sweep lint bench clean
 
 help:
 	@echo "make demo       train a prefix on a real model (fastprefix demo)"
 	@echo "make test       ruff, mypy, then pytest (PYTEST_ARGS='-k name' to choose)"
 	@echo "make test-peft  PEFT's own tests, as they are and through fastprefix.patch (PEFT_ARGS='--only FILE')"
+	@echo "make sweep      every class of transformers, tiny: right, refused or red; docs/models.md (SWEEP_ARGS='--only NAME')"
 	@echo "make lint       ruff and mypy only"
 	@echo "make bench      microbenchmarks (PYTEST_ARGS as above)"
 	@echo "make clean      remove .venv and what tools leave behind"
@@ -40,6 +42,10 @@ test: lint
 # PEFT's sdist holds its tests: it is downloaded on the first run and kept in build/.
 test-peft: $(STAMP)
 	$(BIN)/python -m tests.peft_suite -n 2 $(PEFT_ARGS)
+
+# Up to an hour; a class that has a result in build/sweep.jsonl is not run again without --again.
+sweep: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.sweep $(SWEEP_ARGS)
 
 bench: $(STAMP)
 	$(BIN)/pytest benches --benchmark-only $(PYTEST_ARGS)
