@@ -11,8 +11,8 @@ from torch import Tensor
 from tests.rows import GQA
 
 IMAGE, VIDEO, VISION_START = 98, 97, 96  # token ids
-_VISION = {**{key: GQA[key] for key in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")}}
-_PATCHES = {**_VISION, "image_size": 8, "patch_size": 4}
+_WIDTHS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+_PATCHES = {**{key: GQA[key] for key in _WIDTHS}, "image_size": 8, "patch_size": 4}
 
 
 def _llava() -> Any:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from fastprefix.hf import concatenation, masks, positions, tables
+from fastprefix.hf import cache_origin, concatenation, masks, positions, tables
 from fastprefix.hf.probe import Stack
 from fastprefix.hf.reading import Reading
 from fastprefix.validation import fail
@@ -23,6 +23,7 @@ class ForwardHooks:
         self.state = state
         self.stack = stack
         self.checked = False
+        self.origin: cache_origin.Origin | None = None  # of a cache that the forward that runs makes
         self.alone = False  # whether a decoder runs without an encoder's states, which its cross-attention then skips
         owner = stack.owner
         self.table = positions.learned_table(owner)
@@ -44,11 +45,14 @@ class ForwardHooks:
         state = self.state
         if state.paused:
             return None
+        kwargs = {**dict(zip(self.stack.owner_arguments, args, strict=False)), **kwargs}
         if state.nested is None and not torch.compiler.is_compiling():
             self.reset()  # an interrupt may have kept the last forward from it
+            if "past_key_values" in self.stack.owner_arguments:
+                cache_origin.check(state, kwargs)
+                self.origin = cache_origin.of(state, kwargs)
         if state.idle():
             return None
-        kwargs = {**dict(zip(self.stack.owner_arguments, args, strict=False)), **kwargs}
         reading = state.nested.reading if state.nested is not None else state.read(kwargs)
         if reading is None and state.nested is None:
             state.switch(on=False)
@@ -85,7 +89,7 @@ class ForwardHooks:
     def reset(self) -> None:
         """Nothing of an earlier forward is left."""
         state = self.state
-        state.running = None
+        state.running, self.origin = None, None
         state.take_back()
         state.unshare_encoder()
         masks.running.forget()
@@ -154,6 +158,8 @@ class ForwardHooks:
             self.shift.offset = 0
         if not torch.compiler.is_compiling():
             masks.running.forget()
+            if self.origin is not None and output is not None and state.nested is None:
+                cache_origin.keep(output, self.origin)
         if reading is None:
             return None
         state.running = None

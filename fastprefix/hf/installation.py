@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,7 @@ from fastprefix.validation import fail
 if TYPE_CHECKING:
     from fastprefix.hf.shared import SharedPrompt
 
+_numbers = itertools.count()
 _ENCODERS = "fastprefix_encoders"
 
 
@@ -35,6 +37,7 @@ class Installation:
 
     def __init__(self, model: Any) -> None:
         self.model = model
+        self.number = next(_numbers)  # in the origin of its caches
         self.prefixes: dict[str, Prefix | SoftPrompt] = {}
         self.active: str | None = None
         self.source: Source = Attached(self)
