@@ -135,7 +135,7 @@ def test_a_prefix_attached_anew_is_another(model: Any) -> None:
     cache = model(input_ids=tokens(), use_cache=True).past_key_values
     fastprefix.detach(model)
     fastprefix.attach(model, PrefixConfig(3), "a")
-    with pytest.raises(ValueError, match="made with prefix 'a'.*expected one made with prefix 'a'"):
+    with pytest.raises(ValueError, match=r"made with prefix 'a'.*expected one made with prefix 'a'"):
         model(input_ids=tokens(1), past_key_values=cache)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,9 @@ from fastprefix.validation import fail
 
 if TYPE_CHECKING:
     from fastprefix.hf.installation import Installation
+
+
+_INEXACT = 1e-2  # relative error of a start through an MLP; rounding leaves far less
 
 
 def build(state: Installation, config: PrefixConfig | PromptConfig) -> Prefix | SoftPrompt:
@@ -72,7 +76,15 @@ def build_prefix(state: Installation, config: PrefixConfig) -> Prefix:
         prefix.set_encoder(encoder)
         if given is not None:
             prefix.check(*given)
-            encoder.fit(*([x.to(devices[0]) for x in part] for part in given))
+            error = encoder.fit(*([x.to(devices[0]) for x in part] for part in given))
+            if error > _INEXACT:
+                hidden = config.encoder_hidden_size or state.model.config.get_text_config().hidden_size
+                warnings.warn(
+                    f"fastprefix: init: an MLP of {hidden} hidden units cannot give the keys and values of "
+                    f"{config.num_virtual_tokens} tokens: training starts {error:.0%} away from them "
+                    f"(encoder_hidden_size={config.num_virtual_tokens} or more can)",
+                    stacklevel=2,
+                )
         return prefix
     if given is None:
         given = _random(config, prefix.shapes)

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
-from fastprefix.prefixes.init import Init, normal
+from fastprefix.prefixes.init import Init, normal, take_length
 from fastprefix.validation import fail, is_int
 
 PositionOffset = Literal["after_prefix", "none"]
@@ -52,7 +52,7 @@ class PrefixConfig:
     """A trained prefix of keys and values in every attention layer (prefix tuning, Li & Liang 2021).
 
     Args:
-        num_virtual_tokens: prefix tokens P, at least 1.
+        num_virtual_tokens: prefix tokens P, at least 1; default as many as ``init`` has (a text's tokens, given keys).
         prefix_projection: train ``embedding -> Linear -> tanh -> Linear`` in place of the keys and values themselves.
         encoder_hidden_size: width of that MLP; default the model's hidden size.
         init: where training starts: ``fastprefix.init.normal(std)`` (default), ``.text(text, tokenizer)``,
@@ -73,7 +73,7 @@ class PrefixConfig:
         ValueError: a field is out of range or two contradict each other; the message names the field.
     """
 
-    num_virtual_tokens: int
+    num_virtual_tokens: int = None  # type: ignore[assignment]  # an int from __post_init__ on
     prefix_projection: bool = False
     encoder_hidden_size: int | None = None
     init: Init = field(default_factory=normal)
@@ -83,6 +83,8 @@ class PrefixConfig:
     parts: Sequence[Part] | None = None
 
     def __post_init__(self) -> None:
+        if isinstance(self.init, Init):
+            self.num_virtual_tokens = take_length(self.num_virtual_tokens, self.init)
         check_tokens(self.num_virtual_tokens)
         if not isinstance(self.prefix_projection, bool):
             raise fail("prefix_projection", repr(self.prefix_projection), "True or False")

@@ -6,6 +6,7 @@ comparison), which is why text is one call away.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastprefix.validation import fail
+from fastprefix.validation import fail, is_int
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,13 @@ class Init:
         """Whether it starts from tokens of the vocabulary."""
         return self.ids is not None or self.most_common is not None
 
+    @property
+    def length(self) -> int | None:
+        """Tokens that it has by itself; None where it makes as many as are asked for."""
+        if self.ids is not None:
+            return len(self.ids)
+        return self.keys[0].shape[1] if self.keys else None
+
     def tokens(self, num_virtual_tokens: int, vocab_size: int) -> Tensor:
         """``[P]`` token ids: drawn, or the given ones cut to P or repeated from the start until there are P."""
         if self.most_common is not None:
@@ -39,6 +47,31 @@ class Init:
         assert self.ids is not None
         ids = torch.tensor(self.ids, dtype=torch.long)
         return ids.repeat(-(-num_virtual_tokens // len(ids)))[:num_virtual_tokens]
+
+
+def take_length(num_virtual_tokens: int | None, init: Init) -> int:
+    """Prefix tokens P: those asked for, or, where none were, those that the start has.
+
+    A text of another length is cut or repeated, with a warning that gives both numbers.
+
+    Raises:
+        ValueError: neither says how many.
+    """
+    length = init.length
+    if num_virtual_tokens is None:
+        if length is None:
+            expected = f"an int of at least 1, as init={init.name!r} has no length of its own"
+            raise fail("num_virtual_tokens", None, expected)
+        return length
+    if init.ids is not None and is_int(num_virtual_tokens) and length != num_virtual_tokens:
+        longer = len(init.ids) > num_virtual_tokens
+        cut = f"only its first {num_virtual_tokens} are taken" if longer else "it is repeated"
+        warnings.warn(
+            f"fastprefix: init: a start of {length} tokens for num_virtual_tokens={num_virtual_tokens}: {cut} "
+            "(leave num_virtual_tokens out to take them all once)",
+            stacklevel=4,
+        )
+    return num_virtual_tokens
 
 
 def normal(std: float = 0.02) -> Init:
@@ -56,7 +89,7 @@ def vocabulary(most_common: int = 5000) -> Init:
 
 
 def token_ids(ids: Sequence[int] | Tensor) -> Init:
-    """The model's own keys and values of these tokens, cut or repeated to P."""
+    """The model's own keys and values of these tokens; cut or repeated, with a warning, where P is another number."""
     flat = tuple(int(i) for i in torch.as_tensor(ids).reshape(-1).tolist())
     if not flat:
         raise fail("ids", "no tokens", "at least one token id")
@@ -64,7 +97,10 @@ def token_ids(ids: Sequence[int] | Tensor) -> Init:
 
 
 def text(prompt: str, tokenizer: Any) -> Init:
-    """The model's own keys and values of a text, cut or repeated to P tokens. ``tokenizer``: any that is callable."""
+    """The model's own keys and values of a text, as :func:`token_ids`. ``tokenizer``: any that is callable.
+
+    Leave ``num_virtual_tokens`` out of the config to have as many prefix tokens as the text has.
+    """
     ids = tokenizer(prompt)["input_ids"]
     if not ids:
         raise fail("prompt", repr(prompt), "a text of at least one token")

@@ -92,8 +92,12 @@ class PrefixEncoder(nn.Module):
         )
 
     @torch.no_grad()
-    def fit(self, keys: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-        """Make the output these keys and values: least squares for the last layer, exact while P <= hidden."""
+    def fit(self, keys: Sequence[Tensor], values: Sequence[Tensor]) -> float:
+        """Make the output these keys and values: least squares for the last layer, exact while P <= hidden.
+
+        Returns:
+            The error that is left, relative to the keys and values (Frobenius norms).
+        """
         columns = [x.transpose(0, 1).flatten(1) for pair in zip(keys, values, strict=True) for x in pair]
         target = torch.cat(columns, dim=-1).double()  # [P, sum numel]
         hidden = torch.tanh(self.down(self.embedding)).double()  # [P, hidden]
@@ -102,6 +106,8 @@ class PrefixEncoder(nn.Module):
         solution = torch.linalg.lstsq(hidden.cpu(), (target - mean).cpu(), driver="gelsd").solution
         self.up.weight.copy_(solution.T)
         self.up.bias.copy_(mean)
+        left = torch.nn.functional.linear(hidden, self.up.weight.double(), self.up.bias.double()) - target
+        return float(left.norm() / target.norm().clamp(min=torch.finfo(torch.float32).tiny))
 
 
 class PartEncoders(nn.ModuleDict):
@@ -145,10 +151,12 @@ class PartEncoders(nn.ModuleDict):
         part = self.parts[index]
         return self.of(part).layer(self.places[part].index(index))
 
-    def fit(self, keys: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-        """Make the output these keys and values."""
-        for part, places in self.places.items():
+    def fit(self, keys: Sequence[Tensor], values: Sequence[Tensor]) -> float:
+        """Make the output these keys and values; returns the largest error of a part's that is left."""
+        return max(
             self.of(part).fit([keys[i] for i in places], [values[i] for i in places])
+            for part, places in self.places.items()
+        )
 
 
 class ProjectedKV(nn.Module):

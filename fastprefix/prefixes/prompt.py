@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastprefix.prefixes.config import check_tokens
-from fastprefix.prefixes.init import Init, vocabulary
+from fastprefix.prefixes.init import Init, take_length, vocabulary
 from fastprefix.validation import fail
 
 
@@ -28,7 +28,7 @@ class PromptConfig:
     raises and asks for ``use_cache=False``.
 
     Args:
-        num_virtual_tokens: prompt tokens P, at least 1.
+        num_virtual_tokens: prompt tokens P, at least 1; default as many as the text of ``init`` has.
         init: where training starts: ``fastprefix.init.vocabulary()`` (default), ``.text(text, tokenizer)``,
             ``.token_ids(ids)``: the embeddings of these tokens; or ``.normal(std)``.
 
@@ -36,10 +36,12 @@ class PromptConfig:
         ValueError: a field is out of range; the message names the field.
     """
 
-    num_virtual_tokens: int
+    num_virtual_tokens: int = None  # type: ignore[assignment]  # an int from __post_init__ on
     init: Init = field(default_factory=vocabulary)
 
     def __post_init__(self) -> None:
+        if isinstance(self.init, Init):
+            self.num_virtual_tokens = take_length(self.num_virtual_tokens, self.init)
         check_tokens(self.num_virtual_tokens)
         if not isinstance(self.init, Init) or self.init.keys is not None:
             expected = "what fastprefix.init.vocabulary, text, token_ids or normal return"
