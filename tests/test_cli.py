@@ -17,7 +17,7 @@ from tests.tiny import ROWS, save_tiny, tiny_model
 
 pytest.importorskip("transformers")
 
-COMMANDS = ("demo", "train", "bench", "memory", "explain")
+COMMANDS = ("demo", "train", "generate", "bench", "memory", "explain")
 
 
 @pytest.fixture
@@ -49,8 +49,8 @@ def losses(out: str) -> tuple[float, float]:
     [
         ["--num-virtual-tokens", "4", "--lr", "0.05"],
         ["--prefix-projection", "--init-text", "the colour of grass is green", "--num-virtual-tokens", "6"],
-        ["--gradient-checkpointing", "--save-steps", "5"],
-        ["--bf16"],
+        ["--gradient-checkpointing", "--save-steps", "5", "--init", "random"],
+        ["--bf16", "--init", "random"],
     ],
     ids=["direct", "projected", "checkpointing", "bf16"],
 )
