@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 from fastprefix.options import check_output, positive_number, whole_number
@@ -183,11 +184,17 @@ def _memory(options: argparse.Namespace) -> int:
 
 
 def _explain(options: argparse.Namespace) -> int:
-    import fastprefix
     from fastprefix.models import find_model, load_model
 
     found = find_model(options.model)
+    if options.adapter is not None and not Path(options.adapter).is_dir():
+        raise ValueError(f"--adapter: no folder {options.adapter}")
+
+    import fastprefix
+    from fastprefix.hf.explain import check_carries
+
     model = load_model(found, causal=False)
+    check_carries(model)
     if options.adapter is None:
         fastprefix.attach(model, fastprefix.PrefixConfig(options.num_virtual_tokens))
     else:

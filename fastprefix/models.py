@@ -54,12 +54,14 @@ def find_model(name: str) -> Found:
 def _on_hub(name: str) -> Found:
     from huggingface_hub import HfApi, try_to_load_from_cache
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
+    from huggingface_hub.utils import validate_repo_id
 
     got = f"--model: got {name!r}, which is no folder here"
     try:
-        cached = isinstance(try_to_load_from_cache(name, "config.json"), str)
+        validate_repo_id(name)
     except HFValidationError:
         raise ValueError(f"{got} and no name that the hub could have; expected {EXPECTED}") from None
+    cached = isinstance(try_to_load_from_cache(name, "config.json"), str)
     try:
         HfApi().model_info(name, timeout=HUB_SECONDS)
     except RepositoryNotFoundError:

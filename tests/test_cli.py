@@ -13,7 +13,8 @@ import torch
 
 import fastprefix
 from fastprefix import cli
-from tests.tiny import ROWS, save_tiny, tiny_model
+from tests.cli_runs import make_folder, train
+from tests.tiny import tiny_model
 
 pytest.importorskip("transformers")
 
@@ -22,15 +23,7 @@ COMMANDS = ("demo", "train", "generate", "bench", "memory", "explain")
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A model in ``model`` and pairs in ``data.jsonl``."""
-    save_tiny(tmp_path / "model")
-    (tmp_path / "data.jsonl").write_text("\n".join(json.dumps(row) for row in ROWS))
-    return tmp_path
-
-
-def train(folder: Path, *options: str, output: str = "out") -> int:
-    files = ["--model", str(folder / "model"), "--data", str(folder / "data.jsonl"), "--output", str(folder / output)]
-    return cli.main(["train", *files, "--batch-size", "2", *options])
+    return make_folder(tmp_path)
 
 
 def logits(model: Any) -> torch.Tensor:

@@ -42,16 +42,19 @@ def run(options: argparse.Namespace, found: Found, data: Data, heldout: Data | N
     trainer = _trainer(options, model, tokenizer, rows, heldout_rows)
     example, examples = (rows[0], data) if heldout is None or heldout_rows is None else (heldout_rows[0], heldout)
     before = sample.say(model, tokenizer, example, with_prefix=False)
+    history = []  # a Trainer forgets what it logged before it trains
     if heldout is not None and checkpoint is None:
-        print(f"held-out loss before: {trainer.evaluate()['eval_loss']:.4f}", flush=True)
+        history = [{"step": 0, "eval_loss": trainer.evaluate()["eval_loss"]}]
+        print(f"held-out loss before: {history[0]['eval_loss']:.4f}", flush=True)
     result = trainer.train(resume_from_checkpoint=checkpoint)
     print(f"training loss, mean of these steps: {result.training_loss:.4f}")
     if heldout is not None:
-        print(f"held-out loss after: {trainer.evaluate()['eval_loss']:.4f}")
+        print(f"held-out loss after: {_last_loss(trainer):.4f}")
+    history += trainer.state.log_history
     fastprefix.save(model, options.output)
     after = sample.say(model.eval(), tokenizer, example, with_prefix=True)
     print("\n" + sample.table(tokenizer, example, "training" if heldout is None else "held-out", before, after))
-    print("\n" + plot.write(Path(options.output), trainer.state.log_history))
+    print("\n" + plot.write(Path(options.output), history))
     print(f"adapter saved in {options.output}; to use it:\n")
     print(f"  {sample.command(options, examples)}")
     return 0
@@ -97,6 +100,14 @@ def _trainer(
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(Progress())
     return trainer
+
+
+def _last_loss(trainer: PrefixTrainer) -> float:
+    """The held-out loss at the end, which the last epoch may have measured."""
+    measured = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
+    if measured and measured[-1]["step"] == trainer.state.global_step:
+        return float(measured[-1]["eval_loss"])
+    return float(trainer.evaluate()["eval_loss"])
 
 
 def _training_arguments(options: argparse.Namespace) -> TrainingArguments:

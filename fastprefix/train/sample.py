@@ -12,7 +12,7 @@ from fastprefix.generate import complete
 
 NEW_TOKENS = 32
 SHOWN = 160  # characters of a text
-TEXT_PROMPT = 8  # tokens of a plain text that are given
+TEXT_PROMPT = 8  # tokens, or words, of a plain text that are given, but no more than half
 
 
 def say(model: Any, tokenizer: Any, row: Row, with_prefix: bool) -> str:
@@ -49,7 +49,8 @@ def command(options: argparse.Namespace, data: Data) -> str:
         case "pairs":
             prompt = line["prompt"]
         case "text":
-            prompt = " ".join(line["text"].split()[:TEXT_PROMPT])
+            spoken = line["text"].split()
+            prompt = " ".join(spoken[: max(1, min(TEXT_PROMPT, len(spoken) // 2))])
         case "chat":
             contents = {m["role"]: m["content"] for m in reversed(line["messages"])}  # the first of each role
             words += ["--chat"]
