@@ -147,6 +147,10 @@ WRONG: dict[str, tuple[list[str], str]] = {
     "no held-out data": (["--eval-data", "nowhere.jsonl"], "--eval-data: no file nowhere.jsonl"),
     "bad data": (["--data", "bad.jsonl"], "bad.jsonl, line 2: not JSON"),
     "bad held-out data": (["--eval-data", "bad.jsonl"], "bad.jsonl, line 2: not JSON"),
+    "another kind held out": (
+        ["--eval-data", "texts.jsonl"],
+        "--eval-data: got 6 texts, expected lines of the same kind as --data: 6 prompt/completion pairs",
+    ),
     "two starts": (["--init", "data", "--init-text", "a"], "--init and --init-text: expected one of the two"),
     "an MLP of none": (["--method", "prompt", "--prefix-projection"], "--prefix-projection: expected --method prefix"),
 }
@@ -165,6 +169,7 @@ def test_what_is_wrong_is_found_before_anything_loads(
 
     monkeypatch.setattr("fastprefix.models.find_model", load)
     monkeypatch.chdir(folder)
+    write_lines(folder / "texts.jsonl", TEXTS)
     write_lines(folder / "bad.jsonl", ROWS[:1]).open("a").write("\n{")
     assert train(folder, *options) == cli.USER_ERROR
     error = capsys.readouterr().err

@@ -34,6 +34,8 @@ def train(options: argparse.Namespace) -> int:
         check_file("--eval-data", options.eval_data)
     data = read_data(options.data)
     heldout = None if options.eval_data is None else read_data(options.eval_data)
+    if heldout is not None and heldout.kind != data.kind:
+        raise ValueError(f"--eval-data: got {heldout.about}, expected lines of the same kind as --data: {data.about}")
     found = find_model(options.model)
 
     from fastprefix.train.run import run
