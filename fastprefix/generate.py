@@ -60,6 +60,7 @@ def complete(model: Any, tokenizer: Any, ids: Tensor, max_new_tokens: int) -> st
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
         max_new_tokens=max_new_tokens,
+        max_length=None,  # a model that brings its own would be told in a warning that both are set
         do_sample=False,
         eos_token_id=sorted(ends) or None,
         pad_token_id=min(ends, default=None) if pad is None else pad,

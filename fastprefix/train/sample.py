@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import shlex
 from typing import Any
 
@@ -49,8 +50,9 @@ def command(options: argparse.Namespace, data: Data) -> str:
         case "pairs":
             prompt = line["prompt"]
         case "text":
-            spoken = line["text"].split()
-            prompt = " ".join(spoken[: max(1, min(TEXT_PROMPT, len(spoken) // 2))])
+            words_given = max(1, min(TEXT_PROMPT, len(line["text"].split()) // 2))
+            begin = re.match(rf"(?:\s*\S+){{{words_given}}}", line["text"])
+            prompt = begin[0] if begin else line["text"]
         case "chat":
             contents = {m["role"]: m["content"] for m in reversed(line["messages"])}  # the first of each role
             words += ["--chat"]
