@@ -22,8 +22,10 @@ FLOORS = (
     ("functional",),
     ("prefixes",),
     ("init", "hf"),
-    ("explain",),
-    ("assets", "measure", "data"),
+    ("explain", "options", "quiet"),
+    ("assets", "data"),
+    ("models",),
+    ("measure", "generate"),
     ("train", "demo"),
     ("cli",),
 )

@@ -13,24 +13,17 @@ import torch
 
 import fastprefix
 from fastprefix import cli
-from tests.tiny import ROWS, save_tiny, tiny_model
+from tests.cli_runs import make_folder, train
+from tests.tiny import tiny_model
 
 pytest.importorskip("transformers")
 
-COMMANDS = ("demo", "train", "bench", "memory", "explain")
+COMMANDS = ("demo", "train", "generate", "bench", "memory", "explain")
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A model in ``model`` and pairs in ``data.jsonl``."""
-    save_tiny(tmp_path / "model")
-    (tmp_path / "data.jsonl").write_text("\n".join(json.dumps(row) for row in ROWS))
-    return tmp_path
-
-
-def train(folder: Path, *options: str, output: str = "out") -> int:
-    files = ["--model", str(folder / "model"), "--data", str(folder / "data.jsonl"), "--output", str(folder / output)]
-    return cli.main(["train", *files, "--batch-size", "2", *options])
+    return make_folder(tmp_path)
 
 
 def logits(model: Any) -> torch.Tensor:
@@ -49,8 +42,8 @@ def losses(out: str) -> tuple[float, float]:
     [
         ["--num-virtual-tokens", "4", "--lr", "0.05"],
         ["--prefix-projection", "--init-text", "the colour of grass is green", "--num-virtual-tokens", "6"],
-        ["--gradient-checkpointing", "--save-steps", "5"],
-        ["--bf16"],
+        ["--gradient-checkpointing", "--save-steps", "5", "--init", "random"],
+        ["--bf16", "--init", "random"],
     ],
     ids=["direct", "projected", "checkpointing", "bf16"],
 )

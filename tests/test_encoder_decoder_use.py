@@ -126,8 +126,10 @@ def test_the_wrong_call_says_what_was_wrong() -> None:
 def test_explain_names_the_parts() -> None:
     model, _ = attached("t5", torch.float32, parts=("cross",))
     text = fastprefix.explain(model)
-    assert "3 of 9 layers" in text and "EncDecAttention: H=4 H_kv=4 D=8 P=5" in text
-    assert "encoder.block.0.layer.0.SelfAttention: H=4 H_kv=4 D=8 P=0" in text
+    self_attention, cross = ("{}.block.{}.layer.0.SelfAttention", "decoder.block.{}.layer.1.EncDecAttention")
+    first, last = (self_attention.format("encoder", i) for i in (0, 2))
+    assert "3 of 9 layers" in text and f"layers 0-2, {first} to {last}: H=4 H_kv=4 D=8 P=0" in text
+    assert f"layers 4, 6, 8, {cross.format(0)} to {cross.format(2)}: H=4 H_kv=4 D=8 P=5" in text
 
 
 def test_trains() -> None:

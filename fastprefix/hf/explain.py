@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from typing import Any
+
+from transformers import PreTrainedModel
 
 from fastprefix import functional
 from fastprefix.hf import exactness, probe
+from fastprefix.hf.api import attach, detach
 from fastprefix.hf.attention import AttentionCall
 from fastprefix.hf.installation import Installation
 from fastprefix.hf.reading import Entry
-from fastprefix.hf.state import installation
+from fastprefix.hf.state import found, installation
+from fastprefix.prefixes.config import PrefixConfig
+from fastprefix.validation import fail
 
 
 def explain_model(model: Any) -> str:
-    """A line a prefix, then each attention layer: shape, prefix, the backend of a 2-token forward and why."""
+    """A line a prefix, then the attention layers: shape, prefix, the backend of a 2-token forward and why.
+
+    Layers of the same name, but for numbers, with the same to say are told together.
+    """
+    if found(model) is None:
+        check_carries(model)
     state = installation(model)
     choice = state.choice()
     active = [] if choice is None else choice.distinct()
@@ -44,14 +56,52 @@ def explain_model(model: Any) -> str:
     finally:
         for hooks, before in zip(state.hooks, checked, strict=True):
             hooks.checked = before
+    groups: dict[tuple[str, ...], list[int]] = {}
+    called = [names.get(id(call.module), "?") for call in calls]
     for index, call in enumerate(calls):
-        tokens = call.tensors["prefix_k"].shape[-2]
-        shape = state.layers.shapes[index]
-        heads = f"H={call.tensors['q'].shape[1]} H_kv={shape.num_kv_heads} D={shape.head_dim}"
-        heads += f" D_v={shape.value_dim}" if shape.value_dim != shape.head_dim else ""
-        lines.append(f"{index:3d} {names.get(id(call.module), '?')}: {heads} P={tokens}")
-        lines += [f"      {line}" for line in functional.explain(**call.tensors, **call.options).splitlines()]
+        pattern = re.sub(r"\d+", "N", called[index])
+        groups.setdefault((pattern, *_about(state, index, call)), []).append(index)
+    for (_, about, *backends), members in groups.items():
+        first, last = called[members[0]], called[members[-1]]
+        span = first if len(members) == 1 else f"{first} to {last}"
+        lines.append(f"{'layer' if len(members) == 1 else 'layers'} {_ranges(members)}, {span}: {about}")
+        lines += [f"      {line}" for line in backends]
     return "\n".join(lines)
+
+
+def check_carries(model: Any) -> None:
+    """Raise ValueError with the reason where a bare model cannot carry a prefix; it is left as it was."""
+    try:
+        attach(model, PrefixConfig(1))
+    except ValueError as error:
+        names = [type(module).__name__.lower() for module in model.modules()]
+        if isinstance(model, PreTrainedModel) and not any("attention" in name or "attn" in name for name in names):
+            got = f"{type(model).__name__}, which has no attention layers"
+            raise fail("model", got, "a model with some: a prefix is keys and values") from error
+        raise
+    detach(model)
+
+
+def _about(state: Installation, index: int, call: AttentionCall) -> list[str]:
+    """A layer's shape and prefix, and what every backend says."""
+    shape = state.layers.shapes[index]
+    heads = f"H={call.tensors['q'].shape[1]} H_kv={shape.num_kv_heads} D={shape.head_dim}"
+    heads += f" D_v={shape.value_dim}" if shape.value_dim != shape.head_dim else ""
+    window = getattr(call.module, "sliding_window", None)  # two tokens do not reach beyond any
+    heads += f" window={window}" if isinstance(window, int) else ""
+    heads += f" P={call.tensors['prefix_k'].shape[-2]}"
+    return [heads, *functional.explain(**call.tensors, **call.options).splitlines()]
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """Ascending numbers, neighbours as a range: ``0-3, 5``."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and runs[-1][-1] == number - 1:
+            runs[-1] = [runs[-1][0], number]
+        else:
+            runs.append([number])
+    return ", ".join("-".join(map(str, run)) for run in runs)
 
 
 def _rows(stack: probe.Stack) -> list[AttentionCall]:

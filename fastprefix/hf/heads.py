@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from fastprefix.hf.reading import Reading
 
 
-
 def keeps_some(kwargs: dict[str, Any]) -> bool:
     """Whether only some positions' logits are asked for."""
     keep = kwargs.get("logits_to_keep")

@@ -15,6 +15,7 @@ from fastprefix.measure.peers import OURS, peers_for
 from fastprefix.measure.problem import DTYPES, Mode, Problem
 from fastprefix.measure.run import Measured, measure
 from fastprefix.measure.timing import ratio
+from fastprefix.options import whole_number
 
 if TYPE_CHECKING:
     from torch import nn
@@ -31,7 +32,7 @@ def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shape", type=_shape, action="append", metavar="B,H,H_kv,S,P,D", help=f"{sizes}; repeatable")
     parser.add_argument("--dtype", choices=sorted(DTYPES), help="(fp32; with --tune bf16)")
     parser.add_argument("--device", default=device, help="(%(default)s)")
-    parser.add_argument("--repeats", type=_positive, default=7, metavar="N", help="timed rounds (%(default)s)")
+    parser.add_argument("--repeats", type=whole_number(), default=7, metavar="N", help="timed rounds (%(default)s)")
     parser.add_argument("--decode", action="store_true", help="one new token instead of training")
     parser.add_argument("--peer", action="append", metavar="NAME", help="only these peers; repeatable")
     parser.add_argument("--markdown", action="store_true", help="print Markdown tables")
@@ -91,10 +92,10 @@ def _table(found: Measured, least: Cost, markdown: bool) -> str:
 
 def add_memory_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``fastprefix memory``."""
-    parser.add_argument("--model", metavar="DIR", help="folder of a causal model (default: a tiny random Llama)")
-    parser.add_argument("--batch", type=_positive, default=8, metavar="B", help="(%(default)s)")
-    parser.add_argument("--seq", type=_positive, default=128, metavar="S", help="tokens a sample (%(default)s)")
-    parser.add_argument("--prefix", type=_positive, action="append", metavar="P", help=f"repeatable ({PREFIXES})")
+    parser.add_argument("--model", metavar="DIR_OR_NAME", help="causal model (default: a tiny random Llama)")
+    parser.add_argument("--batch", type=whole_number(), default=8, metavar="B", help="(%(default)s)")
+    parser.add_argument("--seq", type=whole_number(), default=128, metavar="S", help="tokens a sample (%(default)s)")
+    parser.add_argument("--prefix", type=whole_number(), action="append", metavar="P", help=f"repeatable ({PREFIXES})")
 
 
 def memory_main(args: argparse.Namespace) -> int:
@@ -126,14 +127,14 @@ def memory_main(args: argparse.Namespace) -> int:
     return 0
 
 
-def _model(folder: str | None) -> nn.Module:
-    if folder is None:
+def _model(name: str | None) -> nn.Module:
+    if name is None:
         from fastprefix.measure.models import random_llama
 
         return random_llama()
-    from transformers import AutoModelForCausalLM
+    from fastprefix.models import find_model, load_model
 
-    model: nn.Module = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+    model: nn.Module = load_model(find_model(name))
     return model.train()
 
 
@@ -152,17 +153,13 @@ def _check_peers(names: list[str] | None, problem: Problem, mode: Mode) -> None:
 
 
 def _shape(text: str) -> tuple[int, ...]:
+    expected = "expected six whole numbers B,H,H_kv,S,P,D"
     try:
-        sizes = tuple(int(part) for part in text.split(","))
-        B, H, H_kv, S, P, D = sizes
+        B, H, H_kv, S, P, D = sizes = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"got {text!r}, {expected}") from None
+    try:
         Problem.train(B, H, H_kv, S, P, D)
     except ValueError as error:
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected six sizes B,H,H_kv,S,P,D ({error})") from None
+        raise argparse.ArgumentTypeError(f"got {text!r}, {expected}: {error}") from None
     return sizes
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"got {value}, expected at least 1")
-    return value

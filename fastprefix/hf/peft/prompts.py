@@ -34,9 +34,7 @@ def forward(model: Any, state: Installation, choice: Choice, kwargs: dict[str, A
     return output if return_dict else output.to_tuple()
 
 
-def outgrows(
-    model: Any, state: Installation, tokens: int, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> str | None:
+def outgrows(model: Any, state: Installation, tokens: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
     """Why a generation behind so many prompt tokens may grow too long to share them, where PEFT's own way is exact."""
     config = kwargs.get("generation_config") or model.generation_config
     ids = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids", kwargs.get("inputs_embeds")))

@@ -1,0 +1,57 @@
+"""Files of JSON lines: each line an object, named by file and line wherever it is wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+
+def read_lines(path: str | os.PathLike[str], expected: str) -> list[tuple[int, dict[str, Any]]]:
+    """Line numbers, from 1, and objects; empty lines are passed over.
+
+    Args:
+        path: the file.
+        expected: what a line should be, for the errors.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: a line is no object in JSON, or there is none.
+    """
+    rows = list(_rows(path, expected))
+    if not rows:
+        raise ValueError(f"{path}: no lines, expected one JSON object with {expected} per line")
+    return rows
+
+
+def _rows(path: str | os.PathLike[str], expected: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    for number, line in enumerate(Path(path).read_bytes().split(b"\n"), start=1):
+        if line.strip():
+            yield number, _object(line, f"{path}, line {number}", expected)
+
+
+def _object(line: bytes, where: str, expected: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{where}: not UTF-8 (byte {error.start})") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}: not JSON ({error.msg} at column {error.colno})") from None
+    except RecursionError:
+        raise ValueError(f"{where}: not JSON (nested too deeply)") from None
+    if not isinstance(row, dict):
+        raise ValueError(f"{where}: got {type(row).__name__}, expected an object with {expected}")
+    return row
+
+
+def string(row: dict[str, Any], field: str, where: str, empty: bool = False) -> str:
+    """A field that has to be a string; ValueError naming it where it is none, or is empty without leave."""
+    if field not in row:
+        raise ValueError(f"{where}: the field {field!r} is missing")
+    if not isinstance(row[field], str):
+        raise ValueError(f"{where}: the field {field!r} is {type(row[field]).__name__}, expected a string")
+    if not (row[field] or empty):
+        raise ValueError(f"{where}: the field {field!r} is empty")
+    return str(row[field])
