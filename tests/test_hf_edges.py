@@ -12,7 +12,8 @@ import transformers
 import fastprefix
 from fastprefix import PrefixConfig, init
 from fastprefix.hf import masks
-from fastprefix.hf.probe import Stack, sees_the_future
+from fastprefix.hf.causality import sees_the_future
+from fastprefix.hf.probe import Stack
 from tests.models import ROWS, VOCAB
 
 P, S = 5, 9

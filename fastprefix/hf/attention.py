@@ -74,6 +74,8 @@ def attention_forward(
             "cache: got a paged cache, expected none: continuous batching cannot run with a prefix attached"
         )
     slot = module._modules.get(SLOT)
+    if isinstance(slot, LayerSlot) and slot.query_factor is not None:
+        query = query * slot.query_factor.to(query.dtype)
     if isinstance(slot, LayerSlot) and masks.running.beside is not None and slot.beside is not None:
         return _beside(slot, module, query, key, value, attention_mask, scaling, dropout, is_causal, kwargs)
     prefix_k, prefix_v, *choice = _prefix(module, query, key, value)

@@ -46,7 +46,29 @@ def prompt_dim(state: Installation) -> int:
         raise fail("model", got, "one that does: a soft prompt is embeddings") from error
     finally:
         state.paused = False
+    if reads_token_ids(state):
+        got = f"{type(state.model).__name__}, whose layers read token ids beside their embeddings"
+        raise fail("model", got, "one that does not: a soft prompt is embeddings, and has no ids")
     return dim
+
+
+def reads_token_ids(state: Installation) -> bool:
+    """Whether layers of a causal model read token ids beside their embeddings (Gemma 3n's per-layer ones).
+
+    Then rows have ids and a prompt in front of them has none, as it has not where both are embeddings.
+    """
+    main, embed = state.layers.main, state.model.get_input_embeddings()
+    if not main.causal or main.main_input != "input_ids":
+        return False
+    ids = main.example(tokens=3)["input_ids"]
+    state.paused = True
+    try:
+        with probe.evaluating(state.model):
+            of_ids, of_embeddings = main.owner(input_ids=ids)[0], main.owner(inputs_embeds=embed(ids))[0]
+    finally:
+        state.paused = False
+    tiny = 64 * torch.finfo(of_ids.dtype).eps
+    return not torch.allclose(of_ids, of_embeddings, rtol=tiny, atol=tiny * of_ids.abs().max().item())
 
 
 def empty_prefix(state: Installation, config: PrefixConfig) -> Prefix:
@@ -67,6 +89,8 @@ def new_encoder(state: Installation, prefix: Prefix) -> PrefixEncoder | PartEnco
 
 def build_prefix(state: Installation, config: PrefixConfig) -> Prefix:
     """Keys and values for every layer."""
+    if config.position_offset == "after_prefix":
+        sharing.check_images(state)
     prefix = empty_prefix(state, config)
     devices = [state.layers.devices[i] for i in prefix.layer_indices]
     given = _start(state, config, list(prefix.layer_indices))

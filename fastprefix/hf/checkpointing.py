@@ -95,6 +95,7 @@ class Checkpointing:
         if any(SLOT not in module._modules for module in self.state.layers.modules):
             raise RuntimeError("fastprefix: the prefix was taken out between a checkpointed forward and its backward")
         slots, on, beside = self.state.slots, self.state.configs.on, masks.running.beside
+        offset, self.state.query_scales.offset = self.state.query_scales.offset, reading.offset if reading else 0
         outside = [(slot.active, slot.given, slot.overridden) for slot in slots]
         self.state.switch(on=reading is not None)
         masks.running.beside = slots[0].beside if reading is not None and reading.beside else None
@@ -108,6 +109,7 @@ class Checkpointing:
                 slot.active, slot.given, slot.overridden = name, kv, overridden
             self.state.switch(on=on)
             masks.running.beside = beside
+            self.state.query_scales.offset = offset
 
     def remove(self) -> None:
         """Give the layers their own checkpointing functions back."""

@@ -83,7 +83,7 @@ def _first_position(state: Installation) -> int:
     """RoBERTa's positions count from behind its padding index, PaliGemma's from 1."""
     table = state.hooks[-1].table
     behind = 0 if table is None or table.padding_idx is None else table.padding_idx + 1
-    return behind + state.outer.first_position
+    return behind + state.first_position
 
 
 def cut(output: Any, tokens: int, keep: int) -> Any:

@@ -68,6 +68,7 @@ class OwnConfigs:
                 module.config = config.original
         for config in self.configs:
             for name, value in config.own.__dict__.items():
-                new = name not in config.fields or config.fields[name] != value
-                if new and not name.startswith(_IMPLEMENTATION) and id(value) not in back:
+                if name.startswith(_IMPLEMENTATION) or id(value) in back:  # a config inside has its own original
+                    continue
+                if name not in config.fields or config.fields[name] != value:
                     config.original.__dict__[name] = value

@@ -21,6 +21,8 @@ def inexact(state: Installation, tokens: int, kwargs: dict[str, Any]) -> str | N
     main = state.layers.main
     if not main.causal:
         return f"{type(main.owner).__name__} is bidirectional: its prompt sees the row"
+    if state.reads_token_ids:
+        return "its layers read token ids beside their embeddings, which a prompt has not"
     if (name := _active_dropout(main.owner)) is not None:
         return f"dropout is active in the model ({name}): every row draws its own"
     return outgrown(state, tokens + _row_tokens(kwargs), tokens + _last_position(state, kwargs))

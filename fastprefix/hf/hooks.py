@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fastprefix.hf import cache_origin, concatenation, masks, positions, tables
 from fastprefix.hf.probe import Stack
-from fastprefix.hf.reading import Reading
+from fastprefix.hf.reading import Reading, batch_size
 from fastprefix.validation import fail
 
 if TYPE_CHECKING:
@@ -76,6 +76,7 @@ class ForwardHooks:
         state = self.state
         reading = state.checkpointing.leave(reading)
         state.running = reading
+        state.query_scales.offset = reading.offset
         if reading.layers is not None:
             state.give(reading, self.stack)
         if reading.concatenated is not None:
@@ -90,6 +91,7 @@ class ForwardHooks:
         """Nothing of an earlier forward is left."""
         state = self.state
         state.running, self.origin = None, None
+        state.query_scales.offset = 0
         state.take_back()
         state.unshare_encoder()
         masks.running.forget()
@@ -105,13 +107,16 @@ class ForwardHooks:
             self.shift.offset = reading.offset
             return
         mask, ids = kwargs.get("attention_mask"), kwargs.get("position_ids")
-        if state.nested is None:
+        if state.nested is None or state.nested.outermost:
             mask, ids = state.outer.own_arguments(kwargs)
         counts = causal or state.outer.outer.makes_positions
         shifted = isinstance(reading.offset, Tensor) or reading.offset > 0
         if self.stack.takes_positions and (shifted or (counts and ids is None)):
-            given, first = {**kwargs, "attention_mask": mask, "position_ids": ids}, state.outer.first_position
-            kwargs["position_ids"] = positions.content_positions(given, reading.offset, counts, self.table, first)
+            given, first = {**kwargs, "attention_mask": mask, "position_ids": ids}, state.first_position
+            ids = positions.content_positions(given, reading.offset, counts, self.table, first)
+            if state.counting.first:  # whoever counts so reads a position for every row
+                ids = ids.expand(batch_size(state, kwargs), -1).contiguous()
+            kwargs["position_ids"] = ids
         if state.heads.wanted and isinstance(mask, Tensor) and mask.dim() == 2:
             reading.padding = (mask.cumsum(1) == 0).sum(1)
             prompted = state.prompted_rows(len(mask))
@@ -156,6 +161,7 @@ class ForwardHooks:
             return None
         if self.shift is not None:
             self.shift.offset = 0
+        state.query_scales.offset = 0
         if not torch.compiler.is_compiling():
             masks.running.forget()
             if self.origin is not None and output is not None and state.nested is None:
@@ -174,6 +180,9 @@ class ForwardHooks:
             return None
         if not torch.compiler.is_compiling() and not self.checked:
             self.check(owner)
+        if reading.concatenated is not None and state.pooled:
+            state.pooled.tokens = reading.concatenated.shape[1]
+            return None
         if reading.concatenated is not None:
             output = concatenation.cut(output, reading.concatenated.shape[1], int(heads.wanted))
             return heads.behind_padding(output, reading) if heads.wanted else output

@@ -9,7 +9,7 @@ from typing import Any, overload
 import torch
 from torch import nn
 
-from fastprefix.hf import sharded, trial
+from fastprefix.hf import placement, sharded, trial
 from fastprefix.hf.attached import Attached
 from fastprefix.hf.build import build
 from fastprefix.hf.installation import Installation
@@ -93,7 +93,7 @@ def _attach_made(
     before = state.active
     state.freeze()
     state.prefixes[name] = prefix
-    state.place(name, prefix)
+    placement.place(state, name, prefix)
     state.activate(name)
     try:
         trial.run_once(state)
@@ -101,7 +101,7 @@ def _attach_made(
         if fresh:
             detach(model)
         else:
-            state.displace(name)
+            placement.displace(state, name)
             state.activate(before)
         raise
     return prefix
@@ -157,7 +157,7 @@ def bake(model: Any, name: str = "default") -> Prefix | SoftPrompt:
         with torch.no_grad():
             keys, values = zip(*prefix.key_values(), strict=True)
         prefix.set_direct(keys, values)
-        installation(model).place(name, prefix)
+        placement.place(installation(model), name, prefix)
     return prefix
 
 

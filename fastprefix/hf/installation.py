@@ -9,15 +9,29 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from fastprefix.hf import bypassing, encoder_decoder, exactness, masks, outer, probe, reading, tables
+from fastprefix.hf import (
+    bypassing,
+    causality,
+    default_positions,
+    encoder_decoder,
+    exactness,
+    masks,
+    outer,
+    probe,
+    reading,
+    tables,
+)
 from fastprefix.hf.attached import Attached
-from fastprefix.hf.attention import SLOT
+from fastprefix.hf.attention import SLOT, recording
 from fastprefix.hf.checkpointing import Checkpointing
 from fastprefix.hf.configs import OwnConfigs
 from fastprefix.hf.continuous import ContinuousBatching
 from fastprefix.hf.heads import HeadHooks
 from fastprefix.hf.hooks import ForwardHooks
 from fastprefix.hf.memo import Memo
+from fastprefix.hf.placement import ENCODERS
+from fastprefix.hf.pooled import PooledHead
+from fastprefix.hf.query_scales import QueryScales
 from fastprefix.hf.reading import Choice, Reading, Source
 from fastprefix.hf.sharing import Nested
 from fastprefix.hf.turns import Turns
@@ -29,7 +43,6 @@ if TYPE_CHECKING:
     from fastprefix.hf.shared import SharedPrompt
 
 _numbers = itertools.count()
-_ENCODERS = "fastprefix_encoders"
 
 
 class Installation:
@@ -49,6 +62,7 @@ class Installation:
         self.paused = False  # whether the model runs as if nothing were attached
         self.memo = Memo()
         self.said: set[str] = set()
+        self.reads_token_ids = False  # whether layers do, beside embeddings; known where soft prompts are
         self.trainable: list[tuple[nn.Parameter, bool]] = []
         self.configs = OwnConfigs(model)
         self.led = bypassing.lead(model)
@@ -60,15 +74,22 @@ class Installation:
             )
             self.check_masks()
             around = outer.look(model, self.layers.main)
+            self.counting = default_positions.find(model, self.layers.main)
+            if not self.counting.moved:
+                self.layers = probe.without_positions(self.layers)
             moved = [tables.table(model, stack, stack is self.layers.main) for stack in self.layers.stacks]
-        except BaseException:
+        except BaseException as error:
             self.give_back()
+            if isinstance(error, ValueError) and error.__cause__ is not None and causality.runs(model):
+                raise probe.does_not_dispatch(model, f", or reads masks of another form ({error.__cause__})") from error
             raise
         self.switch(on=False)
         self.rotary_limits = tuple(exactness.rotary_limits(self.layers.main.owner))
         for module in self.layers.modules:
             module.add_module(SLOT, LayerSlot())
+        self.query_scales = QueryScales(self.layers.modules)
         self.checkpointing = Checkpointing(self)
+        self.pooled = PooledHead(model, self.layers.main)  # it runs the model: before there are hooks
         self.heads = HeadHooks(self)
         self.outer = outer.OuterCall(model, self.layers.main, around)
         self.continuous = ContinuousBatching(self)
@@ -82,9 +103,11 @@ class Installation:
 
     def check_masks(self) -> None:
         """Some models merge masks with their own: what ours leave to the layer's causality would be lost on them."""
-        ours = probe.sees_the_future(self.layers.main)
+        with recording() as calls:
+            ours = causality.sees_the_future(self.layers.main)
+        causality.check_keys(self.model, self.layers.main, calls)
         self.switch(on=False)
-        before = probe.sees_the_future(self.layers.main)
+        before = causality.sees_the_future(self.layers.main)
         self.switch(on=True)
         if ours != before:
             raise probe.does_not_dispatch(self.model, ": it makes masks of its own")
@@ -95,6 +118,11 @@ class Installation:
         slots = [getattr(module, SLOT) for module in self.layers.modules]
         assert all(isinstance(slot, LayerSlot) for slot in slots)
         return slots
+
+    @property
+    def first_position(self) -> int:
+        """Of a row's first token in the forward that runs."""
+        return self.outer.first_position if self.outer.given else self.counting.first
 
     def switch(self, on: bool) -> None:
         """Let the model's attention run through fastprefix, or as it did before."""
@@ -110,39 +138,6 @@ class Installation:
                 if id(parameter) not in known:
                     self.trainable.append((parameter, parameter.requires_grad))
                 parameter.requires_grad_(False)
-
-    def place(self, name: str, prefix: Prefix | SoftPrompt) -> None:
-        """Make a prefix's modules children of the model."""
-        slots = self.slots
-        if isinstance(prefix, Prefix):
-            for layer, index in zip(prefix.layers, prefix.layer_indices, strict=True):
-                slots[index].prefixes[name] = layer
-        for module, slot in zip(self.layers.modules, slots, strict=True):
-            slot.train(module.training)
-        encoder = prefix if isinstance(prefix, SoftPrompt) else prefix.encoder
-        encoders = self.layers.main.owner._modules.get(_ENCODERS)
-        if encoder is not None:
-            if encoders is None:
-                encoders = nn.ModuleDict()
-                self.layers.main.owner.add_module(_ENCODERS, encoders)
-            assert isinstance(encoders, nn.ModuleDict)
-            encoders[name] = encoder
-        elif isinstance(encoders, nn.ModuleDict) and name in encoders:
-            del encoders[name]
-            if not encoders:
-                del self.layers.main.owner._modules[_ENCODERS]
-
-    def displace(self, name: str) -> None:
-        """Take one prefix out again."""
-        del self.prefixes[name]
-        for slot in self.slots:
-            if name in slot.prefixes:
-                del slot.prefixes[name]
-        encoders = self.layers.main.owner._modules.get(_ENCODERS)
-        if isinstance(encoders, nn.ModuleDict) and name in encoders:
-            del encoders[name]
-            if not encoders:
-                del self.layers.main.owner._modules[_ENCODERS]
 
     def named(self, name: str) -> Prefix | SoftPrompt:
         """The prefix of a name; raises ValueError when none is attached under it."""
@@ -248,11 +243,13 @@ class Installation:
         self.turns.remove()
         self.heads.remove()
         self.outer.remove()
+        self.query_scales.remove()
+        self.pooled.remove()
         self.continuous.remove()
         self.checkpointing.remove()
         for module in self.layers.modules:
             del module._modules[SLOT]
-        self.layers.main.owner._modules.pop(_ENCODERS, None)
+        self.layers.main.owner._modules.pop(ENCODERS, None)
         self.give_back()
         for parameter, requires_grad in self.trainable:
             parameter.requires_grad_(requires_grad)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -38,7 +39,8 @@ def look(model: nn.Module, stack: probe.Stack) -> Outer:
     try:
         probe.run(model, inputs)
         if _MASK in inspect.signature(model.forward).parameters:
-            probe.run(model, {**inputs, _MASK: mask})
+            with suppress(AttributeError, LookupError, RuntimeError, TypeError, ValueError):  # bare, it does not run so
+                probe.run(model, {**inputs, _MASK: mask})
     finally:
         handle.remove()
     positions = [kwargs["position_ids"] for kwargs in given if isinstance(kwargs.get("position_ids"), Tensor)]

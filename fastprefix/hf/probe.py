@@ -33,11 +33,12 @@ class Stack:
     layers: tuple[int, ...]  # which of the model's
     biased: bool = False  # whether biases by position are added to scores of content (T5)
     beside: dict[str, Tensor] = field(default_factory=dict)  # what an example forward needs beside its main input
+    passes_positions_by: bool = False  # whether position ids are taken and change nothing
 
     @property
     def takes_positions(self) -> bool:
         """Whether content can be moved; elsewhere its positions belong to it (patches, convolutions, biases)."""
-        return "position_ids" in self.owner_arguments
+        return "position_ids" in self.owner_arguments and not self.passes_positions_by
 
     def example(self, tokens: int = 2) -> dict[str, Tensor]:
         """What its forward runs on, its main input first."""
@@ -155,6 +156,11 @@ def _sources(config: Any, kinds: Sequence[str], count: int) -> tuple[int, ...]:
     return tuple(i if i < own else max(j for j in range(own) if kinds[j] == kinds[i]) for i in range(count))
 
 
+def without_positions(layers: Layers) -> Layers:
+    """The same, of a model whose position ids move nothing."""
+    return replace(layers, stacks=(*layers.stacks[:-1], replace(layers.main, passes_positions_by=True)))
+
+
 def once(calls: Sequence[AttentionCall]) -> list[AttentionCall]:
     """The first call of each module."""
     found: dict[int, AttentionCall] = {}
@@ -204,21 +210,6 @@ def stack(
         biased=any(x is not None and x.is_floating_point() for x in (call.options.get("bias") for call in calls)),
         beside=beside or {},
     )
-
-
-def sees_the_future(stack: Stack) -> bool:
-    """Whether a stack's first tokens, patches or frames depend on the last number of its input."""
-    # Not token 0, which is often padding and embedded as nothing.
-    inputs, hidden = stack.example(tokens=3), []
-    content = inputs[stack.main_input]
-    with evaluating(stack.owner):
-        for last in (1, 2):
-            content.view(-1)[-1] = last
-            hidden.append(stack.owner(**inputs)[0][:, :-1])
-    before, after = hidden
-    # Other rows of a product may round differently; a mask that lets the future in changes more than that.
-    tiny = 64 * torch.finfo(before.dtype).eps
-    return not torch.allclose(before, after, rtol=tiny, atol=tiny * before.abs().max().item())
 
 
 def _shape(call: AttentionCall) -> LayerShape:

@@ -23,8 +23,9 @@ KeyValues = list[LayerKV | None]  # of every attention layer
 class Nested:
     """The model's forward over prompts, inside a forward over rows."""
 
-    def __init__(self, reading: Reading | None) -> None:
+    def __init__(self, reading: Reading | None, outermost: bool) -> None:
         self.reading = reading  # what the prompts themselves have in front of them
+        self.outermost = outermost  # whether the prompts run through the whole model, as a caller's rows do
         self.hidden: Tensor | None = None  # [N, P, d]
 
 
@@ -61,7 +62,7 @@ def run(
     if "use_cache" in state.layers.main.owner_arguments:
         inputs["use_cache"] = False
     runs: Any = state.layers.main.owner if module is None else module
-    nested = Nested(reading)
+    nested = Nested(reading, outermost=module is not None)
     # Reentrant checkpointing runs without gradients first: what is captured there would have none.
     checkpointing = state.checkpointing
     modules = [m for m in checkpointing.modules if m.gradient_checkpointing] if checkpointing.reentrant() else []
@@ -120,13 +121,28 @@ def check(state: Installation) -> None:
     check_tokens(state.model)
     if not state.layers.main.takes_positions:
         got = f"{type(state.model).__name__}, whose forward takes no position_ids"
+        if state.layers.main.passes_positions_by:
+            got = f"{type(state.model).__name__}, whose position_ids move nothing"
         raise fail("model", got, "one that does: rows are moved behind a prompt")
+    check_images(state)
     if state.layers.again:
         got = f"{type(state.model).__name__}, whose layers share an attention module"
         raise fail("model", got, "one module a layer: a prompt has keys of its own in each")
     if state.layers.kinds:
         got = f"{type(state.model).__name__}, some of whose layers have no attention"
         raise fail("model", got, "attention in every layer: others would not see the prompt")
+
+
+def check_images(state: Installation) -> None:
+    """Raise ValueError for a model whose images stand at places of their own, which must not move with the text.
+
+    HunYuan-VL counts an image's tokens by their column, their row and the image's number, from 0 wherever it stands in
+    the text; its positions do not tell which tokens are an image's.
+    """
+    name = type(state.layers.main.owner).__name__
+    if name.startswith("HunYuanVL"):
+        got = f"{type(state.model).__name__}, whose images have absolute positions beside a text that is moved"
+        raise fail("model", got, "a PrefixConfig with position_offset='none', which moves nothing")
 
 
 def refuse_cache(kwargs: dict[str, Any], reason: str) -> None:

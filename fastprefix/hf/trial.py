@@ -25,24 +25,30 @@ def run_once(state: Installation) -> None:
     Raises:
         ValueError: it does not run; the model's class and the error are named.
     """
-    model, said = state.model, set(state.said)
+    model, said, active = state.model, set(state.said), state.active
     for inputs in _calls(model):
-        try:
-            with warnings.catch_warnings(), probe.evaluating(model):
-                warnings.simplefilter("ignore")
-                model(**inputs)
-        except (ArithmeticError, AttributeError, LookupError, NotImplementedError, RuntimeError, TypeError) as error:
-            raise _fails(model, inputs, error) from error
-        except ValueError as error:
-            raise _fails(model, inputs, error) from error
-        finally:
-            state.said.clear()
-            state.said.update(said)
+        error = _error(model, inputs)
+        state.said.clear()
+        state.said.update(said)
+        if error is None:
+            continue
+        state.activate(None)
+        bare = _error(model, inputs)
+        state.activate(active)
+        if bare is None:
+            got = f"{type(model).__name__}, whose forward of {' and '.join(inputs)} fails with a prefix ({error})"
+            raise fail("model", got, "a model that runs with one on what it runs on without") from error
 
 
-def _fails(model: Any, inputs: dict[str, Any], error: Exception) -> ValueError:
-    got = f"{type(model).__name__}, whose forward of {' and '.join(inputs)} fails with a prefix attached ({error})"
-    return fail("model", got, "a model that runs on what it ran on before, or the part of it that reads the prefix")
+def _error(model: Any, inputs: dict[str, Any]) -> Exception | None:
+    """What a forward raises."""
+    try:
+        with warnings.catch_warnings(), probe.evaluating(model):
+            warnings.simplefilter("ignore")
+            model(**inputs)
+    except Exception as error:  # every kind: it is told to the user, or is the bare model's own
+        return error
+    return None
 
 
 def _calls(model: Any) -> list[dict[str, Any]]:

@@ -7,7 +7,10 @@ from typing import Any
 
 import torch
 
+from fastprefix.hf import probe
+from fastprefix.hf.installation import Installation
 from fastprefix.hf.peft.adapters import PREFIXES, Adapters, kind
+from fastprefix.validation import fail
 
 
 def check(adapters: Adapters, name: str) -> None:
@@ -15,6 +18,19 @@ def check(adapters: Adapters, name: str) -> None:
     config = adapters.peft_model.peft_config[name]
     if kind(config) in PREFIXES:
         adapters.fit.check(config)
+
+
+def check_output(state: Installation) -> None:
+    """Raise ValueError unless a model's output has names: what it says of a soft prompt's tokens is put in front."""
+    state.paused = True
+    try:
+        with probe.evaluating(state.model):
+            output = state.model(**state.layers.main.example())
+    finally:
+        state.paused = False
+    if not hasattr(output, "get"):
+        got = f"a {type(state.model).__name__}, whose forward returns a {type(output).__name__}"
+        raise fail("peft_model", got, "one that returns transformers' ModelOutput")
 
 
 @torch.no_grad()

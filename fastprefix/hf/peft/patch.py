@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import warnings
+from contextlib import suppress
 from typing import Any
 
-from fastprefix.hf import probe, sharing
+from fastprefix.hf import build, probe, sharing
 from fastprefix.hf.installation import Installation
 from fastprefix.hf.peft import checks, classes
 from fastprefix.hf.peft.adapters import PREFIXES, PROMPTS, Adapters, kind
@@ -66,6 +67,10 @@ def patch(peft_model: Any) -> Any:
             _patch_adaption(state, peft_model)
         else:
             state.source = Adapters(state, peft_model)
+            with suppress(AttributeError, RuntimeError, TypeError, ValueError):  # soft prompts fail there, in PEFT too
+                state.reads_token_ids = build.reads_token_ids(state)
+            if kinds & set(PROMPTS):
+                checks.check_output(state)
             for name in peft_model.peft_config:
                 checks.check(state.source, name)
             for name in peft_model.peft_config:

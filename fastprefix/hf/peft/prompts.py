@@ -40,6 +40,8 @@ def outgrows(model: Any, state: Installation, tokens: int, args: tuple[Any, ...]
     ids = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids", kwargs.get("inputs_embeds")))
     if ids is None:
         return None
+    if state.reads_token_ids:
+        return exactness.inexact(state, tokens, {})
     new, whole = (kwargs.get(name, getattr(config, name, None)) for name in ("max_new_tokens", "max_length"))
     last = ids.shape[1] + new if new is not None else max(whole or 0, ids.shape[1] + 20)  # 20: generate's own default
     window = state.layers.window

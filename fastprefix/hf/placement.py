@@ -1,0 +1,50 @@
+"""Where an attached prefix's modules lie: children of the model, so that whatever walks it finds their parameters."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from fastprefix.prefixes.prefix import Prefix
+from fastprefix.prefixes.prompt import SoftPrompt
+
+if TYPE_CHECKING:
+    from fastprefix.hf.installation import Installation
+
+ENCODERS = "fastprefix_encoders"  # the child of the model that holds MLPs and soft prompts
+
+
+def place(state: Installation, name: str, prefix: Prefix | SoftPrompt) -> None:
+    """Make a prefix's modules children of the model."""
+    slots = state.slots
+    if isinstance(prefix, Prefix):
+        for layer, index in zip(prefix.layers, prefix.layer_indices, strict=True):
+            slots[index].prefixes[name] = layer
+    for module, slot in zip(state.layers.modules, slots, strict=True):
+        slot.train(module.training)
+    encoder = prefix if isinstance(prefix, SoftPrompt) else prefix.encoder
+    encoders = state.layers.main.owner._modules.get(ENCODERS)
+    if encoder is not None:
+        if encoders is None:
+            encoders = nn.ModuleDict()
+            state.layers.main.owner.add_module(ENCODERS, encoders)
+        assert isinstance(encoders, nn.ModuleDict)
+        encoders[name] = encoder
+    elif isinstance(encoders, nn.ModuleDict) and name in encoders:
+        del encoders[name]
+        if not encoders:
+            del state.layers.main.owner._modules[ENCODERS]
+
+
+def displace(state: Installation, name: str) -> None:
+    """Take one prefix out again."""
+    del state.prefixes[name]
+    for slot in state.slots:
+        if name in slot.prefixes:
+            del slot.prefixes[name]
+    encoders = state.layers.main.owner._modules.get(ENCODERS)
+    if isinstance(encoders, nn.ModuleDict) and name in encoders:
+        del encoders[name]
+        if not encoders:
+            del state.layers.main.owner._modules[ENCODERS]

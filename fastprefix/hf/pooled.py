@@ -1,0 +1,59 @@
+"""Heads that pool a bidirectional model's text at one place: behind a concatenated prompt it is the prompt's first.
+
+That is what concatenation gives, and PEFT. So such a head is given the prompt's hidden states too, and what the model
+returns for every token is cut behind it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from fastprefix.hf import probe
+
+_STATES = ("last_hidden_state", "start_logits", "end_logits")  # by token, beside what is pooled
+
+
+class PooledHead:
+    """A hook on a model whose head pools; none on others."""
+
+    def __init__(self, model: nn.Module, stack: probe.Stack) -> None:
+        self.tokens = 0  # of the prompt in the forward that runs
+        self.handles: list[Any] = []
+        if not stack.causal and stack.owner is not model and not stack.beside and pools(model, stack):
+            self.handles.append(model.register_forward_hook(self.after, always_call=True))
+
+    def __bool__(self) -> bool:
+        return bool(self.handles)
+
+    def after(self, model: nn.Module, args: Any, output: Any) -> Any:
+        """What the model returns for every token, of the rows' own."""
+        tokens, self.tokens = self.tokens, 0
+        if not tokens or output is None or isinstance(output, tuple):
+            return None
+        for name in _STATES:
+            if isinstance(output.get(name), Tensor):
+                output[name] = output[name][:, tokens:]
+        return output
+
+    def remove(self) -> None:
+        """Take the hook off."""
+        for handle in self.handles:
+            handle.remove()
+
+
+def pools(model: Any, stack: probe.Stack) -> bool:
+    """Whether a model's own output has something of one place of its text, and no logits of every token."""
+    if stack.main_input != "input_ids":
+        return False
+    shapes = []
+    for tokens in (3, 4):
+        with probe.evaluating(model):
+            output = model(**stack.example(tokens))
+        if not hasattr(output, "items"):
+            return False
+        shapes.append({name: list(x.shape) for name, x in output.items() if isinstance(x, Tensor)})
+    few, many = shapes
+    by_token = {name for name in few if few[name] != many.get(name)}
+    return by_token <= set(_STATES) and bool(set(few) - by_token)
