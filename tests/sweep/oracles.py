@@ -70,8 +70,9 @@ def in_front(inputs: dict[str, Any], tokens: Tensor) -> dict[str, Any]:
 
 
 def behind(output: dict[str, Tensor], length: int) -> dict[str, Tensor]:
-    """Results of ``length`` tokens behind the first P of a longer text."""
-    return {k: x[:, P:] if x.dim() >= 2 and x.shape[1] == length + P else x for k, x in output.items()}
+    """Results of ``length`` tokens, and of one that some models add at the end, behind the first P of a longer text."""
+    places = (length + P, length + P + 1)
+    return {k: x[:, P:] if x.dim() >= 2 and x.shape[1] in places else x for k, x in output.items()}
 
 
 def embedded(model: Any, inputs: dict[str, Any], prompt: Tensor) -> Any:
