@@ -82,9 +82,9 @@ def takes(model: Any, name: str) -> bool:
 
 
 def _labels(model: Any, targets: Tensor) -> dict[str, Tensor]:
-    if not takes(model, "labels"):
-        return {}
     name = type(model).__name__
+    if not takes(model, "labels") or name == "ElectraForPreTraining":  # its loss ignores no label
+        return {}
     if name.endswith(("ForSequenceClassification", "ForImageClassification", "ForMultipleChoice")):
         return {"labels": torch.tensor([0, 1])}
     if name.endswith(("ForTokenClassification",)):

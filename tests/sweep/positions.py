@@ -9,8 +9,8 @@ from torch import Tensor
 
 from fastprefix import PrefixConfig, init
 from fastprefix.hf.state import installation
-from tests.sweep import oracles
-from tests.sweep.inputs import Case, ids, takes
+from tests.sweep import inputs, oracles
+from tests.sweep.inputs import Case, takes
 from tests.sweep.oracles import P
 from tests.sweep.outcome import ORACLE, RAISED, RIGHT, Outcome, compare, line, tensors
 from tests.sweep.running import Concatenating, Refused, attached, judged, only_real, pairs_by_name, run, with_gradients
@@ -36,7 +36,7 @@ def checked(bare: Any, model: Any, cases: list[Case]) -> dict[str, Outcome]:
 
 def in_context(bare: Any, cases: list[Case]) -> dict[str, Outcome]:
     """The keys and values of a text as the prefix, against that text in front of the content."""
-    tokens = ids(bare.config, 1, P, seed=5)[0]
+    tokens = inputs.ids(bare.config, 1, P, seed=5)[0]
     try:
         model, _ = attached(bare, PrefixConfig(P, init=init.token_ids(tokens.tolist())))
     except Refused as refusal:
@@ -45,13 +45,13 @@ def in_context(bare: Any, cases: list[Case]) -> dict[str, Outcome]:
         return {"in context": Outcome(RAISED, "attach(init.token_ids): " + line(error))}
     found = {}
     for case in cases:
-        inputs = dict(case.inputs)
-        labels = inputs.get("labels")
+        given = dict(case.inputs)
+        labels = given.get("labels")
         if isinstance(labels, Tensor) and labels.dim() == 2:  # the text's last token would predict the first
-            inputs["labels"] = labels.clone()
-            inputs["labels"][:, 0] = -100
-        case = Case(case.name, inputs, case.real)
-        length = inputs["input_ids"].shape[1]
+            given["labels"] = labels.clone()
+            given["labels"][:, 0] = -100
+        case = Case(case.name, given, case.real)
+        length = given["input_ids"].shape[1]
 
         def want(case: Case = case, length: int = length) -> dict[str, Tensor]:
             with torch.no_grad():
@@ -77,6 +77,10 @@ def _moved(bare: Any, case: Case) -> Outcome:
         model, made = attached(bare, PrefixConfig(P, init=init.normal(1.0)))
         pairs = pairs_by_name(model, made)
         with oracles.moved(bare, P) as twin, torch.no_grad():
+            if twin is None and takes(bare, "decoder_position_ids"):
+                targets = case.inputs["decoder_input_ids"]
+                ids = {"decoder_position_ids": torch.arange(targets.shape[1]).expand(len(targets), -1) + P}
+                return judged(lambda: run(model, case), lambda: run(Concatenating(bare, pairs), case, **ids))
             if twin is None:
                 return Outcome(RIGHT, "no table of positions")
             return judged(lambda: run(model, case), lambda: run(Concatenating(twin, pairs), case))

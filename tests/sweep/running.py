@@ -45,7 +45,8 @@ def refused(bare: Any, refusal: object) -> Outcome:
     if "does not run on input_ids alone" in str(refusal):
         inputs = {"input_ids": ids}
     elif "does not run on inputs_embeds alone" in str(refusal):
-        inputs = {"inputs_embeds": bare.get_input_embeddings()(ids)}
+        # Not those of tokens, which some models find the ids of.
+        inputs = {"inputs_embeds": torch.randn_like(bare.get_input_embeddings()(ids))}
     if inputs:
         try:
             with torch.no_grad():
