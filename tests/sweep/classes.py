@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from typing import Any
 
 from tests.sweep.overrides import VARIANTS
@@ -18,7 +19,7 @@ def found() -> dict[str, Any]:
     transformers.logging.set_verbosity_error()
     classes: dict[str, Any] = {}
     for name in dir(transformers):
-        if name.startswith("_") or "pretrainedmodel" in name.lower():
+        if name.startswith("_") or re.search(r"(?i)pretrained(model|\w+encoder|reader)", name):
             continue
         try:
             cls = getattr(transformers, name)

@@ -33,8 +33,8 @@ def has_states(model: Any) -> bool:
 
 def has_narrow_window(model: Any) -> bool:
     """Whether a window hides text in front, which a prefix is not hidden by."""
-    config = model.config.get_text_config()
-    sizes = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size", "window_size")]
+    fields = vars(model.config.get_text_config())
+    sizes = [fields.get(name) for name in ("sliding_window", "attention_chunk_size", "window_size")]
     return any(isinstance(size, int) and 0 < size < 16 for size in sizes)
 
 

@@ -91,7 +91,7 @@ def compare(got: dict[str, Tensor], want: dict[str, Tensor]) -> Outcome:
             continue
         error = (found.double() - expected.double()).abs().max().item()
         if not error <= RTOL * max(1.0, expected.abs().max().item()):
-            values = f", got {found.item():.6f}, want {expected.item():.6f}" if expected.dim() == 0 else ""
+            values = f", got {found.item():.6f}, want {expected.item():.6f}" if want[name].dim() == 0 else ""
             said.append(f"{name}: off by {error:.3g}{values}")
     if said:
         return Outcome(DIFFERS, "; ".join(said[:6]))

@@ -49,6 +49,7 @@ BY_CONFIG: dict[str, Any] = {
         "indexer_budget": 64, "indexer_compress_ratio": 1, "hc_lowrank": 16},
     "ReformerConfig": {"axial_pos_embds_dim": (32, 32), "axial_pos_shape": (4, 4), "lsh_attn_chunk_length": 4,
         "local_attn_chunk_length": 4, "num_buckets": 4},
+    "Step3p7TextConfig": {"sliding_window": 64},
     "T5Gemma2EncoderConfig": {"mm_tokens_per_image": 4},
     "TimeSeriesTransformerConfig": {"prediction_length": 4},
     "VipLlavaConfig": {"vision_feature_layers": [-1, -2]},
