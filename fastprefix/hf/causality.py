@@ -26,10 +26,10 @@ def runs(model: Any) -> bool:
 
 
 def check_keys(model: nn.Module, stack: Stack, calls: Sequence[AttentionCall]) -> None:
-    """Raise ValueError where a layer of a text's had not one key for each token (DeepSeek V4 compresses them)."""
-    counts = {call.tensors["k"].shape[2] for call in calls}
-    if stack.main_input == "input_ids" and not stack.beside and counts != {_TOKENS}:
-        got = f", with one key for each token: {_TOKENS} tokens have {sorted(counts)} keys"
+    """Raise ValueError where a layer of a text's had not one key for each query (DeepSeek V4 compresses them)."""
+    counts = {(call.tensors["q"].shape[2], call.tensors["k"].shape[2]) for call in calls}
+    if stack.main_input == "input_ids" and not stack.beside and any(rows != keys for rows, keys in counts):
+        got = f", with one key for each token: {_TOKENS} tokens have {sorted({keys for _, keys in counts})} keys"
         raise does_not_dispatch(model, got)
 
 

@@ -54,6 +54,11 @@ class OwnConfigs:
         name = next(names, self.configs[0].implementation)
         return name if name in ALL_ATTENTION_FUNCTIONS else None
 
+    @property
+    def ran_eager(self) -> bool:
+        """Whether the model's attention was eager before, which has a mask where others have none."""
+        return bool(self.configs) and self.configs[-1].implementation == "eager"
+
     def changed(self) -> str | None:
         """Another implementation that somebody has set meanwhile; None while it is ours."""
         names = (config.own._attn_implementation for config in self.configs)

@@ -63,8 +63,8 @@ class ForwardHooks:
         if reading is not None and reading.beside:
             masks.running.beside = state.slots[0].beside
             return self.start(reading, kwargs)
-        masks.running.spelt_out = not self.stack.causal
-        if "attention_mask" in kwargs:
+        masks.running.spelt_out, masks.running.always = not self.stack.causal, state.configs.ran_eager
+        if "attention_mask" in kwargs and not state.outer.makes_masks:
             kwargs["attention_mask"] = _whole_mask(kwargs)
         self.separate_documents(owner, kwargs)
         reading = Reading(layers=[None] * len(state.slots)) if reading is None else reading

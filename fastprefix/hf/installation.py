@@ -82,6 +82,9 @@ class Installation:
             self.give_back()
             if isinstance(error, ValueError) and error.__cause__ is not None and causality.runs(model):
                 raise probe.does_not_dispatch(model, f", or reads masks of another form ({error.__cause__})") from error
+            if isinstance(error, Exception) and not isinstance(error, ValueError):
+                got = f"{type(model).__name__}, whose layers cannot be looked at: it fails on a few tokens ({error})"
+                raise fail("model", got, "a model that runs on input_ids alone, or the part of it that does") from error
             raise
         self.switch(on=False)
         self.rotary_limits = tuple(exactness.rotary_limits(self.layers.main.owner))
@@ -91,7 +94,7 @@ class Installation:
         self.checkpointing = Checkpointing(self)
         self.pooled = PooledHead(model, self.layers.main)  # it runs the model: before there are hooks
         self.heads = HeadHooks(self)
-        self.outer = outer.OuterCall(model, self.layers.main, around)
+        self.outer = outer.OuterCall(model, self.layers.main, around, self.configs)
         self.continuous = ContinuousBatching(self)
         self.hooks = [ForwardHooks(self, *pair) for pair in zip(self.layers.stacks, moved, strict=True)]
         self.turns = Turns(self)

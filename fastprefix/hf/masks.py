@@ -35,12 +35,14 @@ class _Running(threading.local):
         self.beside: str | None = None
         # Whether the layers are not causal by themselves: a causal mask must say so aloud, as padding alone would not.
         self.spelt_out = False
+        # Whether it must where nothing is padded, too: eager attention has a mask then, and sdpa has none.
+        self.always = False
         self.windows: list[list[int]] = []
 
     def forget(self) -> None:
         """No forward runs."""
         self.boundary = self.beside = None
-        self.spelt_out = False
+        self.spelt_out = self.always = False
 
 
 running = _Running()
@@ -105,8 +107,8 @@ def content_mask(
     if not plain_causal and aligned and allow_is_causal_skip and local_size is not None and not exporting:
         # A window or chunk that the text has not outgrown hides nothing.
         plain_causal = bool(q_offset + q_length <= local_size)
-    # Without padding transformers, too, leaves it to the layer (its sdpa makes no mask then).
-    if plain_causal and aligned and not (running.spelt_out and padding is not None):
+    spelt_out = running.spelt_out and (running.always or padding is not None)
+    if plain_causal and aligned and not spelt_out:
         return None if padding is None else padding[:, None, None, :]
     if mask_function is masking_utils.bidirectional_mask_function:
         # Said aloud even when nothing is hidden: the layer itself may not know that it is not causal.

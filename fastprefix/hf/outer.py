@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastprefix.hf import masks, probe
+from fastprefix.hf.configs import OwnConfigs
 
 _MASK = "attention_mask"
 
@@ -59,6 +60,7 @@ class _Given(NamedTuple):
     """What a caller gave an outer module."""
 
     mask: Tensor | None  # [B, S]
+    made_masks: bool  # whether the caller gave finished masks instead
     position_ids: Tensor | None
 
 
@@ -68,8 +70,8 @@ class OuterCall:
     Nothing is hooked where the owner makes masks and positions itself.
     """
 
-    def __init__(self, model: nn.Module, stack: probe.Stack, outer: Outer) -> None:
-        self.outer, self.causal = outer, stack.causal
+    def __init__(self, model: nn.Module, stack: probe.Stack, outer: Outer, configs: OwnConfigs) -> None:
+        self.outer, self.causal, self.configs = outer, stack.causal, configs
         self.given: dict[int, _Given] = {}  # by module while it runs, the outermost first
         self.handles: list[Any] = []
         if not outer.makes_masks and not outer.makes_positions:
@@ -95,6 +97,12 @@ class OuterCall:
         """Of a row's first token in the forward that runs."""
         return self.outer.first_position if self.given else 0
 
+    @property
+    def makes_masks(self) -> bool:
+        """Whether the finished masks of the forward that runs are an outer module's, by our mask function."""
+        given = list(self.given.values())
+        return bool(given) and not given[0].made_masks
+
     def own_arguments(self, kwargs: dict[str, Any]) -> tuple[Any, Any]:
         """The mask and the position ids of an owner's call; where an outer module made them, what that was given."""
         mask, ids = kwargs.get(_MASK), kwargs.get("position_ids")
@@ -118,8 +126,8 @@ class _Enter:
         given = {**dict(zip(self.arguments, args, strict=False)), **kwargs}
         mask = given.get(_MASK)
         padding = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
-        masks.running.spelt_out = not self.call.causal
-        self.call.given[id(module)] = _Given(padding, given.get("position_ids"))
+        masks.running.spelt_out, masks.running.always = not self.call.causal, self.call.configs.ran_eager
+        self.call.given[id(module)] = _Given(padding, _is_made(mask), given.get("position_ids"))
 
 
 def _holds(module: nn.Module, inner: nn.Module) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -85,8 +86,8 @@ def embedded(model: Any, inputs: dict[str, Any], prompt: Tensor) -> Any:
     whole = in_front(inputs, placeholder)
     table = model.get_input_embeddings()
     mask = inputs.get("attention_mask")
-    # A classifier of sequences looks for its last token among the ids.
-    looks = type(model).__name__.endswith("ForSequenceClassification") and mask is not None and not mask.all()
+    # A classifier of sequences may look for its last token among the ids.
+    looks = mask is not None and not mask.all() and "pad_token_id" in inspect.getsource(type(model).forward)
     plain = set(inputs) <= {"input_ids", "attention_mask", "labels"} and takes(model, "inputs_embeds")
     if plain and not looks:
         given = {k: v for k, v in whole.items() if k != "input_ids"}

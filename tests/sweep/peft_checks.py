@@ -13,9 +13,10 @@ import fastprefix
 from fastprefix import PrefixConfig, init
 from tests.sweep import oracles
 from tests.sweep.build import as_built
+from tests.sweep.checks import own_differences
 from tests.sweep.inputs import Case
 from tests.sweep.oracles import P
-from tests.sweep.outcome import DIFFERS, PEFT, RAISED, RIGHT, Outcome, compare, line, tensors
+from tests.sweep.outcome import DIFFERS, ORACLE, PEFT, RAISED, RIGHT, Outcome, compare, line, tensors
 from tests.sweep.running import attached as attach_in_fp64
 from tests.sweep.running import only_real, refused, run, with_gradients
 
@@ -37,6 +38,8 @@ def task(model: Any) -> str:
 
 def patched(bare: Any, case: Case, kind: Any, attached: Outcome) -> Outcome:
     """One unpadded batch through PEFT, then through the same model patched; ``attached``: how attach did."""
+    if said := own_differences(bare, [case]):
+        return Outcome(ORACLE, f"transformers' own implementations of attention differ: {said}")
     length = case.inputs["input_ids"].shape[1] if "input_ids" in case.inputs else 0
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

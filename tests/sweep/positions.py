@@ -27,11 +27,27 @@ def checked(bare: Any, model: Any, cases: list[Case]) -> dict[str, Outcome]:
         return {}
     causal = [case for case in cases if oracles.is_causal(bare, case)]
     elsewhere = oracles.has_states(bare) or oracles.has_narrow_window(bare) or state.layers.again
+    if causal and _moves_nothing(bare, causal[0]):  # its positions are those of something else than a text
+        return {"position ids": Outcome(RIGHT, "position ids move nothing")}
     if causal and not elsewhere:
         return in_context(bare, causal)
     if takes(bare, "position_ids"):
         return {"position ids": _by_hand(bare, cases[0])}
     return {}
+
+
+def _moves_nothing(bare: Any, case: Case) -> bool:
+    """Whether a forward takes position ids and passes them by."""
+    if not takes(bare, "position_ids") or case.inputs["input_ids"].shape[1] < 3:
+        return False
+    counted = torch.arange(case.inputs["input_ids"].shape[1]).expand(len(case.inputs["input_ids"]), -1)
+    jumping = counted + (counted >= 2) * 3
+    try:
+        with torch.no_grad():
+            results = [tensors(bare(**{**case.inputs, "position_ids": x})) for x in (counted, jumping)]
+    except Exception:  # positions of another shape
+        return False
+    return all(torch.equal(x, y) for x, y in zip(results[0].values(), results[1].values()))
 
 
 def in_context(bare: Any, cases: list[Case]) -> dict[str, Outcome]:
@@ -40,6 +56,8 @@ def in_context(bare: Any, cases: list[Case]) -> dict[str, Outcome]:
     try:
         model, _ = attached(bare, PrefixConfig(P, init=init.token_ids(tokens.tolist())))
     except Refused as refusal:
+        if "position_offset='none'" in str(refusal):  # which was taken
+            return {"in context": Outcome(RIGHT, f"moved content is refused: {refusal}")}
         return {"in context": Outcome(RAISED, f"attach(init.token_ids), where init.normal is taken: {refusal}")}
     except Exception as error:
         return {"in context": Outcome(RAISED, "attach(init.token_ids): " + line(error))}
