@@ -71,6 +71,8 @@ def prefix_attention(  # type: ignore[misc]  # the overloads tell the return typ
         causal: query row i sees content key j only if ``j <= q_start + i``.
         scale: multiplies ``q k^T``; default ``1 / sqrt(D)``.
         key_padding_mask: ``[B, T]`` bool, True = attend. A row without any visible key gives o = 0, lse = -inf.
+            What lies behind it must be finite: a key or value of nan gets the weight 0, and whether 0 times nan is
+            added is the backend's (the README's table of arguments says so of each).
             Hidden keys and values must be finite numbers, here and under every other mask.
         segment_ids: ``[B, T]`` int, packed documents: content sees its own segment, everything sees the prefix.
         q_start: content position of the first query row; default ``T - S``. An int tensor ``[]`` or ``[B]`` serves

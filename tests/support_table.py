@@ -15,6 +15,7 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from fastprefix import dispatch, prefix_attention
 from fastprefix.types import BACKENDS, AttentionArgs
+from tests.behind_padding import measured
 from tests.encoder_decoders import ALL as ENCODER_DECODERS
 from tests.encoder_decoders import LOADED
 from tests.helpers import make_call
@@ -91,7 +92,11 @@ def arguments() -> str:
     gated = {**make_call().leaves, "gate": torch.zeros(6)}
     for b in BACKENDS:
         prefix_attention(**gated, backend=b)  # raises where the two calls that a gate is made of are refused
-    return "\n".join([*lines, "| gate |" + " yes |" * len(BACKENDS)])
+    lines.append("| gate |" + " yes |" * len(BACKENDS))
+    for name, what in (("k", "keys"), ("v", "values")):
+        cells = [measured(backend, name) for backend in BACKENDS]
+        lines.append(f"| nan in {what} behind key_padding_mask | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
 def fill(text: str) -> str:
