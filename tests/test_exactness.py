@@ -15,6 +15,7 @@ from torch import Tensor
 
 import fastprefix
 from fastprefix import PrefixConfig, PromptConfig, init
+from fastprefix.hf.state import installation
 from tests.models import ROWS
 from tests.rows import GQA, VOCAB
 from tests.sweep import build as sweep
@@ -226,3 +227,24 @@ class TestQueriesScaledByPosition:
         model.train()
         model.gradient_checkpointing_enable({"use_reentrant": False})
         torch.testing.assert_close(gradient(), want, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_positions_are_moved_in_any_precision(dtype: torch.dtype) -> None:
+    """Whether position ids move anything is told from few tokens of a model whose weights may be small."""
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**GQA)).to(dtype)
+    fastprefix.attach(model, PrefixConfig(4))
+    assert installation(model).layers.main.takes_positions and installation(model).first_position == 0
+
+
+def test_positions_that_begin_elsewhere_are_found() -> None:
+    """Kosmos-2.5's text begins one behind its padding token; CSM's depth decoder reads no positions of a text."""
+    model = sweep.build(transformers.Kosmos2_5ForConditionalGeneration)
+    fastprefix.attach(model, PrefixConfig(4))
+    assert installation(model).first_position == 1 + model.config.get_text_config().pad_token_id
+    model = sweep.build(transformers.CsmDepthDecoderModel)
+    fastprefix.attach(model, PrefixConfig(4))
+    assert not installation(model).layers.main.takes_positions
+    with pytest.raises(ValueError, match="CsmDepthDecoderModel, whose position_ids move nothing"):
+        fastprefix.attach(model, PromptConfig(4), "prompt")

@@ -87,7 +87,9 @@ def embedded(model: Any, inputs: dict[str, Any], prompt: Tensor) -> Any:
     table = model.get_input_embeddings()
     mask = inputs.get("attention_mask")
     # A classifier of sequences may look for its last token among the ids.
-    looks = mask is not None and not mask.all() and "pad_token_id" in inspect.getsource(type(model).forward)
+    forwards = [vars(cls)["forward"] for cls in type(model).__mro__ if "forward" in vars(cls)]
+    looks = mask is not None and not mask.all()
+    looks = looks and any("pad_token_id" in inspect.getsource(forward) for forward in forwards)
     plain = set(inputs) <= {"input_ids", "attention_mask", "labels"} and takes(model, "inputs_embeds")
     if plain and not looks:
         given = {k: v for k, v in whole.items() if k != "input_ids"}
