@@ -20,6 +20,13 @@ if TYPE_CHECKING:
 
 def build(state: Installation, config: PrefixConfig | PromptConfig) -> Prefix | SoftPrompt:
     """A new prefix for the layers that the model was found to have, or a soft prompt, filled with its start."""
+    prefix = _build(state, config)
+    if config.modules_to_save is not None:
+        prefix.modules_to_save.put(state.modules.copies(config.modules_to_save))
+    return prefix
+
+
+def _build(state: Installation, config: PrefixConfig | PromptConfig) -> Prefix | SoftPrompt:
     if isinstance(config, PromptConfig):
         dim = prompt_dim(state)
         vocabulary = state.model.config.get_text_config().vocab_size

@@ -19,6 +19,7 @@ from fastprefix.hf.hooks import ForwardHooks
 from fastprefix.hf.memo import Memo
 from fastprefix.hf.reading import Choice, Reading, Source
 from fastprefix.hf.sharing import Nested
+from fastprefix.hf.trained_modules import ENCODERS, TrainedModules
 from fastprefix.hf.turns import Turns
 from fastprefix.prefixes.prefix import LayerSlot, Prefix
 from fastprefix.prefixes.prompt import SoftPrompt
@@ -26,8 +27,6 @@ from fastprefix.validation import fail
 
 if TYPE_CHECKING:
     from fastprefix.hf.shared import SharedPrompt
-
-_ENCODERS = "fastprefix_encoders"
 
 
 class Installation:
@@ -68,6 +67,7 @@ class Installation:
         self.continuous = ContinuousBatching(self)
         self.hooks = [ForwardHooks(self, *pair) for pair in zip(self.layers.stacks, moved, strict=True)]
         self.turns = Turns(self)
+        self.modules = TrainedModules(self)
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy made inside a block is outside of it.
@@ -113,18 +113,18 @@ class Installation:
                 slots[index].prefixes[name] = layer
         for module, slot in zip(self.layers.modules, slots, strict=True):
             slot.train(module.training)
-        encoder = prefix if isinstance(prefix, SoftPrompt) else prefix.encoder
-        encoders = self.layers.main.owner._modules.get(_ENCODERS)
+        encoder = prefix.table if isinstance(prefix, SoftPrompt) else prefix.encoder
+        encoders = self.layers.main.owner._modules.get(ENCODERS)
         if encoder is not None:
             if encoders is None:
                 encoders = nn.ModuleDict()
-                self.layers.main.owner.add_module(_ENCODERS, encoders)
+                self.layers.main.owner.add_module(ENCODERS, encoders)
             assert isinstance(encoders, nn.ModuleDict)
             encoders[name] = encoder
         elif isinstance(encoders, nn.ModuleDict) and name in encoders:
             del encoders[name]
             if not encoders:
-                del self.layers.main.owner._modules[_ENCODERS]
+                del self.layers.main.owner._modules[ENCODERS]
 
     def named(self, name: str) -> Prefix | SoftPrompt:
         """The prefix of a name; raises ValueError when none is attached under it."""
@@ -136,6 +136,7 @@ class Installation:
         """Use one prefix, or none: then the model runs exactly what it ran before."""
         if name is not None and name not in self.source.names():
             raise fail("name", repr(name), f"None or one of {sorted(self.source.names())}")
+        self.modules.use(self.source.modules(name) if isinstance(self.source, Attached) else {})
         self.active = name
         for slot in self.slots:
             slot.active = name
@@ -233,7 +234,8 @@ class Installation:
         self.checkpointing.remove()
         for module in self.layers.modules:
             del module._modules[SLOT]
-        self.layers.main.owner._modules.pop(_ENCODERS, None)
+        self.layers.main.owner._modules.pop(ENCODERS, None)
+        self.modules.remove()
         self.give_back()
         for parameter, requires_grad in self.trainable:
             parameter.requires_grad_(requires_grad)
