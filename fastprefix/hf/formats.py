@@ -186,6 +186,8 @@ def check_tensors(tensors: Mapping[str, Tensor], want: Mapping[str, tuple[str, S
 
 def check_finite(name: str, x: Tensor, path: str) -> None:
     """A prefix with one NaN makes every output NaN: ValueError where a number is none, or is beyond fp32."""
+    if x.is_meta:
+        raise fail(f"{path}: {name}", "no numbers (it is on the meta device)", "numbers in memory")
     if not bool(x.detach().float().isfinite().all()):
         raise fail(f"{path}: {name}", "nan or infinite numbers", "finite numbers")
 

@@ -48,6 +48,9 @@ class ForwardHooks:
             self.reset()  # an interrupt may have kept the last forward from it
         if state.idle():
             return None
+        if not torch.compiler.is_compiling():
+            state.home.bring_back(state.model)
+            state.home.check_trained()
         kwargs = {**dict(zip(self.stack.owner_arguments, args, strict=False)), **kwargs}
         reading = state.nested.reading if state.nested is not None else state.read(kwargs)
         if reading is None and state.nested is None:

@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from fastprefix.hf import bypassing, encoder_decoder, masks, probe, reading, tables
+from fastprefix.hf import bypassing, encoder_decoder, masks, offloaded, probe, reading, tables
 from fastprefix.hf.attached import Attached
 from fastprefix.hf.attention import SLOT
 from fastprefix.hf.checkpointing import Checkpointing
 from fastprefix.hf.configs import OwnConfigs
 from fastprefix.hf.continuous import ContinuousBatching
+from fastprefix.hf.frozen import Frozen
 from fastprefix.hf.heads import HeadHooks
 from fastprefix.hf.hooks import ForwardHooks
 from fastprefix.hf.memo import Memo
@@ -45,7 +46,8 @@ class Installation:
         self.paused = False  # whether the model runs as if nothing were attached
         self.memo = Memo()
         self.said: set[str] = set()
-        self.trainable: list[tuple[nn.Parameter, bool]] = []
+        self.frozen = Frozen()
+        self.home = offloaded.Home()
         self.configs = OwnConfigs(model)
         self.led = bypassing.lead(model)
         masks.running.forget()  # an interrupt may have kept another model's forward from it
@@ -54,6 +56,7 @@ class Installation:
             self.layers = (
                 encoder_decoder.find_layers(model) if encoder_decoder.is_one(model) else probe.find_layers(model)
             )
+            offloaded.refuse_whole(model, self.layers.modules)
             self.check_masks()
             moved = [tables.table(model, stack, stack is self.layers.main) for stack in self.layers.stacks]
         except BaseException:
@@ -97,13 +100,7 @@ class Installation:
 
     def freeze(self) -> None:
         """Freeze the model, but for what was attached to it; what it was is remembered."""
-        ours = {id(p) for prefix in self.prefixes.values() for p in prefix.parameters()}
-        known = {id(p) for p, _ in self.trainable}
-        for parameter in self.model.parameters():
-            if id(parameter) not in ours:
-                if id(parameter) not in known:
-                    self.trainable.append((parameter, parameter.requires_grad))
-                parameter.requires_grad_(False)
+        self.frozen.freeze(self.model, {id(p) for prefix in self.prefixes.values() for p in prefix.parameters()})
 
     def place(self, name: str, prefix: Prefix | SoftPrompt) -> None:
         """Make a prefix's modules children of the model."""
@@ -113,6 +110,7 @@ class Installation:
                 slots[index].prefixes[name] = layer
         for module, slot in zip(self.layers.modules, slots, strict=True):
             slot.train(module.training)
+        self.home.remember(name, prefix)
         encoder = prefix.table if isinstance(prefix, SoftPrompt) else prefix.encoder
         encoders = self.layers.main.owner._modules.get(ENCODERS)
         if encoder is not None:
@@ -237,5 +235,4 @@ class Installation:
         self.layers.main.owner._modules.pop(ENCODERS, None)
         self.modules.remove()
         self.give_back()
-        for parameter, requires_grad in self.trainable:
-            parameter.requires_grad_(requires_grad)
+        self.frozen.thaw()

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from fastprefix.hf import offloaded
 from fastprefix.hf.files import field, shown
 from fastprefix.hf.formats import check_finite, task
 from fastprefix.hf.trained_modules import is_pefts, is_plain
@@ -59,7 +60,7 @@ def tensors(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
     return {
         f"{BASE}{path}.{name}": x.detach().cpu().clone(memory_format=torch.contiguous_format)
         for path, module in modules.items()
-        for name, x in module.state_dict().items()
+        for name, x in offloaded.values(module).items()
     }
 
 

@@ -6,13 +6,13 @@ child of the model, so that moves to a device, modes and optimizers reach it.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from fastprefix.hf import offloaded
 from fastprefix.hf.attention import SLOT
 from fastprefix.hf.reading import Choice, Name
 from fastprefix.hf.row_modules import RowModules
@@ -66,7 +66,7 @@ class TrainedModules:
         with self.in_place({}):
             for path, module in found.items():
                 self.check(path, module)
-            made = {path: copy.deepcopy(module) for path, module in found.items()}
+            made = {path: offloaded.copied(module) for path, module in found.items()}
             for module in made.values():
                 module.zero_grad()
             for path in found:

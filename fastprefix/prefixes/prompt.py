@@ -97,9 +97,8 @@ class SoftPrompt(nn.Module):
 
 
 @torch.no_grad()
-def start(config: PromptConfig, word_embeddings: nn.Module, vocab_size: int, dim: int) -> Tensor:
-    """``[P, d]`` to start from: what the model's input embedding makes of tokens, or noise."""
-    device = next(word_embeddings.parameters()).device
+def start(config: PromptConfig, word_embeddings: nn.Module, vocab_size: int, dim: int, device: torch.device) -> Tensor:
+    """``[P, d]`` to start from, on a device: what the model's input embedding makes of tokens, or noise."""
     if config.init.of_tokens:
         ids = config.init.tokens(config.num_virtual_tokens, vocab_size)
         return word_embeddings(ids.to(device)).float()
