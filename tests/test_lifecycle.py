@@ -218,6 +218,8 @@ def test_moved_between_dtypes(kind: str, tmp_path: Path) -> None:
 def test_moved_to_the_meta_device() -> None:
     model = direct().to("meta")
     assert model(IDS.to("meta")).logits.shape == (2, 8, 32)
+    with pytest.raises(ValueError, match=r"layers.0.k: got no numbers \(it is on the meta device\)"):
+        fastprefix.save(model, "nowhere")
     with pytest.raises(ValueError, match="parameters on the meta device"):
         fastprefix.attach(tiny_model().to("meta"), PrefixConfig(3))
 

@@ -219,3 +219,60 @@ def test_an_empty_file_and_a_long_prompt_are_named(tmp_path: Path) -> None:
     path.write_text(json.dumps(ROWS[0]))
     with pytest.raises(ValueError, match=r"line 1: its prompt of \d+ tokens fills max_length=2"):
         load_pairs(path, tiny_tokenizer(), max_length=2)
+
+
+HEADS: dict[str, Any] = {
+    "modules_to_save": {"modules_to_save": ["score"]},
+    "by hand": {},
+    "prompt": {"prompt": True, "modules_to_save": ["score"]},
+}
+
+
+def classifier(start: bool = True, **options: Any) -> tuple[Any, list[torch.nn.Parameter]]:
+    """A model with a trained head, and all that is trained; else than at the start, with other numbers."""
+    model = transformers.LlamaForSequenceClassification(tiny_model().config)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model.init_weights()
+    model.model.load_state_dict(tiny_model().model.state_dict())
+    make = fastprefix.PromptConfig if options.pop("prompt", False) else fastprefix.PrefixConfig
+    torch.manual_seed(1)
+    prefix = fastprefix.attach(model, make(3, **options))
+    with torch.no_grad():
+        model.score.weight.normal_(generator=torch.Generator().manual_seed(0))
+        if not start:
+            for p in (*prefix.parameters(), model.score.weight):
+                p.add_(1)
+    if not options:
+        model.score.requires_grad_(True)
+    return model, [p for p in model.parameters() if p.requires_grad]
+
+
+def head_trainer(model: Any, output: Path, **options: Any) -> Trainer:
+    built = trainer(model, output, **options)
+    rows = [{"input_ids": row["input_ids"], "labels": i % 2} for i, row in enumerate(built.train_dataset)]
+    built.train_dataset = built.eval_dataset = rows
+    built.data_collator = lambda rows: {
+        "input_ids": torch.nn.utils.rnn.pad_sequence([row["input_ids"] for row in rows], batch_first=True),
+        "labels": torch.tensor([row["labels"] for row in rows]),
+    }
+    return built
+
+
+@pytest.mark.parametrize("options", HEADS.values(), ids=HEADS)
+def test_a_trained_head_is_in_the_checkpoints(options: dict[str, Any], tmp_path: Path) -> None:
+    best: dict[str, Any] = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss"}
+    best |= {"greater_is_better": True, "eval_strategy": "steps", "eval_steps": 3, "learning_rate": 0.5}
+    model, parameters = classifier(**options)
+    head_trainer(model, tmp_path / "run").train()
+    want = [p.detach().clone() for p in parameters]
+    model, parameters = classifier(start=False, **options)
+    head_trainer(model, tmp_path / "again").train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-3"))
+    assert len(want) == len(parameters) and all(torch.equal(p, x) for p, x in zip(parameters, want, strict=True))
+
+    model, _ = classifier(**options)
+    trained = head_trainer(model, tmp_path / "best", **best)
+    trained.train()
+    losses = {entry["step"]: entry["eval_loss"] for entry in trained.state.log_history if "eval_loss" in entry}
+    assert abs(losses[3] - losses[6]) > 0.01
+    assert trained.evaluate()["eval_loss"] == pytest.approx(max(losses.values()), abs=1e-6)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING
+
+from torch import nn
 
 from fastprefix.hf.reading import Choice, Entry, Name
 from fastprefix.hf.sharing import KeyValues
@@ -43,16 +46,28 @@ class Attached:
 
     def entry(self, name: Name) -> Entry:
         """What a name leads to; raises ValueError when it leads nowhere."""
+        return entry(self.prefix(name), len(self.state.slots))
+
+    def prefix(self, name: Name) -> Prefix | SoftPrompt:
+        """What is attached under a name, or read from disk; raises ValueError where there is none."""
         prefix = self.state.prefixes.get(name) if isinstance(name, str) else None
         if prefix is None:
             if self.shelf is None or name not in self.shelf.paths:
                 raise fail("names", repr(name), f"None or one of {sorted(self.names())}")
             prefix = self.shelf.take(str(name))
-        return entry(prefix, len(self.state.slots))
+        return prefix
 
-    def held(self, choice: Choice) -> AbstractContextManager[None]:
-        """Keep what lies on disk in memory for a block."""
-        return nullcontext() if self.shelf is None else self.shelf.held(choice.distinct())
+    def modules(self, name: Name | None) -> dict[str, nn.Module]:
+        """A prefix's own copies of modules of the model."""
+        return {} if name is None else self.prefix(name).modules_to_save.named()
+
+    @contextmanager
+    def held(self, choice: Choice) -> Iterator[None]:
+        """Keep what lies on disk in memory for a block, and let every row use its own prefix's modules."""
+        with nullcontext() if self.shelf is None else self.shelf.held(choice.distinct()):
+            modules = {name: self.modules(name) for name in dict.fromkeys(choice.names)}
+            with self.state.modules.rows(choice, modules):
+                yield
 
 
 def entry(prefix: Prefix | SoftPrompt, num_layers: int) -> Entry:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from fastprefix.hf import encoder_decoder, probe, sharing
+from fastprefix.hf import encoder_decoder, offloaded, probe, sharing
 from fastprefix.prefixes.config import LayerShape, PrefixConfig
 from fastprefix.prefixes.kv import PartEncoders, PrefixEncoder
 from fastprefix.prefixes.prefix import Prefix
@@ -24,10 +24,18 @@ _INEXACT = 1e-2  # relative error of a start through an MLP; rounding leaves far
 
 def build(state: Installation, config: PrefixConfig | PromptConfig) -> Prefix | SoftPrompt:
     """A new prefix for the layers that the model was found to have, or a soft prompt, filled with its start."""
+    prefix = _build(state, config)
+    if config.modules_to_save is not None:
+        prefix.modules_to_save.put(state.modules.copies(config.modules_to_save))
+    return prefix
+
+
+def _build(state: Installation, config: PrefixConfig | PromptConfig) -> Prefix | SoftPrompt:
     if isinstance(config, PromptConfig):
         dim = prompt_dim(state)
         vocabulary = state.model.config.get_text_config().vocab_size
-        return SoftPrompt(config, start(config, state.model.get_input_embeddings(), vocabulary, dim))
+        embeddings = state.model.get_input_embeddings()
+        return SoftPrompt(config, start(config, embeddings, vocabulary, dim, offloaded.device(embeddings)))
     return build_prefix(state, config)
 
 
@@ -37,7 +45,8 @@ def prompt_dim(state: Installation) -> int:
     hidden = state.model.config.get_text_config().hidden_size
     dim = int(getattr(state.model.get_input_embeddings(), "embedding_dim", hidden))
     owner = state.layers.main.owner
-    embeds = next(p for p in owner.parameters() if p.is_floating_point()).new_zeros(1, 2, dim)
+    dtype = next(p.dtype for p in owner.parameters() if p.is_floating_point())
+    embeds = torch.zeros(1, 2, dim, dtype=dtype, device=offloaded.device(owner))
     state.paused = True
     try:
         probe.run(owner, {"inputs_embeds": embeds})

@@ -30,12 +30,13 @@ class _Recompute:
         self.state, self.original = state, original
 
     def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        reading, active = self.state.running, self.state.active
+        reading, active, modules = self.state.running, self.state.active, self.state.modules.using
         if reading is not None:
             args = self.state.checkpointing.enter(reading, args)
 
         def run(*inputs: Any, **options: Any) -> Any:
-            with self.state.turns.turn(), self.state.checkpointing.again(reading, active):
+            state = self.state
+            with state.turns.turn(), state.checkpointing.again(reading, active), state.modules.in_place(modules):
                 return function(*inputs, **options)
 
         return self.original(run, *args, **kwargs)

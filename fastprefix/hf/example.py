@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastprefix.hf import offloaded
 from fastprefix.validation import fail
 
 
@@ -19,7 +20,7 @@ def example(model: Any, tokens: int = 2) -> dict[str, Tensor]:
     """
     name, shape = model.main_input_name, None
     if name == "input_ids":
-        return {name: torch.ones(1, tokens, dtype=torch.long, device=_like(model).device)}
+        return {name: torch.ones(1, tokens, dtype=torch.long, device=offloaded.device(model))}
     if name == "pixel_values":
         shape = _image(model.config)
     elif name == "input_values":
@@ -29,11 +30,8 @@ def example(model: Any, tokens: int = 2) -> dict[str, Tensor]:
     if shape is None:
         expected = "a model of input_ids, or of images or sounds whose size its config tells"
         raise fail("model", f"{type(model).__name__}, which reads {name}", expected)
-    return {name: _like(model).new_ones(1, *shape)}
-
-
-def _like(model: nn.Module) -> Tensor:
-    return next(p for p in model.parameters() if p.is_floating_point())
+    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+    return {name: torch.ones(1, *shape, dtype=dtype, device=offloaded.device(model))}
 
 
 def _image(config: Any) -> tuple[int, ...] | None:

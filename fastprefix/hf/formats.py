@@ -67,16 +67,21 @@ def is_peft(prefix: Prefix, layers: Layers) -> bool:
     return uniform and moves and prefix.sources == tuple(range(len(layers.modules)))
 
 
-def peft_config(model: Any, prefix: Prefix | SoftPrompt) -> dict[str, Any]:
-    """The fields that PEFT reads."""
+def task(model: Any) -> str:
+    """PEFT's name for what a model is for."""
     name = type(model).__name__
-    task = next((t for suffix, t in _TASKS.items() if name.endswith(suffix)), "FEATURE_EXTRACTION")
+    return next((t for suffix, t in _TASKS.items() if name.endswith(suffix)), "FEATURE_EXTRACTION")
+
+
+def peft_config(model: Any, prefix: Prefix | SoftPrompt, modules: Sequence[str]) -> dict[str, Any]:
+    """The fields that PEFT reads; ``modules``: the names of those that are saved with the prefix."""
     common = {
-        "task_type": task,
+        "task_type": task(model),
         "base_model_name_or_path": getattr(model.config, "_name_or_path", "") or None,
         "inference_mode": True,
         "num_virtual_tokens": prefix.num_virtual_tokens,
         "num_transformer_submodules": 1,
+        "modules_to_save": list(modules) or None,
     }
     if isinstance(prefix, SoftPrompt):
         return {**common, "peft_type": "PROMPT_TUNING", "token_dim": prefix.embedding.shape[1]}
@@ -116,7 +121,8 @@ def own_configuration(own: dict[str, Any], path: Path) -> PrefixConfig | PromptC
     if field(own, "format_version", int, path) != FORMAT_VERSION:
         raise fail(f"{path}: format_version", own["format_version"], str(FORMAT_VERSION))
     configured = {f.name for f in dataclasses.fields(PrefixConfig)}
-    unknown = sorted(set(own) - configured - {"format_version", "kind", "projected", "weights", "encoder_weights"})
+    known = {"format_version", "kind", "projected", "weights", "encoder_weights", "frozen_modules"}
+    unknown = sorted(set(own) - configured - known)
     if unknown:
         raise fail(f"{path}: {shown(unknown[0])}", "a field of no known meaning", f"those of version {FORMAT_VERSION}")
     for name in ("weights", "encoder_weights", "init"):
@@ -180,6 +186,8 @@ def check_tensors(tensors: Mapping[str, Tensor], want: Mapping[str, tuple[str, S
 
 def check_finite(name: str, x: Tensor, path: str) -> None:
     """A prefix with one NaN makes every output NaN: ValueError where a number is none, or is beyond fp32."""
+    if x.is_meta:
+        raise fail(f"{path}: {name}", "no numbers (it is on the meta device)", "numbers in memory")
     if not bool(x.detach().float().isfinite().all()):
         raise fail(f"{path}: {name}", "nan or infinite numbers", "finite numbers")
 

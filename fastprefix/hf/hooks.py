@@ -53,6 +53,9 @@ class ForwardHooks:
                 self.origin = cache_origin.of(state, kwargs)
         if state.idle():
             return None
+        if not torch.compiler.is_compiling():
+            state.home.bring_back(state.model)
+            state.home.check_trained()
         reading = state.nested.reading if state.nested is not None else state.read(kwargs)
         if reading is None and state.nested is None:
             state.switch(on=False)

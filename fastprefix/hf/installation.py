@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastprefix.hf import (
     bypassing,
@@ -16,6 +16,7 @@ from fastprefix.hf import (
     encoder_decoder,
     exactness,
     masks,
+    offloaded,
     outer,
     probe,
     reading,
@@ -26,14 +27,15 @@ from fastprefix.hf.attention import SLOT, recording
 from fastprefix.hf.checkpointing import Checkpointing
 from fastprefix.hf.configs import OwnConfigs
 from fastprefix.hf.continuous import ContinuousBatching
+from fastprefix.hf.frozen import Frozen
 from fastprefix.hf.heads import HeadHooks
 from fastprefix.hf.hooks import ForwardHooks
 from fastprefix.hf.memo import Memo
-from fastprefix.hf.placement import ENCODERS
 from fastprefix.hf.pooled import PooledHead
 from fastprefix.hf.query_scales import QueryScales
 from fastprefix.hf.reading import Choice, Reading, Source
 from fastprefix.hf.sharing import Nested
+from fastprefix.hf.trained_modules import ENCODERS, TrainedModules
 from fastprefix.hf.turns import Turns
 from fastprefix.prefixes.prefix import LayerSlot, Prefix
 from fastprefix.prefixes.prompt import SoftPrompt
@@ -63,7 +65,8 @@ class Installation:
         self.memo = Memo()
         self.said: set[str] = set()
         self.reads_token_ids = False  # whether layers do, beside embeddings; known where soft prompts are
-        self.trainable: list[tuple[nn.Parameter, bool]] = []
+        self.frozen = Frozen()
+        self.home = offloaded.Home()
         self.configs = OwnConfigs(model)
         self.led = bypassing.lead(model)
         masks.running.forget()  # an interrupt may have kept another model's forward from it
@@ -72,6 +75,7 @@ class Installation:
             self.layers = (
                 encoder_decoder.find_layers(model) if encoder_decoder.is_one(model) else probe.find_layers(model)
             )
+            offloaded.refuse_whole(model, self.layers.modules)
             self.check_masks()
             around = outer.look(model, self.layers.main)
             self.counting = default_positions.find(model, self.layers.main)
@@ -98,6 +102,7 @@ class Installation:
         self.continuous = ContinuousBatching(self)
         self.hooks = [ForwardHooks(self, *pair) for pair in zip(self.layers.stacks, moved, strict=True)]
         self.turns = Turns(self)
+        self.modules = TrainedModules(self)
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy made inside a block is outside of it.
@@ -134,13 +139,7 @@ class Installation:
 
     def freeze(self) -> None:
         """Freeze the model, but for what was attached to it; what it was is remembered."""
-        ours = {id(p) for prefix in self.prefixes.values() for p in prefix.parameters()}
-        known = {id(p) for p, _ in self.trainable}
-        for parameter in self.model.parameters():
-            if id(parameter) not in ours:
-                if id(parameter) not in known:
-                    self.trainable.append((parameter, parameter.requires_grad))
-                parameter.requires_grad_(False)
+        self.frozen.freeze(self.model, {id(p) for prefix in self.prefixes.values() for p in prefix.parameters()})
 
     def named(self, name: str) -> Prefix | SoftPrompt:
         """The prefix of a name; raises ValueError when none is attached under it."""
@@ -152,6 +151,7 @@ class Installation:
         """Use one prefix, or none: then the model runs exactly what it ran before."""
         if name is not None and name not in self.source.names():
             raise fail("name", repr(name), f"None or one of {sorted(self.source.names())}")
+        self.modules.use(self.source.modules(name) if isinstance(self.source, Attached) else {})
         self.active = name
         for slot in self.slots:
             slot.active = name
@@ -253,6 +253,6 @@ class Installation:
         for module in self.layers.modules:
             del module._modules[SLOT]
         self.layers.main.owner._modules.pop(ENCODERS, None)
+        self.modules.remove()
         self.give_back()
-        for parameter, requires_grad in self.trainable:
-            parameter.requires_grad_(requires_grad)
+        self.frozen.thaw()

@@ -6,14 +6,12 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from fastprefix.hf.trained_modules import ENCODERS
 from fastprefix.prefixes.prefix import Prefix
 from fastprefix.prefixes.prompt import SoftPrompt
 
 if TYPE_CHECKING:
     from fastprefix.hf.installation import Installation
-
-ENCODERS = "fastprefix_encoders"  # the child of the model that holds MLPs and soft prompts
-
 
 def place(state: Installation, name: str, prefix: Prefix | SoftPrompt) -> None:
     """Make a prefix's modules children of the model."""
@@ -23,7 +21,8 @@ def place(state: Installation, name: str, prefix: Prefix | SoftPrompt) -> None:
             slots[index].prefixes[name] = layer
     for module, slot in zip(state.layers.modules, slots, strict=True):
         slot.train(module.training)
-    encoder = prefix if isinstance(prefix, SoftPrompt) else prefix.encoder
+    state.home.remember(name, prefix)
+    encoder = prefix.table if isinstance(prefix, SoftPrompt) else prefix.encoder
     encoders = state.layers.main.owner._modules.get(ENCODERS)
     if encoder is not None:
         if encoders is None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastprefix.hf import bypassing, masks
+from fastprefix.hf import bypassing, masks, offloaded
 from fastprefix.hf.attention import AttentionCall, recording
 from fastprefix.hf.example import example
 from fastprefix.prefixes.config import LayerShape, Part
@@ -73,8 +73,9 @@ def check_model(model: Any) -> None:
         hint = "; a PeftModel holds one: model.get_base_model()" if hasattr(model, "get_base_model") else ""
         raise fail("model", type(model).__name__, f"a transformers PreTrainedModel{hint}")
     name = type(model).__name__
-    if any(p.device.type == "meta" for p in model.parameters()):
-        raise fail("model", f"{name} with parameters on the meta device", "a model with its weights in memory")
+    if absent := offloaded.missing(model):
+        got = f"{name} with parameters on the meta device ({absent[0]})"
+        raise fail("model", got, "a model with its weights in memory, or where a hook of accelerate's finds them")
     if not model._can_set_attn_implementation() and not bypassing.leads(model):
         raise does_not_dispatch(model)
 
@@ -229,7 +230,7 @@ def _owner(model: nn.Module, attention: Sequence[nn.Module], main_input: str) ->
 
 def key_values(model: nn.Module, ids: Tensor, layers: Sequence[nn.Module]) -> tuple[list[Tensor], list[Tensor]]:
     """The model's own keys ``[H_kv, n, D]`` and values of token ids ``[n]``, at positions 0..n-1, layer by layer."""
-    ids = ids.reshape(1, -1).to(next(model.parameters()).device)
+    ids = ids.reshape(1, -1).to(offloaded.device(model))
     calls = {id(call.module): call.tensors for call in run(model, {"input_ids": ids})}
     found = [calls[id(module)] for module in layers]
     return [x["k"][0].clone() for x in found], [x["v"][0].clone() for x in found]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from fastprefix.hf import exactness, probe, reading, sharing
+from fastprefix.hf import exactness, offloaded, probe, reading, sharing
 from fastprefix.hf.reading import Bank, Choice, Reading, batch_size
 from fastprefix.hf.state import found, install, uninstall
 from fastprefix.prefixes.prefix import LayerKV
@@ -135,7 +135,7 @@ def shared_prompt(model: Any, input_ids: Any, groups: Any = None) -> Iterator[Sh
     bare = _bare(model)
     probe.check_model(bare)
     sharing.check_tokens(bare)
-    prompts = prompts_of(input_ids, bare.get_input_embeddings().weight.device)
+    prompts = prompts_of(input_ids, offloaded.device(bare.get_input_embeddings()))
     chosen = None if groups is None else torch.as_tensor(groups).reshape(-1).cpu()
     if chosen is None and len(prompts) > 1:
         raise fail("groups", "None", f"the prompt of each row, as there are {len(prompts)} prompts")

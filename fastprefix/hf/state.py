@@ -24,6 +24,7 @@ def installation(model: Any) -> Installation:
     if state is None:
         expected = "a model that fastprefix.attach or fastprefix.patch was called on"
         raise fail("model", f"{type(model).__name__} without a prefix", expected)
+    state.home.bring_back(state.model)
     return state
 
 

@@ -2,7 +2,7 @@
 
     adapter_config.json          PEFT's PrefixTuningConfig (CartridgeConfig with frozen tokens, PromptTuningConfig)
     adapter_model.safetensors    prompt_embeddings: [P, 2*L*H_kv*D], slots 2i and 2i+1 layer i's keys and values;
-                                 of a soft prompt [P, d]
+                                 of a soft prompt [P, d]; base_model.<name>: modules that are saved with it
     fastprefix_config.json       our own configuration
     prefix_encoder.safetensors   the MLP, when one is trained: training resumes from it
 
@@ -17,12 +17,15 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from fastprefix.hf import saved_modules
 from fastprefix.hf.files import write_json, write_tensors
 from fastprefix.hf.folders import replace_together
 from fastprefix.hf.formats import (
@@ -55,6 +58,10 @@ def save(model: Any, dir: str | os.PathLike[str], name: str = "default") -> None
     was there before. PEFT finds the same, but for one short moment in which it finds none where the new
     ``adapter_config.json`` differs from the old one; a save killed just then is finished by the next save or load.
 
+    Modules of the configuration's ``modules_to_save`` are written with it, and so is the head of a model for sequence
+    or token classification or question answering (``classifier``, ``score``, ``qa_outputs``), as PEFT does, whether it
+    was trained by ``modules_to_save`` or by hand. What else is trained a warning names.
+
     Args:
         model: a model with the prefix attached. Where it is sharded (FSDP2) every process has to call this; the first
             one writes.
@@ -67,17 +74,27 @@ def save(model: Any, dir: str | os.PathLike[str], name: str = "default") -> None
     """
     state = own(installation(model))
     prefix = state.named(name)
-    with gathered(prefix) as writes:
-        for parameter, x in prefix.state_dict().items():
+    modules = saved_modules.saved_with(state, prefix)
+    saved_modules.warn_of_left_out(state, stacklevel=3)
+    trained = saved_modules.fields(prefix, modules)  # what is gathered wants no gradient
+    with ExitStack() as stack:
+        writes = all([stack.enter_context(gathered(module)) for module in (prefix, *modules.values())])
+        for parameter, x in (*prefix.state_dict().items(), *saved_modules.tensors(modules).items()):
             check_finite(parameter, x, f"prefix {name!r}")
         if writes:
-            _write(state, prefix, Path(dir))
+            _write(state, prefix, modules, trained, Path(dir))
 
 
-def _write(state: Installation, prefix: Prefix | SoftPrompt, folder: Path) -> None:
+def _write(
+    state: Installation,
+    prefix: Prefix | SoftPrompt,
+    modules: Mapping[str, nn.Module],
+    trained: Mapping[str, list[str]],
+    folder: Path,
+) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    config, tensors = contents(state, prefix)
-    fields = {"format_version": FORMAT_VERSION, **prefix.config.to_json(), "weights": digest(tensors)}
+    config, tensors = contents(state, prefix, modules)
+    fields = {"format_version": FORMAT_VERSION, **prefix.config.to_json(), **trained, "weights": digest(tensors)}
     files = {}
     if isinstance(prefix, SoftPrompt):
         fields["kind"] = "prompt"
@@ -94,20 +111,22 @@ def _write(state: Installation, prefix: Prefix | SoftPrompt, folder: Path) -> No
 
 
 @torch.no_grad()
-def contents(state: Installation, prefix: Prefix | SoftPrompt) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """What PEFT reads, where it can: its configuration and its weights."""
-    config = peft_config(state.model, prefix)
+def contents(
+    state: Installation, prefix: Prefix | SoftPrompt, modules: Mapping[str, nn.Module]
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What PEFT reads, where it can: its configuration and its weights, those of modules of the model's among them."""
+    config, beside = peft_config(state.model, prefix, list(modules)), saved_modules.tensors(modules)
     if isinstance(prefix, SoftPrompt):
-        return config, {EMBEDDINGS: prefix.embedding.detach().cpu().contiguous()}
+        return config, {EMBEDDINGS: prefix.embedding.detach().cpu().contiguous(), **beside}
     pairs = [(k.detach().cpu().contiguous(), v.detach().cpu().contiguous()) for k, v in prefix.key_values()]
     if is_peft(prefix, state.layers):
-        return config, {EMBEDDINGS: pack([k for k, _ in pairs], [v for _, v in pairs])}
+        return config, {EMBEDDINGS: pack([k for k, _ in pairs], [v for _, v in pairs]), **beside}
     tensors = {
         f"layers.{i}.{n}": x
         for i, kv in zip(prefix.layer_indices, pairs, strict=True)
         for n, x in zip("kv", kv, strict=True)
     }
-    return {"peft_type": OWN, "num_virtual_tokens": prefix.num_virtual_tokens}, tensors
+    return {"peft_type": OWN, "num_virtual_tokens": prefix.num_virtual_tokens}, {**tensors, **beside}
 
 
 def load(model: Any, dir: str | os.PathLike[str], name: str = "default") -> Prefix | SoftPrompt:
@@ -116,6 +135,8 @@ def load(model: Any, dir: str | os.PathLike[str], name: str = "default") -> Pref
     What was trained through its MLP comes back with it, so that training resumes; :func:`fastprefix.bake` drops it.
     PEFT's files hold the output of its encoders alone: that is what comes back from them. In an encoder-decoder PEFT's
     prefix is one of the decoder's self-attention, whose layers share slots; what it never reads is left out.
+    Modules that were saved with it (a classifier's head) come back as the prefix's own, see ``modules_to_save`` of
+    :class:`PrefixConfig`: in the model while it is active, and trainable if they were.
 
     Args:
         model: a transformers model, with other prefixes attached or none.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import warnings
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from fastprefix.hf import saved_modules
 from fastprefix.hf.build import build, empty_prefix, new_encoder, prompt_dim
 from fastprefix.hf.files import field, read_json, read_tensors, shown
 from fastprefix.hf.folders import read_together
@@ -49,6 +51,7 @@ class Stored:
     own: dict[str, Any] | None
     config: PrefixConfig | PromptConfig
     tensors: dict[str, Tensor]
+    modules: dict[str, Tensor]  # of modules of the model's that were saved with it
     encoder: dict[str, Tensor] | None
 
     def __init__(self, dir: str | os.PathLike[str]) -> None:
@@ -68,18 +71,22 @@ class Stored:
             self.config = own_configuration(self.own, own_path)
             if kind not in (*PREFIXES, *PROMPTS, OWN):
                 raise fail(f"{path}: peft_type", shown(kind), f"what fastprefix.save wrote beside {OWN_CONFIG}")
-        self.tensors = read_tensors(self.paths[WEIGHTS])
+        tensors = read_tensors(self.paths[WEIGHTS])
+        self.modules = {name: x for name, x in tensors.items() if name.startswith(saved_modules.BASE)}
+        self.tensors = {name: x for name, x in tensors.items() if name not in self.modules}
+        listed, where_listed = (self.peft, path) if self.own is None else (self.own, own_path)
+        self.trained = saved_modules.names(listed, "modules_to_save", where_listed)
+        self.frozen = saved_modules.names(listed, saved_modules.FROZEN, where_listed) if self.own is not None else []
         projected = isinstance(self.config, PrefixConfig) and self.config.prefix_projection
         self.encoder = read_tensors(self.paths[ENCODER]) if projected else None
 
     def make(self, state: Installation) -> Prefix | SoftPrompt:
         """A new prefix for a model; the sizes that the files claim are theirs before anything of that size is made."""
         path = self.paths[OWN_CONFIG if self.own is not None else CONFIG]
+        saved_modules.check(self.modules, state.modules.matching([*self.trained, *self.frozen]), self.paths[WEIGHTS])
         if isinstance(self.config, PromptConfig):
             self.check_embedding(prompt_dim(state))
-            prompt = build(state, self.config)
-            self.fill(prompt)
-            return prompt
+            return self.made(state)
         with of(path):
             empty = empty_prefix(state, self.config)
         stored_key_values(self.tensors, empty, self.paths[WEIGHTS])
@@ -97,7 +104,19 @@ class Stored:
                 "they are the content's alone, so that this adapter's outputs differ from those in PEFT",
                 stacklevel=3,
             )
+        return self.made(state)
+
+    def made(self, state: Installation) -> Prefix | SoftPrompt:
+        """What was checked, with its numbers."""
+        found = {path: name for name in (*self.frozen, *self.trained) for path in state.modules.matching([name])}
         prefix = build(state, self.config)
+        modules = state.modules.copies(list(found))
+        prefix.modules_to_save.put(modules)
+        if trained := tuple(path for path, name in found.items() if name in self.trained):
+            prefix.config = dataclasses.replace(prefix.config, modules_to_save=trained)
+        for path, module in modules.items():
+            module.requires_grad_(path in trained)
+        saved_modules.fill(self.modules, modules)
         self.fill(prefix)
         return prefix
 
@@ -146,7 +165,7 @@ class Stored:
             raise fail(
                 f"{path}: num_virtual_tokens", shown(self.peft["num_virtual_tokens"]), f"{tokens} as in {OWN_CONFIG}"
             )
-        stamps = ((WEIGHTS, "weights", self.tensors), (ENCODER, "encoder_weights", self.encoder))
+        stamps = ((WEIGHTS, "weights", {**self.tensors, **self.modules}), (ENCODER, "encoder_weights", self.encoder))
         for name, stamp, tensors in stamps:
             # Folders of before the stamp have none.
             if tensors is not None and self.own.get(stamp) not in (None, digest(tensors)):

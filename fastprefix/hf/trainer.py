@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import nn
 from transformers import Trainer
 from transformers.trainer import TRAINING_ARGS_NAME
 
-from fastprefix.hf import formats, storage
+from fastprefix.hf import formats, saved_modules, storage
 from fastprefix.hf.installation import Installation
 from fastprefix.hf.state import installation
 from fastprefix.hf.stored import Stored
@@ -28,7 +29,8 @@ class PrefixTrainer(Trainer):
 
     Its checkpoints, and what ``save_model`` writes, are what :func:`fastprefix.save` writes: a few megabytes
     that :func:`fastprefix.load` and PEFT read, with the MLP where one is trained. With several prefixes
-    attached, ``default`` lies in the folder itself and each other one in a subfolder of its name. Resuming is
+    attached, ``default`` lies in the folder itself and each other one in a subfolder of its name. Modules of the
+    configuration's ``modules_to_save``, and a classifier's head that is trained, lie with it. Resuming is
     exact: weights go back into the parameters that the optimizer holds.
 
     Raises:
@@ -39,12 +41,12 @@ class PrefixTrainer(Trainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         state = installation(self.model)
-        ours = {id(p) for prefix in state.prefixes.values() for p in prefix.parameters()}
-        others = [n for n, p in self.model.named_parameters() if p.requires_grad and id(p) not in ours]
+        others = saved_modules.left_out(state)
         if others:
             got = f"trainable parameters besides the prefix: {', '.join(others[:3])}"
             got += ", ..." if others[3:] else ""
-            raise fail("model", got, f"none: checkpoints would lack them ({_PLAIN})")
+            expected = "none, or their modules in the configuration's modules_to_save: checkpoints would lack them"
+            raise fail("model", got, f"{expected} ({_PLAIN})")
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise fail("args", "FSDP or DeepSpeed", f"unsharded parameters ({_PLAIN})")
 
@@ -62,7 +64,8 @@ class PrefixTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         state = installation(self.model)
         for name, prefix in state.prefixes.items():
-            restore(prefix, _folder(state, Path(resume_from_checkpoint), name))
+            modules = saved_modules.saved_with(state, prefix)
+            restore(prefix, _folder(state, Path(resume_from_checkpoint), name), modules)
 
     def _load_best_model(self) -> None:
         best = self.state.best_model_checkpoint
@@ -77,8 +80,15 @@ def _folder(state: Installation, folder: Path, name: str) -> Path:
 
 
 @torch.no_grad()
-def restore(prefix: Prefix | SoftPrompt, dir: str | os.PathLike[str]) -> None:
+def restore(
+    prefix: Prefix | SoftPrompt, dir: str | os.PathLike[str], modules: Mapping[str, nn.Module] | None = None
+) -> None:
     """Read what :func:`fastprefix.save` wrote of the same prefix into its parameters, objects that stay.
+
+    Args:
+        prefix: as it was when it was saved.
+        dir: of :func:`fastprefix.save`.
+        modules: of the model, by name, that were saved with it; default its own ``modules_to_save``.
 
     Raises:
         ValueError: a file is missing or malformed, or of a prefix with another configuration; names the field.
@@ -98,13 +108,17 @@ def restore(prefix: Prefix | SoftPrompt, dir: str | os.PathLike[str]) -> None:
     for field, expected in mine.items():
         if own.get(field) != expected:
             raise fail(f"{path}: {field}", own.get(field), f"{expected}, the attached prefix's")
+    modules = prefix.modules_to_save.named() if modules is None else modules
+    saved_modules.check(stored.modules, modules, stored.paths[formats.WEIGHTS])
     if isinstance(prefix, SoftPrompt):
         stored.check_embedding(prefix.embedding.shape[1])
+        saved_modules.fill(stored.modules, modules)
         return stored.fill(prefix)
     keys, values = formats.stored_key_values(stored.tensors, prefix, stored.paths[formats.WEIGHTS])
     if encoder is not None:
         stored.check_encoder(encoder)
     stored.check_whole()
+    saved_modules.fill(stored.modules, modules)
     if encoder is not None:
         return stored.fill(prefix)
     for layer, key, value in zip(prefix.layers, keys, values, strict=True):

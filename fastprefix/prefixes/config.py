@@ -47,6 +47,17 @@ def _members(given: Any, name: str, expected: str) -> tuple[Any, ...]:
     return members
 
 
+def checked_modules(names: Any) -> tuple[str, ...] | None:
+    """Names of modules that are trained and saved with a prefix; ValueError for what are none."""
+    if names is None:
+        return None
+    expected = "distinct ends of modules' names, at least one, or None"
+    given = _members(names, "modules_to_save", expected)
+    if not all(isinstance(name, str) and name for name in given):
+        raise fail("modules_to_save", list(given), expected)
+    return given
+
+
 @dataclass
 class PrefixConfig:
     """A trained prefix of keys and values in every attention layer (prefix tuning, Li & Liang 2021).
@@ -68,6 +79,10 @@ class PrefixConfig:
         parts: of an encoder-decoder: any of ``"encoder"`` (its self-attention), ``"decoder"`` (the decoder's own) and
             ``"cross"`` (the decoder's over the encoder's states), each a prefix of its own and, with
             ``prefix_projection``, an MLP of its own; default all three. None for other models.
+        modules_to_save: of the model: modules that are trained and saved with this prefix, such as a classifier's head
+            (``["classifier"]``, ``["score"]``); as in PEFT, every module whose name ends so. The prefix has copies of
+            its own, which stand in the model while it is active and are among its parameters; the model's own are
+            left as they are. None trains the prefix alone.
 
     Raises:
         ValueError: a field is out of range or two contradict each other; the message names the field.
@@ -81,6 +96,7 @@ class PrefixConfig:
     position_offset: PositionOffset = "after_prefix"
     num_frozen_tokens: int = 0
     parts: Sequence[Part] | None = None
+    modules_to_save: Sequence[str] | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.init, Init):
@@ -114,6 +130,7 @@ class PrefixConfig:
             if not all(part in PARTS for part in given):
                 raise fail("parts", list(given), expected)
             self.parts = tuple(part for part in PARTS if part in given)
+        self.modules_to_save = checked_modules(self.modules_to_save)
 
     def to_json(self) -> dict[str, Any]:
         """Plain data; ``init`` is kept as its name, as what it gave is in the weights."""
@@ -126,6 +143,7 @@ class PrefixConfig:
             "position_offset": self.position_offset,
             "num_frozen_tokens": self.num_frozen_tokens,
             "parts": None if self.parts is None else list(self.parts),
+            "modules_to_save": None if self.modules_to_save is None else list(self.modules_to_save),
         }
 
     def active_layers(self, parts: Sequence[Part | None]) -> list[int]:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fastprefix.prefixes.config import LayerShape, Part, PrefixConfig
 from fastprefix.prefixes.kv import DirectKV, PartEncoders, PrefixEncoder, ProjectedKV
+from fastprefix.prefixes.modules import Modules
 from fastprefix.validation import fail
 
 
@@ -26,6 +27,7 @@ class Prefix(nn.Module):
         sources: the layer whose content's keys and values each of them reads: its own, where layers share none.
         shapes: their geometry.
         encoder: the MLP (in an encoder-decoder one for each part), or None when keys and values are trained directly.
+        modules_to_save: its own copies of the model's modules of ``config.modules_to_save``.
     """
 
     def __init__(
@@ -44,6 +46,7 @@ class Prefix(nn.Module):
         self.sources = tuple(layer_indices if sources is None else sources)
         self.encoder: PrefixEncoder | PartEncoders | None = None
         self.layers = nn.ModuleList()
+        self.modules_to_save = Modules()
 
     @property
     def num_virtual_tokens(self) -> int:

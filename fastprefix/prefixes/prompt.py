@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastprefix.prefixes.config import check_tokens
+from fastprefix.prefixes.config import check_tokens, checked_modules
 from fastprefix.prefixes.init import Init, take_length, vocabulary
+from fastprefix.prefixes.modules import Modules
 from fastprefix.validation import fail
 
 
@@ -31,6 +33,7 @@ class PromptConfig:
         num_virtual_tokens: prompt tokens P, at least 1; default as many as the text of ``init`` has.
         init: where training starts: ``fastprefix.init.vocabulary()`` (default), ``.text(text, tokenizer)``,
             ``.token_ids(ids)``: the embeddings of these tokens; or ``.normal(std)``.
+        modules_to_save: modules of the model that are trained and saved with the prompt, as in :class:`PrefixConfig`.
 
     Raises:
         ValueError: a field is out of range; the message names the field.
@@ -38,6 +41,7 @@ class PromptConfig:
 
     num_virtual_tokens: int = None  # type: ignore[assignment]  # an int from __post_init__ on
     init: Init = field(default_factory=vocabulary)
+    modules_to_save: Sequence[str] | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.init, Init):
@@ -46,18 +50,29 @@ class PromptConfig:
         if not isinstance(self.init, Init) or self.init.keys is not None:
             expected = "what fastprefix.init.vocabulary, text, token_ids or normal return"
             raise fail("init", repr(self.init.name if isinstance(self.init, Init) else self.init), expected)
+        self.modules_to_save = checked_modules(self.modules_to_save)
 
     def to_json(self) -> dict[str, Any]:
         """Plain data; ``init`` is kept as its name."""
-        return {"num_virtual_tokens": self.num_virtual_tokens, "init": self.init.name}
+        names = None if self.modules_to_save is None else list(self.modules_to_save)
+        return {"num_virtual_tokens": self.num_virtual_tokens, "init": self.init.name, "modules_to_save": names}
+
+
+class Table(nn.Module):
+    """What is trained, fp32: the child of the model, beside which modules of the prompt's own stand elsewhere."""
+
+    def __init__(self, embedding: Tensor) -> None:
+        super().__init__()
+        self.embedding = nn.Parameter(embedding.detach().float().clone())
 
 
 class SoftPrompt(nn.Module):
-    """Trained embeddings ``[P, d]``. Also a child of the model, so that optimisers and checkpoints find it.
+    """Trained embeddings ``[P, d]``. They are also in the model, so that optimisers and checkpoints find them.
 
     Attributes:
         config: the :class:`PromptConfig` it was made from.
         embedding: what is trained, fp32.
+        modules_to_save: its own copies of the model's modules of ``config.modules_to_save``.
     """
 
     def __init__(self, config: PromptConfig, embedding: Tensor) -> None:
@@ -65,7 +80,13 @@ class SoftPrompt(nn.Module):
         if embedding.dim() != 2 or embedding.shape[0] != config.num_virtual_tokens:
             raise fail("embedding", f"shape {list(embedding.shape)}", f"[P, d] with P = {config.num_virtual_tokens}")
         self.config = config
-        self.embedding = nn.Parameter(embedding.detach().float().clone())
+        self.table = Table(embedding)
+        self.modules_to_save = Modules()
+
+    @property
+    def embedding(self) -> nn.Parameter:
+        """``[P, d]``."""
+        return self.table.embedding
 
     @property
     def num_virtual_tokens(self) -> int:
@@ -78,9 +99,8 @@ class SoftPrompt(nn.Module):
 
 
 @torch.no_grad()
-def start(config: PromptConfig, word_embeddings: nn.Module, vocab_size: int, dim: int) -> Tensor:
-    """``[P, d]`` to start from: what the model's input embedding makes of tokens, or noise."""
-    device = next(word_embeddings.parameters()).device
+def start(config: PromptConfig, word_embeddings: nn.Module, vocab_size: int, dim: int, device: torch.device) -> Tensor:
+    """``[P, d]`` to start from, on a device: what the model's input embedding makes of tokens, or noise."""
     if config.init.of_tokens:
         ids = config.init.tokens(config.num_virtual_tokens, vocab_size)
         return word_embeddings(ids.to(device)).float()

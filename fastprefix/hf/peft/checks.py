@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from fastprefix.hf import probe
+from fastprefix.hf import offloaded, probe
 from fastprefix.hf.installation import Installation
 from fastprefix.hf.peft.adapters import PREFIXES, Adapters, kind
 from fastprefix.validation import fail
@@ -15,7 +15,14 @@ from fastprefix.validation import fail
 
 def check(adapters: Adapters, name: str) -> None:
     """Raise ValueError unless an adapter is one that the model's layers can read."""
-    config = adapters.peft_model.peft_config[name]
+    config, encoder = adapters.peft_model.peft_config[name], adapters.peft_model.prompt_encoder[name]
+    if offloaded.missing(encoder):
+        got = (
+            f"adapter {name!r} on the meta device, where PEFT puts it when the base model's first weights are offloaded"
+        )
+        raise fail("peft_model", got, "a PEFT model that was made first, and its base model offloaded then")
+    offloaded.settle(encoder)
+    adapters.state.home.remember(name, encoder)
     if kind(config) in PREFIXES:
         adapters.fit.check(config)
 

@@ -1,0 +1,33 @@
+"""What ``attach`` froze, and gives back."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from torch import nn
+
+
+class Frozen:
+    """Parameters by their places: others (accelerate's offloading) put new objects there."""
+
+    def __init__(self) -> None:
+        self.before: dict[tuple[int, str], tuple[nn.Module, nn.Parameter, bool]] = {}
+
+    def freeze(self, model: nn.Module, but: Collection[int]) -> None:
+        """Freeze a model but for some parameters, by their ids; what it was at first is remembered."""
+        known = {id(p) for _, p, _ in self.before.values()}
+        for module in model.modules():
+            for name, p in module._parameters.items():
+                if p is not None and id(p) not in but and id(p) not in known:
+                    self.before.setdefault((id(module), name), (module, p, p.requires_grad))
+        for p in model.parameters():
+            if id(p) not in but:
+                p.requires_grad_(False)
+
+    def thaw(self) -> None:
+        """Let them be trained that were."""
+        for (_, name), (module, p, requires_grad) in self.before.items():
+            p.requires_grad_(requires_grad)
+            now = module._parameters.get(name)
+            if now is not None and type(now) is type(p) and (now.dtype, now.shape) == (p.dtype, p.shape):
+                now.requires_grad_(requires_grad)
