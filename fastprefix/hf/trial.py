@@ -39,6 +39,12 @@ def run_once(state: Installation) -> None:
             got = f"{type(model).__name__}, whose forward of {' and '.join(inputs)} fails with a prefix ({error})"
             raise fail("model", got, "a model that runs with one on what it runs on without") from error
 
+    # Whether every layer reads it is looked at again in the user's own first forward: much may happen before that.
+    for hooks in state.hooks:
+        hooks.checked = False
+    for slot in state.slots:
+        slot.ran = False
+
 
 def _error(model: Any, inputs: dict[str, Any]) -> Exception | None:
     """What a forward raises."""
