@@ -9,7 +9,9 @@ from __future__ import annotations
 import warnings
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from fastprefix.hf.reading import Name, batch_size
+from torch import Tensor
+
+from fastprefix.hf.reading import Name
 from fastprefix.validation import fail
 
 if TYPE_CHECKING:
@@ -48,7 +50,9 @@ def of(state: Installation, kwargs: dict[str, Any]) -> Origin:
     choice = state.choice()
     names: tuple[Name | None, ...] = (None,) if choice is None else choice.names
     names = names[:1] if len(set(names)) == 1 else names
-    return Origin(state.number, names, None if state.shared is None else state.shared.number, batch_size(state, kwargs))
+    inputs = [kwargs.get(name) for name in (state.layers.main.main_input, "inputs_embeds")]
+    rows = next((len(x) for x in inputs if isinstance(x, Tensor)), 0)  # what is missing the model itself will say
+    return Origin(state.number, names, None if state.shared is None else state.shared.number, rows)
 
 
 def check(state: Installation, kwargs: dict[str, Any]) -> None:
@@ -61,6 +65,8 @@ def check(state: Installation, kwargs: dict[str, Any]) -> None:
     if cache is None:
         return
     here, made = of(state, kwargs), getattr(cache, _ATTRIBUTE, None)
+    if made == here:  # a static cache's length lies on its device: nobody waits for it in every step
+        return
     if not int(cache.get_seq_length()):
         remember(cache, here)
     elif isinstance(made, Origin):

@@ -27,11 +27,12 @@ def predicts_next_token(model: Any, stack: probe.Stack) -> bool:
         return bool(model.can_generate())
     try:
         first, last = (_loss(model, inputs, place, label=1) for place in (0, _TOKENS - 1))
+        if first != first and last == last:  # the mean over no tokens is nan
+            return True
         other_first, other_last = (_loss(model, inputs, place, label=2) for place in (0, _TOKENS - 1))
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
         return bool(model.can_generate())  # a classifier's labels are [B], say
-    counts_nothing = first != first  # the mean over no tokens is nan
-    return (counts_nothing and last == last) or (first == other_first and last != other_last)
+    return first == other_first and last != other_last
 
 
 def _loss(model: nn.Module, inputs: dict[str, Tensor], place: int, label: int) -> float:
