@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fastprefix import functional
-from fastprefix.hf import probe, sharing
+from fastprefix.hf import probe, sharing, wrappers
 from fastprefix.hf.attention import AttentionCall
 from fastprefix.hf.installation import Installation
 from fastprefix.hf.reading import Entry
@@ -29,10 +29,10 @@ def explain_model(model: Any) -> str:
     if not active:
         return "\n".join([*lines, "no prefix is active: the model runs its own attention"])
     if state.layers.kinds:
-        lines.append(
-            f"a hybrid, whose other layers have no keys to put a prefix before: {', '.join(state.layers.kinds)}"
-        )
-    names = {id(module): name for name, module in model.named_modules()}
+        others = [kind for kind in dict.fromkeys(state.layers.kinds) if kind in probe.WITHOUT_ATTENTION]
+        what = f"other layers have no keys to put a prefix before: {', '.join(others)}"
+        lines.append(f"a hybrid, whose {what if others else 'layers keep a state beside their keys'}")
+    names = {id(module): name for name, module in wrappers.unwrapped(model).named_modules()}
     # What the checks know must not change by a look.
     checked = [hooks.checked for hooks in state.hooks]
     for hooks in state.hooks:

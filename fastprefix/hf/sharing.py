@@ -51,7 +51,8 @@ def run(
     """
     sharded.refuse_bank(p for module in state.layers.modules for p in module.parameters())
     lengths = [len(x) for x in prompts]
-    padded = nn.utils.rnn.pad_sequence(list(prompts), batch_first=True)  # [N, P, d] or [N, P]
+    # torch.vmap knows stack alone.
+    padded = torch.stack(list(prompts)) if len(set(lengths)) == 1 else nn.utils.rnn.pad_sequence(list(prompts), True)
     inputs: dict[str, Any] = {"inputs_embeds" if padded.dim() == 3 else "input_ids": padded}
     if padded.dim() == 3:
         inputs["inputs_embeds"] = padded.to(state.model.get_input_embeddings().weight.dtype)
