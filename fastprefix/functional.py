@@ -10,7 +10,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from fastprefix import dispatch, ops, validation
+from fastprefix import dispatch, ops, transforms, validation
 from fastprefix.types import AttentionArgs
 
 
@@ -152,7 +152,8 @@ def _call(args: AttentionArgs, backend: str) -> tuple[Tensor, Tensor]:
     more = (args.segment_ids, start, args.prefix_ids, args.prefix_lens, args.dropout_seed)
     number = None if start is not None else args.q_start
     scalars = (args.causal, args.scale, args.window, args.softcap, args.dropout_p, args.bias_grad, backend)
-    o, lse = ops.prefix_attn_fwd(*tensors, *more, number, *scalars)
+    call = transforms.Transformed.apply if transforms.active() else ops.prefix_attn_fwd
+    o, lse = call(*tensors, *more, number, *scalars)
     return o, lse
 
 

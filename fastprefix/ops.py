@@ -24,13 +24,13 @@ _INPUTS = (
     "float dropout_p, bool bias_grad, str backend"
 )
 _NAMES = tuple(part.split()[-1] for part in _INPUTS.split(", "))
-_TENSORS = 13  # of these inputs come first and are tensors
-_NEEDED = (*range(5), _NAMES.index("bias"), _NAMES.index("sinks"))  # in the order of the op's needs
+TENSORS = 13  # of these inputs come first and are tensors
+NEEDED = (*range(5), _NAMES.index("bias"), _NAMES.index("sinks"))  # in the order of the op's needs
 
-_lib = torch.library.Library("fastprefix", "DEF")
-_lib.define(f"prefix_attn_fwd({_INPUTS}) -> (Tensor o, Tensor lse)")
+library = torch.library.Library("fastprefix", "DEF")
+library.define(f"prefix_attn_fwd({_INPUTS}) -> (Tensor o, Tensor lse)")
 # One tensor for each True in needs, which has the order of Needs, and at last sinks.
-_lib.define(f"prefix_attn_bwd({_INPUTS}, Tensor o, Tensor lse, Tensor do, bool[] needs) -> Tensor[]")
+library.define(f"prefix_attn_bwd({_INPUTS}, Tensor o, Tensor lse, Tensor do, bool[] needs) -> Tensor[]")
 
 
 def _args(values: tuple[Any, ...]) -> tuple[AttentionArgs, str]:
@@ -84,7 +84,7 @@ def _fake_fwd(*values: Any) -> tuple[Tensor, Tensor]:
 def _fake_bwd(*values: Any) -> list[Tensor]:
     inputs, needs = values[: len(_NAMES)], values[-1]
     content = [x.new_empty(x.shape[0], x.shape[2], x.shape[1], x.shape[3]).transpose(1, 2) for x in inputs[:3]]
-    rest = [None if inputs[i] is None else inputs[i].new_empty(inputs[i].shape) for i in _NEEDED[3:]]
+    rest = [None if inputs[i] is None else inputs[i].new_empty(inputs[i].shape) for i in NEEDED[3:]]
     return [grad for grad, need in zip([*content, *rest], needs, strict=True) if need and grad is not None]
 
 
@@ -94,8 +94,8 @@ class _PrefixAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
         o, lse = _below_autograd(torch.ops.fastprefix.prefix_attn_fwd.default, *inputs)
-        ctx.save_for_backward(*inputs[:_TENSORS], o, lse)
-        ctx.scalars = inputs[_TENSORS:]
+        ctx.save_for_backward(*inputs[:TENSORS], o, lse)
+        ctx.scalars = inputs[TENSORS:]
         ctx.mark_non_differentiable(lse)
         ctx.set_materialize_grads(False)
         return o, lse
@@ -106,10 +106,10 @@ class _PrefixAttention(torch.autograd.Function):
         grads: list[Tensor | None] = [None] * len(_NAMES)
         if do is None:
             return tuple(grads)
-        needs = [bool(ctx.needs_input_grad[i]) for i in _NEEDED]
+        needs = [bool(ctx.needs_input_grad[i]) for i in NEEDED]
         if any(needs):
             found = torch.ops.fastprefix.prefix_attn_bwd(*tensors, *ctx.scalars, o, lse, do, needs)
-            for i, grad in zip([i for i, need in zip(_NEEDED, needs, strict=True) if need], found, strict=True):
+            for i, grad in zip([i for i, need in zip(NEEDED, needs, strict=True) if need], found, strict=True):
                 grads[i] = grad
         return tuple(grads)
 
@@ -160,9 +160,9 @@ for _name, _impl, _fake, _autograd in (
     ("prefix_attn_fwd", _fwd, _fake_fwd, _autograd_fwd),
     ("prefix_attn_bwd", _bwd, _fake_bwd, _autograd_bwd),
 ):
-    _lib.impl(_name, _impl, "CompositeExplicitAutograd")
-    _lib.impl(_name, _autograd, "Autograd")
-    torch.library.register_fake(f"fastprefix::{_name}", _fake, lib=_lib)
+    library.impl(_name, _impl, "CompositeExplicitAutograd")
+    library.impl(_name, _autograd, "Autograd")
+    torch.library.register_fake(f"fastprefix::{_name}", _fake, lib=library)
 
 prefix_attn_fwd = torch.ops.fastprefix.prefix_attn_fwd
 

@@ -19,6 +19,7 @@ FLOORS = (
     ("reference", "backends"),
     ("dispatch",),
     ("ops",),
+    ("transforms",),
     ("functional",),
     ("prefixes",),
     ("init", "hf"),

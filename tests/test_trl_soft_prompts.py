@@ -31,9 +31,7 @@ def attached(folder: Path) -> tuple[Any, torch.nn.Parameter]:  # noqa: F811
 
 def of_peft(folder: Path, patched: bool) -> tuple[Any, torch.nn.Parameter]:  # noqa: F811
     peft = pytest.importorskip("peft")
-    model = peft.get_peft_model(
-        loaded(folder), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=P)
-    )
+    model = peft.get_peft_model(loaded(folder), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=P))
     weight = model.prompt_encoder.default.embedding.weight
     with torch.no_grad():
         weight.copy_(start())

@@ -14,6 +14,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from fastprefix.functional import prefix_attention
 from fastprefix.hf import masks
 from fastprefix.prefixes.prefix import LayerKV, LayerSlot
+from fastprefix.validation import fail
 
 NAME = "fastprefix"
 SLOT = "fastprefix"  # the child of an attention module that holds its prefixes
@@ -146,6 +147,9 @@ def _mask_options(mask: Tensor | None, causal: bool, rows: int, keys: int) -> di
     """The operator's arguments for one of the mask's four forms (see ``masks.py``)."""
     if mask is None:
         return {"causal": causal}
+    if mask.dim() == 4 and not causal and rows == mask.shape[-1] < keys:
+        got = f"a cache of {keys - rows} tokens in a bidirectional model: they have not seen what follows them"
+        raise fail("past_key_values", got, "use_cache=False, or a causal model (is_decoder=True in its configuration)")
     if mask.dim() != 4 or mask.shape[-1] < keys:
         raise ValueError(f"attention_mask: got shape {list(mask.shape)}, expected [B, 1 or H, S, T] with T >= {keys}")
     mask = mask[..., :keys]

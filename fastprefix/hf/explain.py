@@ -9,7 +9,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from fastprefix import functional
-from fastprefix.hf import exactness, probe
+from fastprefix.hf import exactness, probe, wrappers
 from fastprefix.hf.api import attach, detach
 from fastprefix.hf.attention import AttentionCall
 from fastprefix.hf.installation import Installation
@@ -41,10 +41,10 @@ def explain_model(model: Any) -> str:
     if not active:
         return "\n".join([*lines, "no prefix is active: the model runs its own attention"])
     if state.layers.kinds:
-        lines.append(
-            f"a hybrid, whose other layers have no keys to put a prefix before: {', '.join(state.layers.kinds)}"
-        )
-    names = {id(module): name for name, module in model.named_modules()}
+        others = [kind for kind in dict.fromkeys(state.layers.kinds) if kind in probe.WITHOUT_ATTENTION]
+        what = f"other layers have no keys to put a prefix before: {', '.join(others)}"
+        lines.append(f"a hybrid, whose {what if others else 'layers keep a state beside their keys'}")
+    names = {id(module): name for name, module in wrappers.unwrapped(model).named_modules()}
     # What the checks know must not change by a look.
     checked = [hooks.checked for hooks in state.hooks]
     for hooks in state.hooks:

@@ -9,7 +9,7 @@ from typing import Any, overload
 import torch
 from torch import nn
 
-from fastprefix.hf import placement, sharded, trial
+from fastprefix.hf import placement, sharded, trial, wrappers
 from fastprefix.hf.attached import Attached
 from fastprefix.hf.build import build
 from fastprefix.hf.installation import Installation
@@ -71,6 +71,7 @@ def attach(
 def attach_made(model: Any, name: str, make: Callable[[Installation], Prefix | SoftPrompt]) -> Prefix | SoftPrompt:
     """Give a model what ``make`` makes for it; after an error of its the model is as it was."""
     check_name(name)
+    model = wrappers.unwrapped(model, but=wrappers.ADDING)
     fresh = found(model) is None
     state = own_installation(model)
     with state.turns.turn():
@@ -118,6 +119,7 @@ def own_installation(model: Any) -> Installation:
 
     And for a model that is sharded, where a prefix would be a different one on every device.
     """
+    model = wrappers.unwrapped(model)
     sharded.refuse(model)
     state = found(model)
     return install(model) if state is None else own(state)
@@ -151,6 +153,7 @@ def bake(model: Any, name: str = "default") -> Prefix | SoftPrompt:
     Raises:
         ValueError: no prefix of this name is attached, or the model is sharded.
     """
+    model = wrappers.unwrapped(model, but=wrappers.ADDING)
     prefix = own(installation(model)).named(name)
     sharded.refuse(model)
     if isinstance(prefix, Prefix) and prefix.encoder is not None:

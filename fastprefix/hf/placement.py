@@ -13,6 +13,7 @@ from fastprefix.prefixes.prompt import SoftPrompt
 if TYPE_CHECKING:
     from fastprefix.hf.installation import Installation
 
+
 def place(state: Installation, name: str, prefix: Prefix | SoftPrompt) -> None:
     """Make a prefix's modules children of the model."""
     slots = state.slots

@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastprefix.hf import bypassing, masks, offloaded
+from fastprefix.hf import bypassing, masks, offloaded, wrappers
 from fastprefix.hf.attention import AttentionCall, recording
 from fastprefix.hf.example import example
 from fastprefix.prefixes.config import LayerShape, Part
 from fastprefix.validation import fail
 
 # What transformers' configs call layers without keys and values: they keep a state, or nothing.
-_WITHOUT_ATTENTION = ("linear_attention", "mamba", "mamba2", "conv", "recurrent", "moe", "mlp")
+WITHOUT_ATTENTION = ("linear_attention", "mamba", "mamba2", "conv", "recurrent", "moe", "mlp")
 
 
 @dataclass(frozen=True)
@@ -70,8 +70,7 @@ def check_model(model: Any) -> None:
     from transformers import PreTrainedModel
 
     if not isinstance(model, PreTrainedModel):
-        hint = "; a PeftModel holds one: model.get_base_model()" if hasattr(model, "get_base_model") else ""
-        raise fail("model", type(model).__name__, f"a transformers PreTrainedModel{hint}")
+        raise fail("model", type(model).__name__, f"a transformers PreTrainedModel{wrappers.hint(model)}")
     name = type(model).__name__
     if absent := offloaded.missing(model):
         got = f"{name} with parameters on the meta device ({absent[0]})"
@@ -91,11 +90,11 @@ def does_not_dispatch(model: nn.Module, detail: str = "") -> ValueError:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode without gradients inside the block."""
+    """Eval mode without gradients inside the block, and what is compiled (``module.compile()``) as it was written."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
             yield
     finally:
         for module, mode in modes:
@@ -135,14 +134,14 @@ def find_layers(model: nn.Module) -> Layers:
     decoder = getattr(config, "decoder_layers", None) if getattr(config, "is_decoder", False) else None
     expected = decoder or getattr(config, "num_hidden_layers", None)
     if expected is not None:
-        expected -= sum(kind in _WITHOUT_ATTENTION for kind in kinds)
+        expected -= sum(kind in WITHOUT_ATTENTION for kind in kinds)
         if len(calls) != expected:
             raise does_not_dispatch(
                 model, f" once in each of its {expected} layers of attention, but {len(calls)} times"
             )
     modules = once(calls)
     found = layers([modules], [None] * len(modules), [stack(model, modules, inputs)], windows)
-    mixed = any(kind in _WITHOUT_ATTENTION or kind.startswith("hybrid") for kind in kinds)
+    mixed = any(kind in WITHOUT_ATTENTION or kind.startswith("hybrid") for kind in kinds)
     return replace(
         found,
         kinds=kinds if mixed else (),

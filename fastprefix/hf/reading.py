@@ -120,7 +120,7 @@ def read(state: Installation, choice: Choice, kwargs: dict[str, Any]) -> Reading
             return _concatenate(state, choice, names, entries, kwargs, reason)
     if state.prepared is not None:
         return choose(state, state.prepared, choice, kwargs)
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return choose(state, make_bank(state, names, entries)[0], choice, kwargs)
     key = tuple((entry.offset, *map(_stamp, entry.parameters)) for entry in entries)
     bank = state.memo.recall(kwargs, tuple(names), key)

@@ -52,7 +52,8 @@ def run(
     """
     sharded.refuse_bank(p for module in state.layers.modules for p in module.parameters())
     lengths = [len(x) for x in prompts]
-    padded = nn.utils.rnn.pad_sequence(list(prompts), batch_first=True)  # [N, P, d] or [N, P]
+    # torch.vmap knows stack alone.
+    padded = torch.stack(list(prompts)) if len(set(lengths)) == 1 else nn.utils.rnn.pad_sequence(list(prompts), True)
     inputs: dict[str, Any] = {"inputs_embeds" if padded.dim() == 3 else "input_ids": padded}
     if padded.dim() == 3:
         inputs["inputs_embeds"] = padded.to(state.model.get_input_embeddings().weight.dtype)
@@ -119,11 +120,6 @@ def check_tokens(model: Any) -> None:
 def check(state: Installation) -> None:
     """Raise ValueError unless a prompt can stand in front of a model's rows."""
     check_tokens(state.model)
-    if not state.layers.main.takes_positions:
-        got = f"{type(state.model).__name__}, whose forward takes no position_ids"
-        if state.layers.main.passes_positions_by:
-            got = f"{type(state.model).__name__}, whose position_ids move nothing"
-        raise fail("model", got, "one that does: rows are moved behind a prompt")
     check_images(state)
     if state.layers.again:
         got = f"{type(state.model).__name__}, whose layers share an attention module"
@@ -131,6 +127,11 @@ def check(state: Installation) -> None:
     if state.layers.kinds:
         got = f"{type(state.model).__name__}, some of whose layers have no attention"
         raise fail("model", got, "attention in every layer: others would not see the prompt")
+    if not state.layers.main.takes_positions:
+        got = f"{type(state.model).__name__}, whose forward takes no position_ids"
+        if state.layers.main.passes_positions_by:
+            got = f"{type(state.model).__name__}, whose position_ids move nothing"
+        raise fail("model", got, "one that does: rows are moved behind a prompt")
 
 
 def check_images(state: Installation) -> None:

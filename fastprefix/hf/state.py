@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastprefix.hf import probe
+from fastprefix.hf import probe, wrappers
 from fastprefix.hf.attention import SLOT
 from fastprefix.hf.installation import Installation
 from fastprefix.validation import fail
@@ -14,7 +14,7 @@ STATE = "_fastprefix"
 
 def found(model: Any) -> Installation | None:
     """What is in a model, or in the one it wraps."""
-    state = getattr(model, STATE, None)
+    state = getattr(wrappers.unwrapped(model), STATE, None)
     return state if isinstance(state, Installation) else None
 
 
@@ -23,7 +23,7 @@ def installation(model: Any) -> Installation:
     state = found(model)
     if state is None:
         expected = "a model that fastprefix.attach or fastprefix.patch was called on"
-        raise fail("model", f"{type(model).__name__} without a prefix", expected)
+        raise fail("model", f"{type(model).__name__} without a prefix", f"{expected}{wrappers.hint(model)}")
     state.home.bring_back(state.model)
     return state
 

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastprefix.hf import saved_modules
+from fastprefix.hf import saved_modules, wrappers
 from fastprefix.hf.files import write_json, write_tensors
 from fastprefix.hf.folders import replace_together
 from fastprefix.hf.formats import (
@@ -63,8 +63,9 @@ def save(model: Any, dir: str | os.PathLike[str], name: str = "default") -> None
     was trained by ``modules_to_save`` or by hand. What else is trained a warning names.
 
     Args:
-        model: a model with the prefix attached. Where it is sharded (FSDP2) every process has to call this; the first
-            one writes.
+        model: a model with the prefix attached, also inside DataParallel, DistributedDataParallel, ``torch.compile`` or
+            AveragedModel, of which the averages are written. Where it is sharded (FSDP2) every process has to call
+            this; the first one writes.
         dir: made if missing; other files in it stay.
         name: of the prefix.
 
@@ -72,8 +73,9 @@ def save(model: Any, dir: str | os.PathLike[str], name: str = "default") -> None
         ValueError: no prefix of this name is attached, or it holds numbers that are not finite, which ``load`` refuses.
         OSError: the files cannot be written.
     """
-    state = own(installation(model))
+    state = own(installation(wrappers.unwrapped(model, but=wrappers.SAVING)))
     prefix = state.named(name)
+    wrappers.refuse_flat(state.model, prefix)
     modules = saved_modules.saved_with(state, prefix)
     saved_modules.warn_of_left_out(state, stacklevel=3)
     trained = saved_modules.fields(prefix, modules)  # what is gathered wants no gradient

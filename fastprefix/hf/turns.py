@@ -56,6 +56,9 @@ class Turns:
         """Wait for this thread's turn; RuntimeError while another one has a block open."""
         if torch.compiler.is_compiling():
             return
+        if getattr(module, "_is_replica", False):
+            expected = "DistributedDataParallel, or one device: replicas have no prefix of their own to read"
+            raise fail("model", f"DataParallel's replica of {type(module).__name__}", expected)
         if self.chooser not in (None, threading.get_ident()):
             raise RuntimeError(
                 "fastprefix: another thread has a block open on this model, which chooses for that thread's forwards: "

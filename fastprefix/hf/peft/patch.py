@@ -6,7 +6,7 @@ import warnings
 from contextlib import suppress
 from typing import Any
 
-from fastprefix.hf import build, probe, sharing
+from fastprefix.hf import build, probe, sharing, wrappers
 from fastprefix.hf.installation import Installation
 from fastprefix.hf.peft import checks, classes
 from fastprefix.hf.peft.adapters import PREFIXES, PROMPTS, Adapters, kind
@@ -40,6 +40,10 @@ def patch(peft_model: Any) -> Any:
     """
     from peft import PeftModel
 
+    inner = wrappers.unwrapped(peft_model, but=wrappers.ADDING)
+    if inner is not peft_model:
+        patch(inner)
+        return peft_model
     if not isinstance(peft_model, PeftModel):
         raise fail("peft_model", type(peft_model).__name__, "a peft.PeftModel (fastprefix.attach takes bare models)")
     if is_patched(peft_model):
@@ -110,6 +114,10 @@ def unpatch(peft_model: Any) -> Any:
     Raises:
         ValueError: the model is not patched.
     """
+    inner = wrappers.unwrapped(peft_model)
+    if inner is not peft_model:
+        unpatch(inner)
+        return peft_model
     if not is_patched(peft_model):
         raise fail("peft_model", type(peft_model).__name__, "a model that fastprefix.patch was called on")
     state = found(peft_model.get_base_model())
