@@ -235,3 +235,30 @@ def test_tensor_parallelism_is_refused(tmp_path: Path) -> None:
     for each in distributed.run(tensor_parallel, tmp_path, tmp_path / "base"):
         assert "tensor parallel models cannot carry a prefix" in each["error"]
         torch.testing.assert_close(each["logits"], tiny_model()(batch()).logits, rtol=1e-4, atol=1e-5)
+
+
+def sharded_heads(rank: int, folder: Path) -> dict[str, Any]:
+    """Two prefixes with a head each: one is trained while sharded, both are saved."""
+    model, prefix = attached(modules_to_save=["lm_head"])
+    fastprefix.attach(model, PrefixConfig(P, init=init.normal(0.6), modules_to_save=["lm_head"]), "other")
+    fastprefix.set_prefix(model, "default")
+    sharded(model)
+    found = train(model, prefix, batch().chunk(2)[rank])
+    for name in ("default", "other"):
+        fastprefix.set_prefix(model, name)
+        found[name] = model(input_ids=batch()).logits.detach()
+        fastprefix.save(model, folder / name, name)
+    return found
+
+
+@pytest.mark.slow
+def test_fsdp2_of_heads(tmp_path: Path) -> None:
+    results = distributed.run(sharded_heads, tmp_path, tmp_path)
+    model, prefix = attached(modules_to_save=["lm_head"])
+    assert_alone(results, train(model, prefix, batch()))
+    assert "modules_to_save.lm_head.weight" in results[0]["numbers"]
+    for name in ("default", "other"):
+        fresh = tiny_model()
+        fastprefix.load(fresh, tmp_path / name)
+        for result in results:
+            torch.testing.assert_close(fresh(input_ids=batch()).logits, result[name], rtol=1e-5, atol=1e-5)

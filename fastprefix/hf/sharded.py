@@ -42,6 +42,7 @@ def gathered(prefix: nn.Module) -> Iterator[bool]:
 
     Where they are sharded every process has to enter, and leaves when all have.
     """
+    prefix.state_dict()  # has FSDP2 shard again what a forward without a backward has left whole
     shards: list[tuple[nn.Module, str, Any]] = [
         (m, n, p) for m in prefix.modules() for n, p in m._parameters.items() if is_sharded(p)
     ]
