@@ -30,7 +30,7 @@ SIZES: dict[str, Any] = {
 
 def model(name: str = "LlamaForSequenceClassification", seed: int = 0, labels: int = 3) -> Any:
     """With the frozen numbers of every other one of its class, and a head that ``seed`` gives."""
-    config_class = transformers.LlamaConfig if name.startswith("Llama") else transformers.BertConfig
+    config_class = getattr(transformers, f"{name.partition('For')[0]}Config")
     options = {"num_labels": labels} if "Question" not in name and "Causal" not in name else {}
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -306,3 +306,36 @@ def test_what_is_not_right_is_refused_by_name(tmp_path: Path) -> None:
     one.score = torch.nn.Linear(16, 3)
     with pytest.raises(ValueError, match="with another 'score'"):
         fastprefix.set_prefix(one, None)
+
+
+@pytest.mark.filterwarnings("ignore:fastprefix. the prompt is concatenated")
+@pytest.mark.parametrize("name", ["BertForSequenceClassification", "RobertaForSequenceClassification"])
+def test_a_prompt_of_an_encoder_is_pefts_wherever_its_head_reads(name: str, tmp_path: Path) -> None:
+    """RoBERTa's head reads the first position itself, which behind a concatenated prompt is the prompt's."""
+    mask = torch.ones(4, 7)
+    theirs = peft.get_peft_model(model(name), peft.PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=P))
+    theirs.double().eval().save_pretrained(tmp_path / "theirs")
+    ours = model(name, seed=3)
+    fastprefix.load(ours, tmp_path / "theirs")
+    with torch.no_grad():
+        want = theirs(input_ids=ids(), attention_mask=mask).logits
+    torch.testing.assert_close(out(ours, attention_mask=mask), want, rtol=0, atol=1e-10)
+    fastprefix.save(ours, tmp_path / "ours")
+    back = peft.PeftModel.from_pretrained(model(name, seed=4), str(tmp_path / "ours")).double().eval()
+    with torch.no_grad():
+        got = back(input_ids=ids(), attention_mask=mask).logits
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-6)  # the file holds fp32
+
+
+def test_rows_generate_with_their_own_heads() -> None:
+    one = model("LlamaForCausalLM")
+    options: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "num_beams": 2}
+    want = {}
+    for seed, name in enumerate("ab"):
+        fastprefix.attach(one, PrefixConfig(P, init=init.normal(0.5), modules_to_save=["lm_head"]), name)
+        torch.manual_seed(seed)
+        torch.nn.init.normal_(one.lm_head.weight)
+        want[name] = one.generate(ids(), **options)
+    with fastprefix.prefix_batch(one, list("abba")):
+        got = one.generate(ids(), **options)
+    assert torch.equal(got, torch.stack([want[name][i] for i, name in enumerate("abba")]))
