@@ -72,3 +72,19 @@ def test_fields_of_every_token_are_the_rows_own(folder: Path) -> None:  # noqa: 
     assert got.log_probs.shape == got.entropy.shape == ids.shape  # the first token is predicted too
     torch.testing.assert_close(got.log_probs, want, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(got.loss, -want.mean(), rtol=1e-4, atol=1e-5)
+
+
+def test_a_loss_outside_of_the_model_meets_the_rows_own_logits(folder: Path) -> None:  # noqa: F811
+    """Label smoothing takes the labels out of the forward. PEFT's ``P + S`` logits do not fit them, patched or not."""
+    from transformers.trainer_pt_utils import LabelSmoother
+
+    smoother, ids = LabelSmoother(0.1), torch.arange(3, 11)[None]
+    model, prompt = attached(folder)
+    bare = loaded(folder)
+    whole = torch.cat([prompt[None], bare.get_input_embeddings()(ids)], 1)
+    want = smoother({"logits": bare(inputs_embeds=whole).logits[:, P:]}, ids, shift_labels=True)
+    torch.testing.assert_close(smoother(model(input_ids=ids), ids, shift_labels=True), want, rtol=1e-4, atol=1e-5)
+    for patched in (False, True):
+        theirs, _ = of_peft(folder, patched)
+        with pytest.raises(RuntimeError, match="must match the size"):
+            smoother(theirs(input_ids=ids), ids, shift_labels=True)
