@@ -6,6 +6,7 @@ import re
 from typing import Any
 
 import pytest
+import torch
 
 from tests.test_sweep import check, fp64  # noqa: F401  a fixture that every test uses
 
@@ -49,3 +50,22 @@ def test_what_is_refused_is_refused_for_a_true_reason(name: str, reason: str) ->
     found = check(name)["checks"]["prompt"]
     assert found["outcome"] == "refused"
     assert re.search(reason, found["message"]), found["message"]
+
+
+def test_a_loss_that_reads_the_mask_beside_longer_labels_is_peft_s() -> None:
+    """Qwen2-Audio's counts where the mask says so; attached, the model is refused."""
+    import peft
+    import transformers
+
+    import fastprefix
+    from tests.sweep.build import build
+    from tests.sweep.inputs import ids
+
+    bare = build(transformers.Qwen2AudioForConditionalGeneration)
+    inputs = {"input_ids": ids(bare.config), "labels": ids(bare.config)}
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    model = peft.get_peft_model(bare, peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)).eval()
+    want = model(**inputs).loss
+    fastprefix.patch(model)
+    with pytest.warns(UserWarning, match="its loss reads the mask beside the labels"):
+        torch.testing.assert_close(model(**inputs).loss, want)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from fastprefix.hf import encoder_decoder, offloaded, probe, sharing
+from fastprefix.hf.pooled import reads_each_token
 from fastprefix.prefixes.config import LayerShape, PrefixConfig
 from fastprefix.prefixes.kv import PartEncoders, PrefixEncoder
 from fastprefix.prefixes.prefix import Prefix
@@ -55,10 +56,28 @@ def prompt_dim(state: Installation) -> int:
         raise fail("model", got, "one that does: a soft prompt is embeddings") from error
     finally:
         state.paused = False
+    check_head(state)
     if reads_token_ids(state):
         got = f"{type(state.model).__name__}, whose layers read token ids beside their embeddings"
         raise fail("model", got, "one that does not: a soft prompt is embeddings, and has no ids")
     return dim
+
+
+def check_head(state: Installation) -> None:
+    """Raise ValueError where a head looks at one place of a bidirectional text for all others (Splinter's question)."""
+    main = state.layers.main
+    if main.causal or main.owner is state.model or state.pooled or state.heads.handles:
+        return
+    state.paused = True
+    try:
+        each = reads_each_token(state.model, main)
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError):  # it looks at the ids, say
+        each = False
+    finally:
+        state.paused = False
+    if not each:
+        got = f"{type(state.model).__name__}, whose head reads one place of its text for all tokens"
+        raise fail("model", got, "one that reads each token's own: a prompt stands in front of the text")
 
 
 def reads_token_ids(state: Installation) -> bool:

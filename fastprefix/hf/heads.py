@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from fastprefix.hf import probe
 from fastprefix.hf.next_token import IGNORED, predicts_next_token
 
 if TYPE_CHECKING:
@@ -44,6 +45,26 @@ class HeadHooks:
         """Take the hooks off."""
         for handle in self.handles:
             handle.remove()
+
+    def fits_mask(self) -> bool:
+        """Whether a loss of labels one place longer runs beside a mask of the rows (Qwen2-Audio's reads both)."""
+        model, stack = self.state.model, self.state.layers.main
+        ids = stack.example(tokens=3)["input_ids"]
+
+        def wider(module: nn.Module, args: Any, output: Any) -> Any:
+            return replace_first(output, torch.cat([output[0][:, :1], output[0]], 1))
+
+        self.state.paused = True
+        handle = stack.owner.register_forward_hook(wider)
+        try:
+            with probe.evaluating(model):
+                model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=torch.cat([ids[:, :1], ids], 1))
+        except (IndexError, RuntimeError, ValueError):
+            return False
+        finally:
+            handle.remove()
+            self.state.paused = False
+        return True
 
     def before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Give the labels one place more."""

@@ -65,6 +65,7 @@ class Installation:
         self.memo = Memo()
         self.said: set[str] = set()
         self.reads_token_ids = False  # whether layers do, beside embeddings; known where soft prompts are
+        self.loss_fits_mask = True  # whether labels may be longer than the mask beside them; known where patched
         self.frozen = Frozen()
         self.home = offloaded.Home()
         self.configs = OwnConfigs(model)

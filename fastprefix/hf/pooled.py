@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fastprefix.hf import probe
+from fastprefix.hf.heads import replace_first
 
 _STATES = ("last_hidden_state", "start_logits", "end_logits")  # by token, beside what is pooled
 
@@ -41,6 +43,24 @@ class PooledHead:
         """Take the hook off."""
         for handle in self.handles:
             handle.remove()
+
+
+def reads_each_token(model: Any, stack: probe.Stack) -> bool:
+    """Whether what a head says of a token is told by that token's hidden state: the first one's can be cut off then."""
+    embeddings = model.get_input_embeddings()(stack.example(tokens=4)["input_ids"])
+
+    def cut(module: nn.Module, args: Any, output: Any) -> Any:
+        return replace_first(output, output[0][:, 1:])
+
+    with probe.evaluating(model):
+        whole = model(inputs_embeds=embeddings)
+        handle = stack.owner.register_forward_hook(cut)
+        try:
+            rest = model(inputs_embeds=embeddings)
+        finally:
+            handle.remove()
+    pairs = [(x, rest[name]) for name, x in whole.items() if isinstance(x, Tensor) and x.shape[1:2] == (4,)]
+    return all(torch.equal(x[:, 1:], y) or torch.allclose(x[:, 1:], y, rtol=1e-3, atol=1e-3) for x, y in pairs)
 
 
 def pools(model: Any, stack: probe.Stack) -> bool:

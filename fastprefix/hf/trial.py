@@ -26,7 +26,7 @@ def run_once(state: Installation) -> None:
         ValueError: it does not run; the model's class and the error are named.
     """
     model, said, active = state.model, set(state.said), state.active
-    for inputs in _calls(model):
+    for inputs in _calls(model, labelled=bool(state.heads.handles) and state.has_prompts()):
         error = _error(model, inputs)
         state.said.clear()
         state.said.update(said)
@@ -57,8 +57,8 @@ def _error(model: Any, inputs: dict[str, Any]) -> Exception | None:
     return None
 
 
-def _calls(model: Any) -> list[dict[str, Any]]:
-    """A forward's arguments as users give them."""
+def _calls(model: Any, labelled: bool) -> list[dict[str, Any]]:
+    """A forward's arguments as users give them; with labels, where they have to be one place longer for the loss."""
     arguments = inspect.signature(model.forward).parameters
     inputs: dict[str, Any] = example(model.get_encoder() if is_one(model) else model)
     if is_one(model):
@@ -68,4 +68,6 @@ def _calls(model: Any) -> list[dict[str, Any]]:
     calls = [inputs]
     if "input_ids" in inputs and "attention_mask" in arguments:
         calls.append({**inputs, "attention_mask": torch.ones_like(inputs["input_ids"])})
+    if labelled and "labels" in arguments:
+        calls.append({**calls[-1], "labels": inputs["input_ids"]})
     return calls

@@ -89,7 +89,11 @@ def vocabulary(most_common: int = 5000) -> Init:
 
 
 def token_ids(ids: Sequence[int] | Tensor) -> Init:
-    """The model's own keys and values of these tokens; cut or repeated, with a warning, where P is another number."""
+    """The model's own keys and values of these tokens; cut or repeated, with a warning, where P is another number.
+
+    They are those of a text that ends there: where rotary frequencies depend on a text's whole length (dynamic NTK,
+    LongRoPE), the same tokens in front of a long one have others.
+    """
     flat = tuple(int(i) for i in torch.as_tensor(ids).reshape(-1).tolist())
     if not flat:
         raise fail("ids", "no tokens", "at least one token id")

@@ -39,6 +39,13 @@ def has_narrow_window(model: Any) -> bool:
     return any(isinstance(size, int) and 0 < size < 16 for size in sizes)
 
 
+def depends_on_length(model: Any) -> bool:
+    """Whether rotary frequencies do: then the keys of a text alone are not those that it has in front of another."""
+    kinds = [getattr(module, "rope_type", None) for module in model.modules()]
+    named = [kind for each in kinds for kind in (each.values() if isinstance(each, dict) else [each])]
+    return any(isinstance(kind, str) and ("dynamic" in kind or kind == "longrope") for kind in named)
+
+
 def is_causal(model: Any, case: Case) -> bool:
     """Whether another last token leaves every result before it alone."""
     text = case.inputs["input_ids"]

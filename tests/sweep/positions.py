@@ -27,6 +27,7 @@ def checked(bare: Any, model: Any, cases: list[Case]) -> dict[str, Outcome]:
         return {}
     causal = [case for case in cases if oracles.is_causal(bare, case)]
     elsewhere = oracles.has_states(bare) or oracles.has_narrow_window(bare) or state.layers.again
+    elsewhere = elsewhere or oracles.depends_on_length(bare)
     if causal and _moves_nothing(bare, causal[0]):  # its positions are those of something else than a text
         return {"position ids": Outcome(RIGHT, "position ids move nothing")}
     if causal and not elsewhere:

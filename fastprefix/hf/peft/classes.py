@@ -171,6 +171,8 @@ def _concatenates(model: Any, state: Installation, choice: Any, kwargs: dict[str
     """Why a soft prompt takes PEFT's own way; None when it is shared."""
     if task(model) == "QUESTION_ANS":
         return "a question-answering head has its softmax over the prompt's positions too"
+    if not state.loss_fits_mask and "labels" in kwargs and kwargs.get("attention_mask") is not None:
+        return "its loss reads the mask beside the labels, which a shared prompt makes one place longer"
     tokens = max(state.source.entry(name).tokens for name in choice.distinct())
     # PEFT's forward knows no cache: what outgrows a window while generating is the reading's to see.
     return exactness.inexact(state, tokens, {**kwargs, "past_key_values": None})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from contextlib import suppress
 from typing import Any
@@ -75,6 +76,9 @@ def patch(peft_model: Any) -> Any:
                 state.reads_token_ids = build.reads_token_ids(state)
             if kinds & set(PROMPTS):
                 checks.check_output(state)
+                arguments = inspect.signature(base.forward).parameters
+                if state.heads.handles and {"labels", "attention_mask"} <= set(arguments):
+                    state.loss_fits_mask = state.heads.fits_mask()
             for name in peft_model.peft_config:
                 checks.check(state.source, name)
             for name in peft_model.peft_config:
