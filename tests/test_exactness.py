@@ -165,11 +165,32 @@ def test_active_dropout_is_concatenated_in_training_alone() -> None:
         model.train()(input_ids=torch.tensor([[5, 6]]))
 
 
-@pytest.mark.parametrize("cls", ["Gemma3nForCausalLM", "Gemma4ForCausalLM"])
-def test_layers_that_read_ids_beside_embeddings_take_no_soft_prompt(cls: str) -> None:
-    """A prompt in front of rows of ids has none, as rows of embeddings have none."""
-    model = sweep.build(getattr(transformers, cls)).float()
-    with pytest.raises(ValueError, match=r"model: got .*(read token ids|does not run on inputs_embeds alone)"):
+def test_layers_that_read_ids_beside_embeddings_have_all_embeddings_or_all_ids() -> None:
+    """Gemma 3n: a soft prompt has no ids, so neither have the rows behind it; a text has, and so have they."""
+    bare = sweep.build(transformers.Gemma3nForCausalLM)
+    model, ids, text = copy.deepcopy(bare), torch.arange(20, 26)[None], torch.arange(5, 9)
+    prompt = fastprefix.attach(model, PromptConfig(4, init=init.normal(1.0))).double()
+    with pytest.warns(UserWarning, match="its layers read token ids beside their embeddings"):
+        got = model(input_ids=ids, use_cache=False).logits
+    torch.testing.assert_close(got, concatenated(bare, prompt.embedding, ids, None), **CLOSE)
+    fastprefix.detach(model)
+    want = bare(input_ids=torch.cat([text[None], ids], 1), use_cache=False).logits[:, 4:]
+    assert not torch.allclose(want, concatenated(bare, bare.get_input_embeddings()(text), ids, None), atol=1e-3)
+    with fastprefix.shared_prompt(model, text):
+        torch.testing.assert_close(model(input_ids=ids, use_cache=False).logits, want, **CLOSE)
+    model.train()  # with dropout, were there any: concatenated
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    state = installation(model)
+    state.rotary_limits = (("dynamic", 1),)  # as if its keys depended on the length
+    with fastprefix.shared_prompt(model, text), pytest.warns(UserWarning, match="concatenated"):
+        torch.testing.assert_close(model(input_ids=ids, use_cache=False).logits, want, **CLOSE)
+
+
+def test_a_model_that_finds_the_ids_of_embeddings_takes_no_soft_prompt() -> None:
+    model = sweep.build(transformers.Gemma4ForCausalLM).float()
+    with pytest.raises(ValueError, match="model: got Gemma4ForCausalLM, which does not run on inputs_embeds alone"):
         fastprefix.attach(model, PromptConfig(4))
     fastprefix.attach(model, PrefixConfig(4))
 

@@ -125,6 +125,7 @@ def test_generates_as_with_the_prompt_in_every_row(name: str, use_cache: bool) -
 
 
 def test_another_block_s_prompt_is_not_taken_for_the_first_one_s() -> None:
+    """Prompts of earlier blocks are gone, their places in memory taken anew: neither they nor their caches are read."""
     model = ROWS["llama_gqa"].build(torch.float64)
     rows = ids(B, S, seed=1)
     with torch.no_grad():
@@ -132,9 +133,12 @@ def test_another_block_s_prompt_is_not_taken_for_the_first_one_s() -> None:
             with fastprefix.shared_prompt(model, ids(P, seed=10)):
                 cache = model(input_ids=rows[:, :2], use_cache=True).past_key_values
             with fastprefix.shared_prompt(model, ids(P, seed=seed)):
+                with pytest.raises(ValueError, match="past_key_values: got a cache made with a block of shared_prompt"):
+                    model(input_ids=rows[:, 2:], past_key_values=cache)
+                want = model(input_ids=rows, use_cache=False).logits[:, 2:]
+                cache = model(input_ids=rows[:, :2], use_cache=True).past_key_values
                 got = model(input_ids=rows[:, 2:], past_key_values=copy.deepcopy(cache)).logits
-                again = model(input_ids=rows[:, 2:], past_key_values=cache).logits
-            torch.testing.assert_close(got, again)
+            torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
 
 
 def test_mixed_lora_adapters_are_refused() -> None:

@@ -19,7 +19,7 @@ KINDS: dict[str, tuple[str, tuple[str | None, ...]]] = {
     "DPRContextEncoder": ("a head that pools the first token", ("right", "right", None, "right")),
     "VideoPrismTextModel": ("layers that are causal by their masks alone", ("right", "right", None, "right")),
     "MoshiForCausalLM": ("hidden states beside logits", ("right", "right", "right", None)),
-    "Gemma3nForCausalLM": ("ids beside embeddings", ("right", "refused", "right", "right")),
+    "Gemma3nForCausalLM": ("ids beside embeddings", ("right", "right", "right", "right")),
     "HunYuanVLForConditionalGeneration": ("images that stay in place", ("right", "refused", "refused", "refused")),
     "DeepseekV4ForCausalLM": ("keys that are no tokens'", ("refused", "refused", None, None)),
     "DeepseekV32ForCausalLM": ("masks that a layer reads", ("refused", "refused", None, "refused")),

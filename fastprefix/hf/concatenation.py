@@ -19,9 +19,9 @@ def prepend(state: Installation, reading: Reading, kwargs: dict[str, Any]) -> No
     """Put the reading's embeddings in front of the rows of a forward whose position ids are set already."""
     assert reading.concatenated is not None
     batch = batch_size(state, kwargs)
-    embeds = kwargs.get("inputs_embeds")
+    ids, embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
     if embeds is None:
-        embeds = state.model.get_input_embeddings()(kwargs.pop("input_ids"))
+        embeds = state.model.get_input_embeddings()(ids)
     prompt = reading.concatenated.to(embeds.dtype).expand(batch, -1, -1)
     tokens = prompt.shape[1]
     prompt_mask = reading.concatenated_mask
@@ -39,7 +39,10 @@ def prepend(state: Installation, reading: Reading, kwargs: dict[str, Any]) -> No
         mask = embeds.new_ones(batch, embeds.shape[1], dtype=torch.long) if mask is None else mask
         prompt_mask = mask.new_ones(batch, tokens) if prompt_mask is None else prompt_mask.to(mask.dtype)
         kwargs["attention_mask"] = torch.cat([prompt_mask, mask], 1)
-    kwargs["input_ids"], kwargs["inputs_embeds"] = None, torch.cat([prompt, embeds], 1)
+    if ids is not None and reading.concatenated_ids is not None:  # some layers read them beside their embeddings
+        kwargs["input_ids"] = torch.cat([reading.concatenated_ids.to(ids.device).expand(batch, -1), ids], 1)
+    else:
+        kwargs["input_ids"], kwargs["inputs_embeds"] = None, torch.cat([prompt, embeds], 1)
     positions = kwargs["position_ids"]  # [B or 1, S], or [axes, B or 1, S]
     positions = positions.expand(*positions.shape[:-2], batch, -1)
     first = _first_position(state)

@@ -16,12 +16,15 @@ if TYPE_CHECKING:
     from fastprefix.hf.installation import Installation
 
 
-def inexact(state: Installation, tokens: int, kwargs: dict[str, Any]) -> str | None:
-    """Why a prompt of so many tokens must be concatenated in a forward to be exact; None where it may be shared."""
+def inexact(state: Installation, tokens: int, kwargs: dict[str, Any], embedded: bool = True) -> str | None:
+    """Why a prompt of so many tokens must be concatenated in a forward to be exact; None where it may be shared.
+
+    ``embedded``: whether it is embeddings, and no tokens with ids.
+    """
     main = state.layers.main
     if not main.causal:
         return f"{type(main.owner).__name__} is bidirectional: its prompt sees the row"
-    if state.reads_token_ids:
+    if embedded and state.reads_token_ids:
         return "its layers read token ids beside their embeddings, which a prompt has not"
     if (name := _active_dropout(main.owner)) is not None:
         return f"dropout is active in the model ({name}): every row draws its own"

@@ -86,6 +86,7 @@ class Reading:
     layers: list[LayerKV | None] | None = None  # None: every layer asks for the active prefix
     last: Tensor | None = None  # [B or 1, d], hidden state behind each row's prompt
     concatenated: Tensor | None = None  # [B or 1, P, d], embeddings in front of every row instead
+    concatenated_ids: Tensor | None = None  # [B or 1, P], where they are tokens
     concatenated_mask: Tensor | None = None  # [B or 1, P]
     concatenated_from: int = 0  # the position of their first
     beside: bool = False  # the model's own attention, masks and positions stay; a gated prompt is added

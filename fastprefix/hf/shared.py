@@ -57,7 +57,7 @@ class SharedPrompt:
         if front is not None and front.concatenated is not None:
             raise fail("model", "a soft prompt that has to be concatenated", "one that can be shared, or none")
         longest = max(len(self.prompts[n]) for n in used)
-        reason = exactness.inexact(state, longest + offset, kwargs)
+        reason = exactness.inexact(state, longest + offset, kwargs, embedded=False)
         if reason is not None:
             return self.concatenate(state, rows, front, kwargs, reason)
         key = (tuple(used), choice)
@@ -82,6 +82,7 @@ class SharedPrompt:
         ragged = len({len(prompt) for prompt in self.prompts}) > 1
         result = Reading(lengths + offset, [None] * len(state.slots) if front is None else front.layers)
         ids = torch.stack([nn.functional.pad(self.prompts[n], (longest - len(self.prompts[n]), 0)) for n in rows])
+        result.concatenated_ids = ids
         result.concatenated = state.model.get_input_embeddings()(ids)
         assert isinstance(offset, int)
         result.concatenated_from = offset
