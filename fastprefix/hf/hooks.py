@@ -184,7 +184,7 @@ class ForwardHooks:
         if not torch.compiler.is_compiling() and not self.checked:
             self.check(owner)
         if reading.concatenated is not None and state.pooled:
-            state.pooled.tokens = reading.concatenated.shape[1]
+            state.pooled.tokens, state.pooled.length = reading.concatenated.shape[1], output[0].shape[1]
             return None
         if reading.concatenated is not None:
             output = concatenation.cut(output, reading.concatenated.shape[1], int(heads.wanted))

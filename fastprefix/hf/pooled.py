@@ -22,6 +22,7 @@ class PooledHead:
 
     def __init__(self, model: nn.Module, stack: probe.Stack) -> None:
         self.tokens = 0  # of the prompt in the forward that runs
+        self.length = 0  # P + S, of the prompt and the rows
         self.handles: list[Any] = []
         if not stack.causal and stack.owner is not model and not stack.beside and pools(model, stack):
             self.handles.append(model.register_forward_hook(self.after, always_call=True))
@@ -34,15 +35,22 @@ class PooledHead:
         tokens, self.tokens = self.tokens, 0
         if not tokens or output is None or isinstance(output, tuple):
             return None
-        for name in _STATES:
-            if isinstance(output.get(name), Tensor):
-                output[name] = output[name][:, tokens:]
-        return output
+        return _behind(output, tokens, self.length)
 
     def remove(self) -> None:
         """Take the hook off."""
         for handle in self.handles:
             handle.remove()
+
+
+def _behind(output: Any, tokens: int, length: int) -> Any:
+    """An output without the first of so many tokens; a model of texts and images has its towers' outputs in its own."""
+    for name, x in list(output.items()):
+        if name in _STATES and isinstance(x, Tensor) and x.shape[1] == length:
+            output[name] = x[:, tokens:]
+        elif hasattr(x, "items"):
+            output[name] = _behind(x, tokens, length)
+    return output
 
 
 def reads_each_token(model: Any, stack: probe.Stack) -> bool:
