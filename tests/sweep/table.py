@@ -40,7 +40,8 @@ come plain, with a mask, padded, and with an image or a sound where the class re
 Equal is to a millionth of the largest number.
 
 *right* is equal, *refused* raises when attached and says why. *not PEFT's*: PEFT does not take the class or fails
-itself. *no oracle*: concatenation by hand cannot be done in this class. **differs**, **raises later** and
+itself. *no oracle*: concatenation by hand cannot be done in this class, or transformers' own
+implementations of attention differ there. **differs**, **raises later** and
 **refused untruly** (for a reason that the bare model contradicts) are faults.
 
 | | right | refused | not PEFT's | no oracle | differs | raises later | refused untruly |
