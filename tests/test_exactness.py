@@ -195,15 +195,36 @@ def test_a_model_that_finds_the_ids_of_embeddings_takes_no_soft_prompt() -> None
     fastprefix.attach(model, PrefixConfig(4))
 
 
-@pytest.mark.parametrize("config", [PrefixConfig, PromptConfig])
-def test_weights_of_attention_are_refused_while_a_prefix_is_read(config: Any) -> None:
+@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(
+    config=st.sampled_from([PrefixConfig, PromptConfig]),
+    active=st.booleans(),
+    weights=st.sampled_from([None, False, True]),
+    implementation=st.sampled_from([None, "sdpa", "eager"]),
+    use_cache=st.booleans(),
+    side=st.sampled_from(["none", "left", "right"]),
+)
+def test_what_would_ignore_a_prefix_is_refused_while_one_is_read(
+    config: Any, active: bool, weights: bool | None, implementation: str | None, use_cache: bool, side: str
+) -> None:
+    """Weights of attention asked for, or another implementation set meanwhile; the bare model takes both."""
     model = build("default")
     fastprefix.attach(model, config(3))
-    inputs: dict[str, Any] = {"input_ids": torch.tensor([[5, 6]]), "output_attentions": True}
-    with pytest.raises(ValueError, match="output_attentions: got True, expected False"):
-        model(**inputs)
-    fastprefix.set_prefix(model, None)
-    model(**inputs)
+    if not active:
+        fastprefix.set_prefix(model, None)
+    inputs: dict[str, Any] = {"input_ids": torch.tensor([[5, 6], [7, 8]]), "use_cache": use_cache}
+    inputs["attention_mask"] = padding(side, 2, 2)
+    if weights is not None:
+        inputs["output_attentions"] = weights
+    if implementation is not None:
+        model.set_attn_implementation(implementation)
+    if active and (weights or implementation):
+        reasons = ["output_attentions: got True, expected False"] * bool(weights)
+        reasons += ["attn_implementation: got"] * (implementation is not None)
+        with pytest.raises(ValueError, match="|".join(reasons)):
+            model(**inputs)
+        return
+    assert model(**inputs).logits.isfinite().all() or side == "left"
 
 
 class TestQueriesScaledByPosition:
