@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import fastprefix
-from fastprefix import PromptConfig, init
+from fastprefix import PrefixConfig, PromptConfig, init
 from fastprefix.hf.state import installation
 from tests.models import ROWS, VOCAB
 from tests.precision import StayingInDouble, assert_model_rule
@@ -287,3 +287,21 @@ def test_peft_reads_and_writes_the_same_files(tmp_path: Any) -> None:
 def test_wrong_configurations(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         PromptConfig(**arguments)
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float64])
+def test_a_mask_of_the_caller_s_own_is_refused_where_the_prompt_is_concatenated(name: str, dtype: torch.dtype) -> None:
+    """What the prompt's tokens see of a finished mask, and of numbers added to scores, nobody has said."""
+    _, model, _ = prompted(name)
+    mask = torch.ones(B, 1, S, S, dtype=torch.bool) if dtype == torch.bool else torch.zeros(B, 1, S, S, dtype=dtype)
+    with pytest.raises(ValueError, match="attention_mask: got a mask made in advance"):
+        model(input_ids=tokens(), attention_mask=mask)
+
+
+@pytest.mark.parametrize(("config", "times"), [(PrefixConfig, 14), (PromptConfig, 21)])
+def test_attach_runs_the_model_as_often_as_the_readme_says(config: Any, times: int) -> None:
+    model, seen = ROWS["llama_gqa"].build(), []
+    model.model.register_forward_pre_hook(lambda module, args: seen.append(1))
+    fastprefix.attach(model, config(4))
+    assert len(seen) == times

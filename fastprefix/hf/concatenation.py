@@ -32,7 +32,8 @@ def prepend(state: Installation, reading: Reading, kwargs: dict[str, Any]) -> No
             "position_ids", "packed documents (they jump)", "one document a row: the prompt is concatenated here"
         )
     if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
-        if prompt_mask is not None or state.layers.main.causal:
+        # What an outer module had our mask function make is of a known form; a caller's own may be anything.
+        if prompt_mask is not None or state.layers.main.causal or not state.outer.makes_masks or not _is_bool(mask):
             raise fail("attention_mask", "a mask made in advance", "[B, S] padding: the prompt is concatenated here")
         kwargs["attention_mask"] = _in_front(mask, tokens)
     elif mask is not None or prompt_mask is not None:
@@ -57,6 +58,11 @@ def prepend(state: Installation, reading: Reading, kwargs: dict[str, Any]) -> No
         kwargs["token_type_ids"] = torch.cat([types.new_zeros(batch, tokens), types], 1)
     if "use_cache" in state.layers.main.owner_arguments:
         kwargs["use_cache"] = False  # the prompt would be content in it ever after
+
+
+def _is_bool(mask: Any) -> bool:
+    masks = mask.values() if isinstance(mask, dict) else [mask]
+    return all(x is None or x.dtype == torch.bool for x in masks)
 
 
 def _in_front(mask: Any, tokens: int) -> Any:

@@ -38,7 +38,6 @@ def run_once(state: Installation) -> None:
         if bare is None:
             got = f"{type(model).__name__}, whose forward of {' and '.join(inputs)} fails with a prefix ({error})"
             raise fail("model", got, "a model that runs with one on what it runs on without") from error
-
     # Whether every layer reads it is looked at again in the user's own first forward: much may happen before that.
     for hooks in state.hooks:
         hooks.checked = False

@@ -32,7 +32,9 @@ Every class of transformers that a tiny random config builds, and a few variants
 {classes} names, transformers {version}, {date}. {run} could be run, {interface} of them with attention that goes
 through transformers' attention interface.
 
-Each is run in fp64. **attach**: a random prefix in every layer, its results and gradients against explicit
+Each is run in fp64 on a CPU; none of it was run on a GPU.
+
+**attach**: a random prefix in every layer, its results and gradients against explicit
 concatenation; causal decoders also with the keys and values of a text as the prefix, against transformers alone on that
 text in front of the content. **soft prompt**: results, loss and gradient against embeddings in front of every row.
 **PEFT prefix** and **PEFT prompt**: the patched model's results, loss and gradients against those of PEFT before. Texts
