@@ -89,7 +89,7 @@ class Pair:
     def __init__(self, name: str, dtype: str, device: str, smoke: bool) -> None:
         import fastprefix
         from benches.concat import Concatenated
-        from fastprefix.hf.attention import SLOT
+        from fastprefix.hf.attention.function import SLOT
 
         self.shape, self.dtype, self.causal, self.device = shape(name, smoke), DTYPES[dtype], name != "BERT", device
         torch.manual_seed(0)

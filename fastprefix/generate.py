@@ -33,7 +33,7 @@ def generate(options: argparse.Namespace) -> int:
     prompt = _prompt(options.prompt)
 
     import fastprefix
-    from fastprefix.hf.stored import Stored
+    from fastprefix.hf.storage.saved_adapter import Stored
 
     stored = Stored(options.adapter)  # told before the model is loaded, where something is malformed
     found = given or _base_model(stored.peft, options.adapter)

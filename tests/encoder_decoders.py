@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import fastprefix
 from fastprefix import PrefixConfig
-from fastprefix.hf.state import installation
+from fastprefix.hf.adapters.lookup import installation
 from fastprefix.prefixes.prefix import Prefix
 from tests.models import VOCAB, Row
 

@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import fastprefix
-from fastprefix.hf.folders import committed
+from fastprefix.hf.storage.atomic_folder import committed
 from tests.adapters import CONFIG, KINDS, WEIGHTS, numbers, same
 from tests.steps import at_step
 from tests.tiny import tiny_model

@@ -12,7 +12,7 @@ from unittest import mock
 from safetensors.torch import save
 from torch import Tensor
 
-from fastprefix.hf import files
+from fastprefix.hf.storage import validated_files as files
 
 CALLS = ("replace", "fsync", "unlink", "mkdir", "rmdir", "chmod")
 

@@ -11,8 +11,8 @@ from torch import Tensor
 
 import fastprefix
 from fastprefix import PrefixConfig
-from fastprefix.hf.formats import pack
-from fastprefix.hf.state import installation
+from fastprefix.hf.adapters.lookup import installation
+from fastprefix.hf.storage.peft_format import pack
 from fastprefix.prefixes.prefix import Prefix
 from tests.concat import run_cached, run_concat
 from tests.model_inputs import P, S, gradients, inputs, output, positions, without_dropout

@@ -14,7 +14,7 @@ import torch
 
 import fastprefix
 from fastprefix import PrefixConfig
-from fastprefix.hf.formats import CONFIG, OWN
+from fastprefix.hf.storage.peft_format import CONFIG, OWN
 from fastprefix.prefixes.prefix import Prefix
 from tests.encoder_decoders import LOADED, ROWS, batch
 from tests.model_inputs import inputs

@@ -11,8 +11,8 @@ from torch import Tensor
 
 import fastprefix
 from fastprefix import PrefixConfig
-from fastprefix.hf import tables
-from fastprefix.hf.state import installation
+from fastprefix.hf.adapters.lookup import installation
+from fastprefix.hf.model import position_embeddings as tables
 from fastprefix.prefixes.prefix import Prefix
 from tests.encoder_decoders import ROWS, P, S, attached, batch, cast, count_hooks, source
 from tests.model_inputs import gradients

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import fastprefix
 from fastprefix import PrefixConfig, PromptConfig, init
-from fastprefix.hf.state import installation
+from fastprefix.hf.adapters.lookup import installation
 from tests.models import ROWS
 from tests.rows import GQA, VOCAB
 from tests.sweep import build as sweep

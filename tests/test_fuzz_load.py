@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import fastprefix
-from fastprefix.hf.folders import COMMIT, STAGING
+from fastprefix.hf.storage.atomic_folder import COMMIT, STAGING
 from tests.adapters import CONFIG, ENCODER, KINDS, OWN, WEIGHTS, saved, state
 from tests.tiny import tiny_model
 

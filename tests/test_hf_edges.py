@@ -11,9 +11,9 @@ import transformers
 
 import fastprefix
 from fastprefix import PrefixConfig, init
-from fastprefix.hf import masks
-from fastprefix.hf.causality import sees_the_future
-from fastprefix.hf.probe import Stack
+from fastprefix.hf.attention import masks
+from fastprefix.hf.model.causality import sees_the_future
+from fastprefix.hf.model.layers import Stack
 from tests.models import ROWS, VOCAB
 
 P, S = 5, 9
@@ -170,7 +170,7 @@ def test_attached_under_inference_mode_it_still_trains(ids: torch.Tensor) -> Non
 
 def test_a_paged_cache_is_refused() -> None:
     """What continuous batching hands to the attention function."""
-    from fastprefix.hf.attention import attention_forward
+    from fastprefix.hf.attention.function import attention_forward
 
     x = torch.randn(1, 2, 3, 8)
     with pytest.raises(ValueError, match="cache: got a paged cache"):

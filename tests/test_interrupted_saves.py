@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 
 import fastprefix
-from fastprefix.hf import folders
-from fastprefix.hf.folders import COMMIT, STAGING
+from fastprefix.hf.storage import atomic_folder as folders
+from fastprefix.hf.storage.atomic_folder import COMMIT, STAGING
 from tests.adapters import CONFIG, ENCODER, OWN, WEIGHTS, numbers, same, saved
 from tests.interrupted import CHANGES, attached, seen_by_peft
 from tests.steps import at_step

@@ -14,8 +14,8 @@ import transformers
 
 import fastprefix
 from fastprefix import PrefixConfig, PromptConfig
-from fastprefix.hf.bypassing import Led, leads
-from fastprefix.hf.state import found, installation
+from fastprefix.hf.adapters.lookup import found, installation
+from fastprefix.hf.attention.method_overrides import Led, leads
 from tests.model_inputs import P, S, inputs
 from tests.models import ROWS
 from tests.rows import hybrids

@@ -16,7 +16,7 @@ import torch
 
 import fastprefix
 from fastprefix import PrefixConfig, PromptConfig, init
-from fastprefix.hf.state import installation
+from fastprefix.hf.adapters.lookup import installation
 from tests.adapters import numbers, same, state
 from tests.encoder_decoders import ROWS as ENCODER_DECODERS
 from tests.models import ROWS

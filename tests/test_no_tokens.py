@@ -13,8 +13,8 @@ import transformers
 
 import fastprefix
 from fastprefix import PrefixConfig, PromptConfig
-from fastprefix.hf.formats import CONFIG
-from fastprefix.hf.state import found
+from fastprefix.hf.adapters.lookup import found
+from fastprefix.hf.storage.peft_format import CONFIG
 from fastprefix.prefixes.init import Init
 from tests.model_inputs import P, inputs
 from tests.models import ROWS

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import fastprefix
 from fastprefix import PrefixConfig, PromptConfig, init
-from fastprefix.hf.state import installation
+from fastprefix.hf.adapters.lookup import installation
 from tests.models import ROWS, VOCAB
 
 S = 6

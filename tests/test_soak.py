@@ -11,7 +11,7 @@ import torch
 
 import fastprefix
 from fastprefix import PrefixConfig, PromptConfig
-from fastprefix.hf.installation import Installation
+from fastprefix.hf.adapters.installation import Installation
 from fastprefix.prefixes.prefix import LayerSlot, Prefix
 from fastprefix.prefixes.prompt import SoftPrompt
 from tests.adapters import state

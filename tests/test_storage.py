@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import fastprefix
 from fastprefix import PrefixConfig, init
-from fastprefix.hf.formats import pack, unpack
+from fastprefix.hf.storage.peft_format import pack, unpack
 from fastprefix.prefixes.config import LayerShape
 from fastprefix.prefixes.prefix import Prefix
 from tests.models import ROWS, VOCAB
@@ -163,7 +163,7 @@ def test_an_interrupted_save_keeps_the_old_files(tmp_path: Path, monkeypatch: py
         Path(path).write_bytes(b"half")
         raise OSError("disk full")
 
-    monkeypatch.setattr("fastprefix.hf.files.save_file", broken)
+    monkeypatch.setattr("fastprefix.hf.storage.validated_files.save_file", broken)
     with pytest.raises(OSError, match="disk full"):
         fastprefix.save(model, tmp_path)
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before

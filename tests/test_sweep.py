@@ -12,7 +12,7 @@ import torch
 
 pytest.importorskip("peft")
 
-from fastprefix.hf import positions
+from fastprefix.hf.attention import position_ids as positions
 from tests.sweep import table
 from tests.sweep.__main__ import is_red
 from tests.sweep.classes import found

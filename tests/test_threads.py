@@ -12,7 +12,7 @@ from torch import nn
 
 import fastprefix
 from fastprefix import PrefixConfig, PromptConfig, init
-from fastprefix.hf.state import installation
+from fastprefix.hf.adapters.lookup import installation
 from tests.encoder_decoders import ROWS as ENCODER_DECODERS
 from tests.tiny import tiny_model
 

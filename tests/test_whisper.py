@@ -18,7 +18,7 @@ from transformers.models.whisper.modeling_whisper import sinusoids
 import fastprefix
 from fastprefix import PrefixConfig
 from fastprefix.assets import ctranslate2, whisper
-from fastprefix.hf.state import found
+from fastprefix.hf.adapters.lookup import found
 from fastprefix.prefixes.prefix import Prefix
 from tests import speech
 from tests.concat import concatenating

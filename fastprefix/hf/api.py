@@ -1,12 +1,12 @@
 """The public functions that need transformers; importing this registers the attention implementation."""
 
-from fastprefix.hf import register as _register  # noqa: F401
-from fastprefix.hf.batch import prefix_batch
-from fastprefix.hf.install import attach, bake, detach, set_prefix
+from fastprefix.hf.adapters.attach import attach, bake, detach, set_prefix
+from fastprefix.hf.adapters.prefix_batch import prefix_batch
+from fastprefix.hf.adapters.shared_prompt import shared_prompt
+from fastprefix.hf.attention import registration as _register  # noqa: F401
 from fastprefix.hf.peft.patch import patch, unpatch
-from fastprefix.hf.shared import shared_prompt
-from fastprefix.hf.shelf import register
-from fastprefix.hf.storage import load, save
+from fastprefix.hf.storage.registry import register
+from fastprefix.hf.storage.save_load import load, save
 
 __all__ = [
     "attach",

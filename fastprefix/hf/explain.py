@@ -9,12 +9,14 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from fastprefix import functional
-from fastprefix.hf import exactness, probe, wrappers
+from fastprefix.hf.adapters.installation import Installation
+from fastprefix.hf.adapters.lookup import found, installation
 from fastprefix.hf.api import attach, detach
-from fastprefix.hf.attention import AttentionCall
-from fastprefix.hf.installation import Installation
-from fastprefix.hf.reading import Entry
-from fastprefix.hf.state import found, installation
+from fastprefix.hf.attention.function import AttentionCall
+from fastprefix.hf.model import layers as probe
+from fastprefix.hf.model import wrappers
+from fastprefix.hf.runtime import exactness
+from fastprefix.hf.runtime.prefix_reader import Entry
 from fastprefix.prefixes.config import PrefixConfig
 from fastprefix.validation import fail
 

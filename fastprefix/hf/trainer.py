@@ -12,10 +12,12 @@ from torch import nn
 from transformers import Trainer
 from transformers.trainer import TRAINING_ARGS_NAME
 
-from fastprefix.hf import formats, saved_modules, storage
-from fastprefix.hf.installation import Installation
-from fastprefix.hf.state import installation
-from fastprefix.hf.stored import Stored
+from fastprefix.hf.adapters.installation import Installation
+from fastprefix.hf.adapters.lookup import installation
+from fastprefix.hf.storage import peft_format as formats
+from fastprefix.hf.storage import save_load as storage
+from fastprefix.hf.storage import saved_modules
+from fastprefix.hf.storage.saved_adapter import Stored
 from fastprefix.prefixes.kv import DirectKV
 from fastprefix.prefixes.prefix import Prefix
 from fastprefix.prefixes.prompt import SoftPrompt

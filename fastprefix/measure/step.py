@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fastprefix.hf.formats import pack
+from fastprefix.hf.storage.peft_format import pack
 from fastprefix.measure.candidate import Step, cat_step, frozen_step, ours_step, peft_step
 from fastprefix.measure.floors import Cost, cost
 from fastprefix.measure.problem import Problem

@@ -119,7 +119,7 @@ class LayerSlot(nn.Module):
         self.beside: str | None = None  # the attention implementation that keeps the content to itself
         self.keeps_query = False
         self.query: Tensor | None = None  # [B, H, S, D]
-        self.query_factor: Tensor | None = None  # [B or 1, 1, S, 1], see fastprefix.hf.query_scales
+        self.query_factor: Tensor | None = None  # [B or 1, 1, S, 1], see fastprefix.hf.attention.query_scaling
         self.ran = False  # whether the attention function has come by, for the check after the first forward
 
     def give(self, kv: LayerKV | None) -> None:

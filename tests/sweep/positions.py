@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastprefix import PrefixConfig, init
-from fastprefix.hf.state import installation
+from fastprefix.hf.adapters.lookup import installation
 from tests.sweep import inputs, oracles
 from tests.sweep.inputs import Case, takes
 from tests.sweep.oracles import P

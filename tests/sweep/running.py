@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import fastprefix
-from fastprefix.hf.state import installation
+from fastprefix.hf.adapters.lookup import installation
 from tests.concat import run_concat
 from tests.sweep.build import as_built
 from tests.sweep.inputs import Case

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from fastprefix.hf.peft.fitting import Fit
-from fastprefix.hf.reading import Choice, Entry, Name
-from fastprefix.hf.sharing import KeyValues
+from fastprefix.hf.runtime.prefix_reader import Choice, Entry, Name
+from fastprefix.hf.runtime.prompt_prefill import KeyValues
 from fastprefix.validation import fail
 
 if TYPE_CHECKING:
-    from fastprefix.hf.installation import Installation
+    from fastprefix.hf.adapters.installation import Installation
 
 PREFIXES = ("PREFIX_TUNING", "CARTRIDGE")
 PROMPTS = ("PROMPT_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING")

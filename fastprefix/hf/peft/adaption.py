@@ -14,14 +14,14 @@ from peft.tuners.adaption_prompt.layer import AdaptedAttention, AdaptedAttention
 from torch import Tensor
 
 from fastprefix.functional import prefix_attention
-from fastprefix.hf.attention import SLOT
-from fastprefix.hf.reading import Choice, Entry, Name
-from fastprefix.hf.sharing import KeyValues
+from fastprefix.hf.attention.function import SLOT
+from fastprefix.hf.runtime.prefix_reader import Choice, Entry, Name
+from fastprefix.hf.runtime.prompt_prefill import KeyValues
 from fastprefix.prefixes.prefix import LayerKV
 from fastprefix.validation import fail
 
 if TYPE_CHECKING:
-    from fastprefix.hf.installation import Installation
+    from fastprefix.hf.adapters.installation import Installation
 
 
 class FusedAttention(AdaptedAttention):

@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
-from fastprefix.hf import offloaded, probe
-from fastprefix.hf.installation import Installation
+from fastprefix.hf.adapters.installation import Installation
+from fastprefix.hf.model import layers as probe
+from fastprefix.hf.model import offload as offloaded
 from fastprefix.hf.peft.adapters import PREFIXES, Adapters, kind
 from fastprefix.validation import fail
 

@@ -13,14 +13,15 @@ from typing import Any
 
 from torch import nn
 
-from fastprefix.hf import exactness, sharing
-from fastprefix.hf.folders import finish
-from fastprefix.hf.installation import Installation
+from fastprefix.hf.adapters.installation import Installation
+from fastprefix.hf.adapters.lookup import installation
 from fastprefix.hf.peft import prompts, resume
 from fastprefix.hf.peft.adapters import Adapters, task
 from fastprefix.hf.peft.checks import break_symmetry, check
 from fastprefix.hf.peft.mixins import PatchedAdaption, PatchedConcatenating
-from fastprefix.hf.state import installation
+from fastprefix.hf.runtime import exactness
+from fastprefix.hf.runtime import prompt_prefill as sharing
+from fastprefix.hf.storage.atomic_folder import finish
 
 SHARING, ADAPTION, CONCATENATING = "FastPrefix", "FastPrefixAdaption", "FastPrefixConcatenating"
 

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fastprefix.hf.sharing import KeyValues
+from fastprefix.hf.runtime.prompt_prefill import KeyValues
 from fastprefix.prefixes.prefix import LayerKV
 from fastprefix.validation import fail
 
 if TYPE_CHECKING:
-    from fastprefix.hf.installation import Installation
+    from fastprefix.hf.adapters.installation import Installation
 
 
 class Fit:

@@ -7,11 +7,14 @@ import warnings
 from contextlib import suppress
 from typing import Any
 
-from fastprefix.hf import build, probe, sharing, wrappers
-from fastprefix.hf.installation import Installation
+from fastprefix.hf.adapters import build
+from fastprefix.hf.adapters.installation import Installation
+from fastprefix.hf.adapters.lookup import found, install, uninstall
+from fastprefix.hf.model import layers as probe
+from fastprefix.hf.model import wrappers
 from fastprefix.hf.peft import checks, classes
 from fastprefix.hf.peft.adapters import PREFIXES, PROMPTS, Adapters, kind
-from fastprefix.hf.state import found, install, uninstall
+from fastprefix.hf.runtime import prompt_prefill as sharing
 from fastprefix.validation import fail
 
 ADAPTION = "ADAPTION_PROMPT"

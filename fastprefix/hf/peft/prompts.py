@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastprefix.hf import exactness
-from fastprefix.hf.heads import keeps_some
-from fastprefix.hf.installation import Installation
+from fastprefix.hf.adapters.installation import Installation
 from fastprefix.hf.peft.adapters import task
-from fastprefix.hf.reading import Bank, Choice, batch_size, make_bank
+from fastprefix.hf.runtime import exactness
+from fastprefix.hf.runtime.lm_head_hooks import keeps_some
+from fastprefix.hf.runtime.prefix_reader import Bank, Choice, batch_size, make_bank
 
 
 def forward(model: Any, state: Installation, choice: Choice, kwargs: dict[str, Any]) -> Any:

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from fastprefix.hf.files import read_tensors, write_tensors
-from fastprefix.hf.folders import finish, replace_together
+from fastprefix.hf.storage.atomic_folder import finish, replace_together
+from fastprefix.hf.storage.validated_files import read_tensors, write_tensors
 from fastprefix.validation import fail
 
 FILE = "prompt_encoder.safetensors"

@@ -1,0 +1,180 @@
+"""``attach``, ``detach``, ``set_prefix``: a prefix in a transformers model, and the model as it was afterwards."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any, overload
+
+import torch
+from torch import nn
+
+from fastprefix.hf.adapters import placement
+from fastprefix.hf.adapters import trial_forward as trial
+from fastprefix.hf.adapters.attached_prefixes import Attached
+from fastprefix.hf.adapters.build import build
+from fastprefix.hf.adapters.installation import Installation
+from fastprefix.hf.adapters.lookup import found, install, installation, uninstall
+from fastprefix.hf.model import dtensor as sharded
+from fastprefix.hf.model import wrappers
+from fastprefix.prefixes.config import PrefixConfig
+from fastprefix.prefixes.prefix import Prefix
+from fastprefix.prefixes.prompt import PromptConfig, SoftPrompt
+from fastprefix.validation import fail
+
+
+@overload
+def attach(
+    model: Any, config: PrefixConfig, name: str = "default", *, weights: Callable[[Any], None] | None = None
+) -> Prefix: ...
+
+
+@overload
+def attach(
+    model: Any, config: PromptConfig, name: str = "default", *, weights: Callable[[Any], None] | None = None
+) -> SoftPrompt: ...
+
+
+def attach(
+    model: Any,
+    config: PrefixConfig | PromptConfig,
+    name: str = "default",
+    *,
+    weights: Callable[[Any], None] | None = None,
+) -> Prefix | SoftPrompt:
+    """Give a transformers model a trained prefix or soft prompt, and freeze the rest of the model.
+
+    Args:
+        model: a decoder, encoder or encoder-decoder whose attention goes through transformers' attention interface.
+        config: what to train and where to start: a :class:`PrefixConfig` (keys and values in every attention layer)
+            or a :class:`PromptConfig` (input embeddings).
+        name: of this prefix; several can be attached, the last one is active (see :func:`set_prefix`).
+        weights: called on the new prefix before it is placed in the model, to fill it from elsewhere.
+
+    Returns:
+        The trainable :class:`Prefix` or :class:`SoftPrompt`; its parameters are fp32, on their layers' devices.
+
+    Raises:
+        ValueError: the model cannot carry a prefix (its class is named) or is sharded already, a name is taken or a
+            config field is off.
+    """
+    if not isinstance(config, PrefixConfig | PromptConfig):
+        raise fail("config", type(config).__name__, "a fastprefix.PrefixConfig or PromptConfig")
+
+    def make(state: Installation) -> Prefix | SoftPrompt:
+        prefix = build(state, config)
+        if weights is not None:
+            weights(prefix)
+        return prefix
+
+    return attach_made(model, name, make)
+
+
+@torch.inference_mode(False)
+def attach_made(model: Any, name: str, make: Callable[[Installation], Prefix | SoftPrompt]) -> Prefix | SoftPrompt:
+    """Give a model what ``make`` makes for it; after an error of its the model is as it was."""
+    check_name(name)
+    model = wrappers.unwrapped(model, but=wrappers.ADDING)
+    fresh = found(model) is None
+    state = own_installation(model)
+    with state.turns.turn():
+        return _attach_made(model, state, name, make, fresh)
+
+
+def _attach_made(
+    model: Any, state: Installation, name: str, make: Callable[[Installation], Prefix | SoftPrompt], fresh: bool
+) -> Prefix | SoftPrompt:
+    try:
+        if state.chosen is not None:
+            raise fail("name", f"{name!r} inside a block of prefix_batch", "the block's end first")
+        if name in state.source.names():
+            raise fail("name", repr(name), f"a new one: {sorted(state.source.names())} are attached")
+        prefix = make(state)
+    except BaseException:
+        if fresh:
+            detach(model)
+        raise
+    before = state.active
+    state.freeze()
+    state.prefixes[name] = prefix
+    placement.place(state, name, prefix)
+    state.activate(name)
+    try:
+        trial.run_once(state)
+    except BaseException:
+        if fresh:
+            detach(model)
+        else:
+            placement.displace(state, name)
+            state.activate(before)
+        raise
+    return prefix
+
+
+def check_name(name: object) -> None:
+    """Raise ValueError unless a prefix can be called so."""
+    if not isinstance(name, str) or not re.fullmatch(r"\w[\w-]*", name) or hasattr(nn.ModuleDict, name):
+        raise fail("name", repr(name), "letters, digits, '_' and '-'")
+
+
+def own_installation(model: Any) -> Installation:
+    """What is installed in a model, or now is; raises ValueError for a patched PEFT model: its adapters are PEFT's.
+
+    And for a model that is sharded, where a prefix would be a different one on every device.
+    """
+    model = wrappers.unwrapped(model)
+    sharded.refuse(model)
+    state = found(model)
+    return install(model) if state is None else own(state)
+
+
+def own(state: Installation) -> Installation:
+    """It, unless it is a patched PEFT model's."""
+    if not isinstance(state.source, Attached):
+        expected = "an attached one: a patched model's adapters are PEFT's to add, choose, save and delete"
+        raise fail("model", f"a patched {type(state.model).__name__}", expected)
+    return state
+
+
+def detach(model: Any) -> None:
+    """Take every prefix out; the model is bit for bit what it was, its parameters trainable where they were.
+
+    Raises:
+        ValueError: nothing is attached, or the model is a patched one (see :func:`unpatch`).
+    """
+    state = own(installation(model))
+    with state.turns.turn():
+        uninstall(state)
+
+
+def bake(model: Any, name: str = "default") -> Prefix | SoftPrompt:
+    """Replace a prefix's MLP by its output, for use: the same numbers without the MLP's cost. Nothing without an MLP.
+
+    Returns:
+        The same prefix, its keys and values now parameters of their own.
+
+    Raises:
+        ValueError: no prefix of this name is attached, or the model is sharded.
+    """
+    model = wrappers.unwrapped(model, but=wrappers.ADDING)
+    prefix = own(installation(model)).named(name)
+    sharded.refuse(model)
+    if isinstance(prefix, Prefix) and prefix.encoder is not None:
+        with torch.no_grad():
+            keys, values = zip(*prefix.key_values(), strict=True)
+        prefix.set_direct(keys, values)
+        placement.place(installation(model), name, prefix)
+    return prefix
+
+
+def set_prefix(model: Any, name: str | None) -> None:
+    """Make an attached prefix the active one; None runs the bare model.
+
+    Raises:
+        ValueError: nothing is attached, or not under this name.
+    """
+    state = own(installation(model))
+    if state.chosen is not None:
+        raise fail("name", f"{name!r} inside a block of prefix_batch", "the block's end first: it chooses for its rows")
+    with state.turns.turn():
+        state.activate(name)

@@ -1,0 +1,49 @@
+"""``prefix_batch``: a prefix of its own for every row of a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from fastprefix.hf.adapters.lookup import installation
+from fastprefix.hf.runtime.prefix_reader import Choice
+from fastprefix.validation import fail
+
+
+@contextmanager
+def prefix_batch(model: Any, names: Sequence[str | None]) -> Iterator[None]:
+    """Let row i of every batch inside the block read the prefix ``names[i]``, or none: forward, training, ``generate``.
+
+    The prefixes in use lie behind one another in memory, once, however different their lengths: nothing is padded to
+    the longest and nothing copied for a row. Content starts behind its own row's prefix. Prefixes and soft prompts
+    may be mixed (where a soft prompt need not be concatenated), and every one that is trained gets its gradient.
+    Under ``generate``, beams and ``num_return_sequences`` of a row read its prefix. The block chooses for the thread
+    that opened it: meanwhile another thread's forward of the model raises RuntimeError, its block ValueError.
+
+    Args:
+        model: with the prefixes attached (or kept on disk, see :func:`register`), or a patched PEFT model.
+        names: one for each row, attached names or (under ``patch``) PEFT's adapters; None for the bare model.
+
+    Raises:
+        ValueError: a name is unknown, there are none, or a batch's rows are not a multiple of the names.
+    """
+    state = installation(model)
+    if isinstance(names, str) or not isinstance(names, Sequence) or not names:
+        raise fail("names", repr(names), "a list of names, one for each row of the batch")
+    known = state.source.names()
+    for name in names:
+        if name is not None and name not in known:
+            raise fail("names", repr(name), f"None or one of {sorted(known)}")
+    if state.shared is not None:
+        raise fail("names", "a mixed batch inside shared_prompt", "neither block inside the other")
+    with state.turns.block():
+        outside, state.chosen = state.chosen, Choice(tuple(names))
+        on = state.configs.on
+        try:
+            with state.source.held(state.chosen):
+                state.switch(on=True)
+                yield
+        finally:
+            state.chosen = outside
+            state.switch(on=on)

@@ -1,0 +1,72 @@
+"""A model's own forward, run once as its user will run it: what cannot work is to be known at ``attach``."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fastprefix.hf.model import layers as probe
+from fastprefix.hf.model.dummy_inputs import example
+from fastprefix.hf.model.encoder_decoder import is_one
+from fastprefix.validation import fail
+
+if TYPE_CHECKING:
+    from fastprefix.hf.adapters.installation import Installation
+
+
+def run_once(state: Installation) -> None:
+    """Run the model from its outermost module on a few tokens, with a mask and without one, reading what is active.
+
+    Warnings are kept for the user's own first forward.
+
+    Raises:
+        ValueError: it does not run; the model's class and the error are named.
+    """
+    model, said, active = state.model, set(state.said), state.active
+    for inputs in _calls(model, labelled=bool(state.heads.handles) and state.has_prompts()):
+        error = _error(model, inputs)
+        state.said.clear()
+        state.said.update(said)
+        if error is None:
+            continue
+        state.activate(None)
+        bare = _error(model, inputs)
+        state.activate(active)
+        if bare is None:
+            got = f"{type(model).__name__}, whose forward of {' and '.join(inputs)} fails with a prefix ({error})"
+            raise fail("model", got, "a model that runs with one on what it runs on without") from error
+    # Whether every layer reads it is looked at again in the user's own first forward: much may happen before that.
+    for hooks in state.hooks:
+        hooks.checked = False
+    for slot in state.slots:
+        slot.ran = False
+
+
+def _error(model: Any, inputs: dict[str, Any]) -> Exception | None:
+    """What a forward raises."""
+    try:
+        with warnings.catch_warnings(), probe.evaluating(model):
+            warnings.simplefilter("ignore")
+            model(**inputs)
+    except Exception as error:  # every kind: it is told to the user, or is the bare model's own
+        return error
+    return None
+
+
+def _calls(model: Any, labelled: bool) -> list[dict[str, Any]]:
+    """A forward's arguments as users give them; with labels, where they have to be one place longer for the loss."""
+    arguments = inspect.signature(model.forward).parameters
+    inputs: dict[str, Any] = example(model.get_encoder() if is_one(model) else model)
+    if is_one(model):
+        inputs["decoder_input_ids"] = torch.ones(1, 2, dtype=torch.long, device=next(iter(inputs.values())).device)
+    if "use_cache" in arguments:
+        inputs["use_cache"] = False
+    calls = [inputs]
+    if "input_ids" in inputs and "attention_mask" in arguments:
+        calls.append({**inputs, "attention_mask": torch.ones_like(inputs["input_ids"])})
+    if labelled and "labels" in arguments:
+        calls.append({**calls[-1], "labels": inputs["input_ids"]})
+    return calls

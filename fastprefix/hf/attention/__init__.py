@@ -1,0 +1,1 @@
+"""What transformers calls in an attached model: the attention function, mask functions and position ids."""

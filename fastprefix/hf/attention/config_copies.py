@@ -1,0 +1,79 @@
+"""A model's own copies of its configs: two models built from one config must not switch each other's attention."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+from fastprefix.hf.attention.function import NAME
+
+_IMPLEMENTATION = "_attn_implementation"
+
+
+@dataclass
+class _Config:
+    original: Any
+    own: Any
+    implementation: str  # what the model ran before
+    fields: dict[str, Any]  # of the copy when it was made
+
+
+class OwnConfigs:
+    """Takes the place of a model's configs, and gives it back."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.on = False  # whether attention runs through fastprefix
+        memo: dict[int, Any] = {}
+        found: dict[int, Any] = {}
+        for module in model.modules():
+            config = module.__dict__.get("config")
+            if config is not None and hasattr(config, _IMPLEMENTATION):
+                found[id(config)] = config
+                module.config = copy.deepcopy(config, memo)
+        self.configs = [
+            _Config(config, memo[key], config._attn_implementation, copy.deepcopy(memo[key].__dict__))
+            for key, config in found.items()
+        ]
+
+    def switch(self, on: bool) -> None:
+        """Let the model's attention run through fastprefix, or as it did before."""
+        self.on = on
+        for config in self.configs if on else ():
+            if config.own._attn_implementation != NAME:
+                config.implementation = config.own._attn_implementation
+        for config in self.configs:
+            config.own._attn_implementation = NAME if on else config.implementation
+
+    def before(self, module: Any) -> str | None:
+        """What a module's attention ran before, if it can be asked for by name; None for eager."""
+        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+        names = (c.implementation for c in self.configs if c.own is getattr(module, "config", None))
+        name = next(names, self.configs[0].implementation)
+        return name if name in ALL_ATTENTION_FUNCTIONS else None
+
+    @property
+    def ran_eager(self) -> bool:
+        """Whether the model's attention was eager before, which has a mask where others have none."""
+        return bool(self.configs) and self.configs[-1].implementation == "eager"
+
+    def changed(self) -> str | None:
+        """Another implementation that somebody has set meanwhile; None while it is ours."""
+        names = (config.own._attn_implementation for config in self.configs)
+        return next((name for name in names if name != NAME), None)
+
+    def restore(self) -> None:
+        """Give every module its config object back, with what was changed meanwhile but for the implementation."""
+        back = {id(config.own): config for config in self.configs}
+        for module in self.model.modules():
+            config = back.get(id(module.__dict__.get("config")))
+            if config is not None:
+                module.config = config.original
+        for config in self.configs:
+            for name, value in config.own.__dict__.items():
+                if name.startswith(_IMPLEMENTATION) or id(value) in back:  # a config inside has its own original
+                    continue
+                if name not in config.fields or config.fields[name] != value:
+                    config.original.__dict__[name] = value

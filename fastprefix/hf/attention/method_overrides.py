@@ -1,0 +1,123 @@
+"""Models that compute attention themselves: where one method of a layer's can be led to ours, a few lines do it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastprefix.hf.attention.function import NAME, attention_forward
+
+
+class Led:
+    """Stands in the place of a layer's method: the method itself unless the model's attention runs through ours.
+
+    In the instance's own attributes, so that copies and pickles of a model hold one that points at their layer.
+    """
+
+    def __init__(self, model: Any, module: nn.Module, method: str) -> None:
+        self.model, self.module, self.method = model, module, method
+        self.own = module.__dict__.get(method)  # what somebody else put in its place before
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        module: Any = self.module
+        if self.model.config._attn_implementation == NAME:
+            return _WAYS[type(module).__name__][1](module, *args, **kwargs)
+        if self.own is not None:
+            return self.own(*args, **kwargs)
+        return getattr(type(module), self.method)(module, *args, **kwargs)
+
+
+def leads(model: Any) -> list[Led]:
+    """What can stand in a model's layers; empty where nothing is known of them.
+
+    Nothing is of ALiBi: as biases by a key's place alone, rows would see more or less of the prefix by their length.
+    """
+    if getattr(model.config, "alibi", False):
+        return []
+    known = [(module, _WAYS.get(type(module).__name__)) for module in model.modules()]
+    return [Led(model, module, way[0]) for module, way in known if way is not None]
+
+
+def lead(model: Any) -> list[Led]:
+    """Put them there."""
+    found = leads(model)
+    for led in found:
+        led.module.__dict__[led.method] = led
+    return found
+
+
+def restore(found: list[Led]) -> None:
+    """Take them out."""
+    for led in found:
+        del led.module.__dict__[led.method]
+        if led.own is not None:
+            led.module.__dict__[led.method] = led.own
+
+
+def _attn(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None
+) -> tuple[Tensor, None]:
+    """GPT-J's and CodeGen's ``_attn``, ``[B, H, S, D]`` in and out; queries come in fp32 for their own products."""
+    dropout = module.attn_dropout.p if module.training else 0.0
+    scale = float(1.0 / module.scale_attn)
+    query, key = query.to(value.dtype), key.to(value.dtype)
+    output, _ = attention_forward(
+        module, query, key, value, attention_mask, scaling=scale, dropout=dropout, is_causal=True
+    )
+    return output.transpose(1, 2), None
+
+
+def _attn_local(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None
+) -> tuple[Tensor, None]:
+    """GPT-Neo's: without a scale, its local layers' windows in a buffer ``[1, 1, max, max]``."""
+    rows, keys = query.shape[2], key.shape[2]
+    if module.attention_type == "local":
+        local = module.bias[:, :, keys - rows : keys, :keys].expand(len(query), -1, -1, -1)
+        if attention_mask is None:
+            attention_mask = local
+        elif attention_mask.dtype == torch.bool:
+            attention_mask = local & attention_mask[..., :keys]
+        else:  # one of the caller's own
+            hidden = torch.finfo(attention_mask.dtype).min
+            attention_mask = attention_mask[..., :keys].masked_fill(~local, hidden)
+    dropout = module.attn_dropout.p if module.training else 0.0
+    output, _ = attention_forward(
+        module, query, key, value, attention_mask, scaling=1.0, dropout=dropout, is_causal=True
+    )
+    return output.transpose(1, 2), None
+
+
+def _falcon(
+    module: Any,
+    hidden_states: Tensor,
+    alibi: Tensor | None,
+    attention_mask: Tensor | None,
+    layer_past: Any = None,
+    position_embeddings: tuple[Tensor, Tensor] | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Falcon's ``forward`` with rotary positions."""
+    from transformers.models.falcon.modeling_falcon import apply_rotary_pos_emb
+
+    query, key, value = (x.transpose(1, 2) for x in module._split_heads(module.query_key_value(hidden_states)))
+    query, key = apply_rotary_pos_emb(query, key, *(position_embeddings or ()))
+    if layer_past is not None:
+        key, value = layer_past.update(key, value, module.layer_idx)
+    if module.new_decoder_architecture:  # it repeats the heads of a group before the cache
+        each = module.num_heads // module.num_kv_heads
+        key, value = key[:, ::each], value[:, ::each]
+    output, _ = attention_forward(module, query, key, value, attention_mask, is_causal=True)
+    return module.dense(output.flatten(2)), None
+
+
+# By the class of the attention module: the method, and what it becomes.
+_WAYS: dict[str, tuple[str, Callable[..., Any]]] = {
+    "GPTJAttention": ("_attn", _attn),
+    "CodeGenAttention": ("_attn", _attn),
+    "GPTNeoSelfAttention": ("_attn", _attn_local),
+    "FalconAttention": ("forward", _falcon),
+}

@@ -1,0 +1,50 @@
+"""Where a text's positions begin when nobody gives them, and whether giving them moves anything."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastprefix.hf.attention.position_ids import learned_table
+from fastprefix.hf.model import layers as probe
+
+
+class DefaultPositions(NamedTuple):
+    """How the module that makes a stack's positions counts."""
+
+    first: int = 0  # position of a row's first token (fairseq's sinusoids: one behind the padding token's id)
+    moved: bool = True  # whether ``position_ids`` are read as places in a text (CSM's depth decoder passes them by)
+
+
+def find(model: Any, stack: probe.Stack) -> DefaultPositions:
+    """Run a stack on a few tokens, with position ids and without, and compare.
+
+    RoBERTa's kin have a learned table that says where it begins (``position_ids.learned_table``).
+    """
+    table = learned_table(stack.owner)
+    behind = table is not None and table.padding_idx is not None
+    if not stack.takes_positions or stack.beside or stack.main_input != "input_ids" or behind:
+        return DefaultPositions()
+    inputs = stack.example(tokens=3)
+    token = getattr(model.config.get_text_config(), "pad_token_id", None)
+    padding = token if isinstance(token, int) else 0
+    counted = torch.arange(3, device=inputs["input_ids"].device)[None]
+    inputs["input_ids"] = 1 + padding + counted  # all different, none of them padding
+
+    def hidden(position_ids: Tensor | None) -> Tensor:
+        given = {} if position_ids is None else {"position_ids": position_ids}
+        with probe.evaluating(stack.owner):
+            x = stack.owner(**inputs, **given)[0]
+        assert isinstance(x, Tensor)
+        return x
+
+    own, from_zero = hidden(None), hidden(counted)
+    # The same positions take the same steps: bit for bit, as in half precision little else can be told from rounding.
+    if torch.equal(from_zero, hidden(counted + torch.tensor([0, 0, 3], device=counted.device))):
+        return DefaultPositions(moved=False)
+    for first in (0, 1, 1 + padding):
+        if torch.equal(own, from_zero if first == 0 else hidden(counted + first)):
+            return DefaultPositions(first)
+    return DefaultPositions()

@@ -1,0 +1,135 @@
+"""Modules around the one that holds the layers: some make its masks and its positions (Gemma 3, PaliGemma)."""
+
+from __future__ import annotations
+
+import inspect
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastprefix.hf.attention import masks
+from fastprefix.hf.attention.config_copies import OwnConfigs
+from fastprefix.hf.model import layers as probe
+
+_MASK = "attention_mask"
+
+
+@dataclass(frozen=True)
+class Outer:
+    """What reaches a stack's owner from a forward of the model itself, of text alone."""
+
+    makes_masks: bool = False  # whether the owner is given finished masks where the caller gave ``[B, S]`` padding
+    makes_positions: bool = False  # whether it is given ``[B, S]`` positions where the caller gave none
+    first_position: int = 0  # of a row's first token (PaliGemma counts from 1)
+
+
+def look(model: nn.Module, stack: probe.Stack) -> Outer:
+    """Run a model on a few tokens, with a mask and without one, and look at what its owner is given."""
+    if stack.owner is model or stack.beside or stack.main_input != "input_ids":
+        return Outer()  # a decoder beside an encoder makes its own
+    given: list[dict[str, Any]] = []
+
+    def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given.append({**dict(zip(stack.owner_arguments, args, strict=False)), **kwargs})
+
+    inputs = stack.example(tokens=3)
+    mask = torch.tensor([[1, 1, 0]], device=inputs["input_ids"].device)  # a mask of ones may be dropped on the way
+    handle = stack.owner.register_forward_pre_hook(record, with_kwargs=True)
+    try:
+        probe.run(model, inputs)
+        if _MASK in inspect.signature(model.forward).parameters:
+            with suppress(AttributeError, LookupError, RuntimeError, TypeError, ValueError):  # bare, it does not run so
+                probe.run(model, {**inputs, _MASK: mask})
+    finally:
+        handle.remove()
+    positions = [kwargs["position_ids"] for kwargs in given if isinstance(kwargs.get("position_ids"), Tensor)]
+    return Outer(
+        makes_masks=any(_is_made(kwargs.get(_MASK)) for kwargs in given),
+        makes_positions=any(ids.dim() == 2 for ids in positions),
+        first_position=int(positions[0].min()) if positions else 0,
+    )
+
+
+def _is_made(mask: Any) -> bool:
+    return isinstance(mask, dict) or (isinstance(mask, Tensor) and mask.dim() == 4)
+
+
+class _Given(NamedTuple):
+    """What a caller gave an outer module."""
+
+    mask: Tensor | None  # [B, S]
+    made_masks: bool  # whether the caller gave finished masks instead
+    position_ids: Tensor | None
+
+
+class OuterCall:
+    """Hooks on the modules around a stack's owner: what they were given, which the owner is no longer told.
+
+    Nothing is hooked where the owner makes masks and positions itself.
+    """
+
+    def __init__(self, model: nn.Module, stack: probe.Stack, outer: Outer, configs: OwnConfigs) -> None:
+        self.outer, self.causal, self.configs = outer, stack.causal, configs
+        self.given: dict[int, _Given] = {}  # by module while it runs, the outermost first
+        self.handles: list[Any] = []
+        if not outer.makes_masks and not outer.makes_positions:
+            return
+        for module in model.modules():
+            arguments = tuple(inspect.signature(module.forward).parameters)
+            if module is not stack.owner and _MASK in arguments and _holds(module, stack.owner):
+                enter = _Enter(self, arguments)
+                self.handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
+                self.handles.append(module.register_forward_hook(self.leave, always_call=True))
+
+    def leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        """The module's forward has ended."""
+        self.given.pop(id(module), None)
+
+    def remove(self) -> None:
+        """Take the hooks off."""
+        for handle in self.handles:
+            handle.remove()
+
+    @property
+    def first_position(self) -> int:
+        """Of a row's first token in the forward that runs."""
+        return self.outer.first_position if self.given else 0
+
+    @property
+    def makes_masks(self) -> bool:
+        """Whether the finished masks of the forward that runs are an outer module's, by our mask function."""
+        given = list(self.given.values())
+        return bool(given) and not given[0].made_masks
+
+    def own_arguments(self, kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        """The mask and the position ids of an owner's call; where an outer module made them, what that was given."""
+        mask, ids = kwargs.get(_MASK), kwargs.get("position_ids")
+        if not self.given:
+            return mask, ids
+        given = list(self.given.values())
+        if _is_made(mask):
+            mask = given[-1].mask
+        if self.outer.makes_positions and isinstance(ids, Tensor) and ids.dim() == 2 and given[0].position_ids is None:
+            ids = None
+        return mask, ids
+
+
+class _Enter:
+    """A hook before an outer module's forward."""
+
+    def __init__(self, call: OuterCall, arguments: tuple[str, ...]) -> None:
+        self.call, self.arguments = call, arguments
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = {**dict(zip(self.arguments, args, strict=False)), **kwargs}
+        mask = given.get(_MASK)
+        padding = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+        masks.running.spelt_out, masks.running.always = not self.call.causal, self.call.configs.ran_eager
+        self.call.given[id(module)] = _Given(padding, _is_made(mask), given.get("position_ids"))
+
+
+def _holds(module: nn.Module, inner: nn.Module) -> bool:
+    return any(child is inner for child in module.modules())

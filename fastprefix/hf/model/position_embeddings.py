@@ -1,0 +1,76 @@
+"""Decoders that take no position ids look their positions up in a table: there they are moved behind the prefix."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastprefix.hf.model.layers import Stack
+from fastprefix.validation import fail
+
+_PAST = "past_key_values_length"
+
+
+def find(owner: nn.Module) -> nn.Module | None:
+    """The module that turns a decoder's places into positions; None where there is none."""
+    found = [m for m in owner.modules() if m is not owner and _PAST in inspect.signature(m.forward).parameters]
+    return found[0] if len(found) == 1 else None
+
+
+def has_positions(owner: nn.Module) -> bool:
+    """Whether a module inside looks like a table of absolute positions."""
+    names = ("embed_positions", "position_embeddings", "position_embedding", "wpe")
+    return any(name.rsplit(".", 1)[-1] in names for name, _ in owner.named_modules())
+
+
+def table(model: nn.Module, stack: Stack, is_decoder: bool) -> nn.Module | None:
+    """The table that moves a decoder without position ids; None where there is nothing to move.
+
+    Raises:
+        ValueError: its positions are absolute and cannot be moved.
+    """
+    if not is_decoder or not stack.causal or stack.takes_positions:
+        return None
+    module = find(stack.owner)
+    if module is None and has_positions(stack.owner):
+        owner = type(stack.owner).__name__
+        got = f"{type(model).__name__}, whose positions cannot be moved: {owner} takes no position_ids"
+        raise fail("model", got, "a decoder that does, or one of relative positions")
+    return module
+
+
+class Table:
+    """A hook on such a module; ``offset`` is what the forward that runs moves its rows by."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.offset: int | Tensor = 0  # or [B, 1]
+        self.signature = inspect.signature(module.forward)
+        self.handle = module.register_forward_hook(self.after, with_kwargs=True)
+
+    def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
+        """Look up again, further on."""
+        if isinstance(self.offset, int):
+            return self.look_up(module, args, kwargs, self.offset) if self.offset else None
+        rows = self.offset.flatten().tolist()
+        found = {n: self.look_up(module, args, kwargs, n) for n in set(rows)}  # [S, d] or [B or 1, S, d]
+        each = {n: (x if x.dim() == 3 else x[None]).expand(len(rows), -1, -1) for n, x in found.items()}
+        return torch.stack([each[n][i] for i, n in enumerate(rows)])
+
+    def look_up(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], offset: int) -> Tensor:
+        """The rows ``offset`` positions behind those asked for."""
+        asked = self.signature.bind(*args, **kwargs).arguments
+        if asked.get("position_ids") is not None:
+            asked["position_ids"] = asked["position_ids"] + offset
+        else:
+            asked[_PAST] = asked.get(_PAST, 0) + offset
+        forward: Callable[..., Tensor] = module.forward
+        try:
+            return forward(**asked)
+        except IndexError as error:
+            got = f"tokens behind a prefix that moves them by {offset}"
+            expected = "fewer: the model has no position for the last ones (position_offset='none' moves nothing)"
+            raise fail("decoder_input_ids", got, expected) from error

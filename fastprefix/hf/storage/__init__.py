@@ -1,0 +1,1 @@
+"""Adapter files: written atomically, read with errors that name path and field, kept on disk until needed."""

@@ -1,0 +1,222 @@
+"""What lies in adapter files: PEFT's tensors and fields, and ours beside them."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastprefix.hf.model.layers import Layers
+from fastprefix.hf.storage.validated_files import field, shown
+from fastprefix.prefixes import init
+from fastprefix.prefixes.config import PrefixConfig
+from fastprefix.prefixes.prefix import Prefix
+from fastprefix.prefixes.prompt import PromptConfig, SoftPrompt
+from fastprefix.validation import FLOATS, fail
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+OWN_CONFIG, ENCODER = "fastprefix_config.json", "prefix_encoder.safetensors"
+FORMAT_VERSION = 1
+EMBEDDINGS = "prompt_embeddings"
+OWN = "FASTPREFIX"  # the peft_type of what PEFT cannot represent
+PREFIXES, PROMPTS = ("PREFIX_TUNING", "CARTRIDGE"), ("PROMPT_TUNING", "P_TUNING")
+
+_TASKS = {
+    "ForCausalLM": "CAUSAL_LM",
+    "LMHeadModel": "CAUSAL_LM",
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForTokenClassification": "TOKEN_CLS",
+    "ForQuestionAnswering": "QUESTION_ANS",
+}
+
+
+def pack(keys: Sequence[Tensor], values: Sequence[Tensor]) -> Tensor:
+    """PEFT's ``prompt_embeddings``: ``[P, 2*L*H_kv*D]`` from L keys and values ``[H_kv, P, D]``."""
+    slots = [x for pair in zip(keys, values, strict=True) for x in pair]
+    return torch.stack(slots).permute(2, 0, 1, 3).flatten(1).contiguous()
+
+
+def unpack(embeddings: Tensor, prefix: Prefix) -> tuple[list[Tensor], list[Tensor]]:
+    """The inverse of :func:`pack`, as PEFT reads it.
+
+    A layer without keys and values of its own reads the slots of the layer that it shares them with. In an
+    encoder-decoder slots are counted by fours, round and round: PEFT's cache takes a layer's keys and values of
+    cross-attention behind its own, only for PEFT to drop them.
+    """
+    heads, dim, _ = prefix.shapes[0]
+    count = 2 * len(prefix.shapes)
+    slots = embeddings.unflatten(1, (count, heads, dim)).permute(1, 2, 0, 3)  # [2L, H_kv, P, D]
+    decoder = prefix.parts[0] is not None
+    first = [4 * i % count if decoder else 2 * source for i, source in enumerate(prefix.sources)]
+    return [slots[i].contiguous() for i in first], [slots[i + 1].contiguous() for i in first]
+
+
+def is_peft(prefix: Prefix, layers: Layers) -> bool:
+    """Whether PEFT can represent, and would compute, what this prefix of a model with these layers is."""
+    shapes = set(prefix.shapes)
+    if any(part is not None for part in prefix.parts) or layers.again or layers.kinds:
+        return False
+    uniform = len(shapes) == 1 and prefix.shapes[0].head_dim == prefix.shapes[0].value_dim
+    moves = layers.main.takes_positions and prefix.config.position_offset == "after_prefix"
+    return uniform and moves and prefix.sources == tuple(range(len(layers.modules)))
+
+
+def task(model: Any) -> str:
+    """PEFT's name for what a model is for."""
+    name = type(model).__name__
+    return next((t for suffix, t in _TASKS.items() if name.endswith(suffix)), "FEATURE_EXTRACTION")
+
+
+def peft_config(model: Any, prefix: Prefix | SoftPrompt, modules: Sequence[str]) -> dict[str, Any]:
+    """The fields that PEFT reads; ``modules``: the names of those that are saved with the prefix."""
+    common = {
+        "task_type": task(model),
+        "base_model_name_or_path": getattr(model.config, "_name_or_path", "") or None,
+        "inference_mode": True,
+        "num_virtual_tokens": prefix.num_virtual_tokens,
+        "num_transformer_submodules": 1,
+        "modules_to_save": list(modules) or None,
+    }
+    if isinstance(prefix, SoftPrompt):
+        return {**common, "peft_type": "PROMPT_TUNING", "token_dim": prefix.embedding.shape[1]}
+    heads, dim, _ = prefix.shapes[0]
+    config = {
+        **common,
+        "peft_type": "PREFIX_TUNING",
+        "token_dim": heads * dim,
+        "num_attention_heads": heads,
+        "num_layers": len(prefix.shapes),
+    }
+    if prefix.config.num_frozen_tokens:
+        return {**config, "peft_type": "CARTRIDGE", "num_frozen_tokens": prefix.config.num_frozen_tokens}
+    return {**config, "prefix_projection": False, "encoder_hidden_size": None}
+
+
+def peft_configuration(peft: dict[str, Any], path: Path) -> PrefixConfig | PromptConfig:
+    """Our configuration of an adapter of PEFT's; ValueError naming path and field for what is not ours to load."""
+    kind = field(peft, "peft_type", str, path)
+    if kind not in PREFIXES + PROMPTS:
+        raise fail(f"{path}: peft_type", shown(kind), f"{', '.join(PREFIXES + PROMPTS)} or FASTPREFIX")
+    submodules = field(peft, "num_transformer_submodules", int, path, None)
+    tokens = field(peft, "num_virtual_tokens", int, path)
+    with of(path):
+        if kind == "PREFIX_TUNING" and submodules == 2:  # of an encoder-decoder
+            return PrefixConfig(tokens, parts=("decoder",))
+        if submodules not in (1, None):
+            expected = "1, or 2 of an encoder-decoder's PREFIX_TUNING"
+            raise fail("num_transformer_submodules", submodules, expected)
+        if kind in PROMPTS:
+            return PromptConfig(tokens)
+        return PrefixConfig(tokens, num_frozen_tokens=peft.get("num_frozen_tokens", 0) if kind == "CARTRIDGE" else 0)
+
+
+def own_configuration(own: dict[str, Any], path: Path) -> PrefixConfig | PromptConfig:
+    """The configuration that :func:`save` wrote; ValueError naming path and field when it is malformed."""
+    if field(own, "format_version", int, path) != FORMAT_VERSION:
+        raise fail(f"{path}: format_version", own["format_version"], str(FORMAT_VERSION))
+    configured = {f.name for f in dataclasses.fields(PrefixConfig)}
+    known = {"format_version", "kind", "projected", "weights", "encoder_weights", "frozen_modules"}
+    unknown = sorted(set(own) - configured - known)
+    if unknown:
+        raise fail(f"{path}: {shown(unknown[0])}", "a field of no known meaning", f"those of version {FORMAT_VERSION}")
+    for name in ("weights", "encoder_weights", "init"):
+        field(own, name, str, path, None)
+    tokens = field(own, "num_virtual_tokens", int, path)
+    if "kind" in own:
+        if own["kind"] != "prompt":
+            raise fail(f"{path}: kind", shown(own["kind"]), "'prompt', or no such field for keys and values")
+        with of(path):
+            return PromptConfig(tokens)
+    fields: dict[str, Any] = {
+        n: own[n] for n in ("num_virtual_tokens", "layers", "position_offset", "num_frozen_tokens", "parts") if n in own
+    }
+    if field(own, "projected", bool, path, None):
+        fields.update(prefix_projection=True, encoder_hidden_size=own.get("encoder_hidden_size"))
+    with of(path):
+        return PrefixConfig(**fields, init=init.normal())
+
+
+@contextmanager
+def of(path: Path) -> Iterator[None]:
+    """Complaints inside the block are about fields of a file."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def check_geometry(peft: dict[str, Any], prefix: Prefix, path: Path) -> None:
+    """The model that PEFT's configuration was made for has this one's layers and heads; as many numbers are not enough.
+
+    Raises:
+        ValueError: another; path and field are named.
+    """
+    heads, dim, _ = prefix.shapes[0]
+    want = {"num_layers": len(prefix.shapes), "num_attention_heads": heads, "token_dim": heads * dim}
+    for name, number in want.items():
+        if field(peft, name, int, path, None) not in (None, number):
+            raise fail(f"{path}: {name}", shown(peft[name]), f"{number} of this model")
+
+
+def check_tensors(tensors: Mapping[str, Tensor], want: Mapping[str, tuple[str, Sequence[int]]], path: Path) -> None:
+    """There are these tensors (dims in words and sizes) and no others, all of finite floats.
+
+    Raises:
+        ValueError: not so; path and tensor are named.
+    """
+    for name, (dims, sizes) in want.items():
+        if name not in tensors:
+            raise fail(f"{path}: {name}", "no such tensor", f"{dims} = {list(sizes)}")
+        if list(tensors[name].shape) != list(sizes):
+            raise fail(f"{path}: {name}", f"shape {list(tensors[name].shape)}", f"{dims} = {list(sizes)} of this model")
+    for name, x in tensors.items():
+        if name not in want:
+            expected = f"{', '.join(list(want)[:3])}{', ...' if len(want) > 3 else ''} and nothing else"
+            raise fail(f"{path}: {shown(name)}", "a tensor that is no part of a prefix", expected)
+        if x.dtype not in FLOATS:
+            raise fail(f"{path}: {name}", f"dtype {x.dtype}", " or ".join(str(d) for d in FLOATS))
+        check_finite(name, x, str(path))
+
+
+def check_finite(name: str, x: Tensor, path: str) -> None:
+    """A prefix with one NaN makes every output NaN: ValueError where a number is none, or is beyond fp32."""
+    if x.is_meta:
+        raise fail(f"{path}: {name}", "no numbers (it is on the meta device)", "numbers in memory")
+    if not bool(x.detach().float().isfinite().all()):
+        raise fail(f"{path}: {name}", "nan or infinite numbers", "finite numbers")
+
+
+def stored_key_values(tensors: dict[str, Tensor], prefix: Prefix, path: Path) -> tuple[list[Tensor], list[Tensor]]:
+    """Keys and values of a prefix's layers from adapter weights, in PEFT's form or one tensor a layer."""
+    shapes, tokens = prefix.shapes, prefix.num_virtual_tokens
+    if EMBEDDINGS in tensors:
+        dims = "[P, 2*L*H_kv*D]"
+        check_tensors(tensors, {EMBEDDINGS: (dims, [tokens, sum(s.numel for s in shapes)])}, path)
+        if len(set(shapes)) != 1 or shapes[0].head_dim != shapes[0].value_dim:
+            raise fail(
+                f"{path}: {EMBEDDINGS}", "one tensor", "one tensor per layer: this model's layers differ in shape"
+            )
+        return unpack(tensors[EMBEDDINGS], prefix)
+    want = {
+        f"layers.{i}.{n}": ("[H_kv, P, D]", [shape.num_kv_heads, tokens, dim])
+        for i, shape in zip(prefix.layer_indices, shapes, strict=True)
+        for n, dim in zip("kv", (shape.head_dim, shape.value_dim), strict=True)
+    }
+    check_tensors(tensors, want, path)
+    keys, values = ([tensors[f"layers.{i}.{n}"] for i in prefix.layer_indices] for n in "kv")
+    return keys, values
+
+
+def digest(tensors: dict[str, Tensor]) -> str:
+    """What tells adapter weights from others."""
+    found = hashlib.sha256()
+    for name in sorted(tensors):
+        found.update(name.encode())
+        found.update(tensors[name].contiguous().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()

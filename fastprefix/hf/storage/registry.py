@@ -1,0 +1,102 @@
+"""``register``: prefixes that lie on disk until a batch names them."""
+
+from __future__ import annotations
+
+import os
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fastprefix.hf.adapters.attach import check_name, found, own_installation, uninstall
+from fastprefix.hf.adapters.attached_prefixes import Attached
+from fastprefix.hf.runtime.prefix_reader import Name
+from fastprefix.hf.storage.atomic_folder import where
+from fastprefix.hf.storage.peft_format import CONFIG
+from fastprefix.hf.storage.saved_adapter import Stored
+from fastprefix.prefixes.prefix import Prefix
+from fastprefix.prefixes.prompt import SoftPrompt
+from fastprefix.validation import fail
+
+if TYPE_CHECKING:
+    from fastprefix.hf.adapters.installation import Installation
+
+
+class Shelf:
+    """Saved prefixes by name; those used last are in memory."""
+
+    def __init__(self, state: Installation, max_resident: int) -> None:
+        self.state = state
+        self.paths: dict[str, Path] = {}
+        self.max_resident = max_resident
+        self.resident: OrderedDict[str, Prefix | SoftPrompt] = OrderedDict()
+        self.pinned: set[str] = set()
+
+    @torch.inference_mode(False)
+    def take(self, name: str) -> Prefix | SoftPrompt:
+        """A prefix, read from disk unless it is in memory; the one unused for longest makes room."""
+        if name not in self.resident:
+            prefix = Stored(self.paths[name]).make(self.state)
+            prefix.requires_grad_(False)
+            self.resident[name] = prefix
+        self.resident.move_to_end(name)
+        for other in list(self.resident):
+            if len(self.resident) > self.max_resident and other not in self.pinned and other != name:
+                del self.resident[other]
+        return self.resident[name]
+
+    @contextmanager
+    def held(self, names: Sequence[Name]) -> Iterator[None]:
+        """Keep these in memory for a block."""
+        wanted = self.pinned | {str(name) for name in names if name in self.paths}
+        if len(wanted) > self.max_resident:
+            raise fail("names", f"{len(wanted)} prefixes from disk", f"at most max_resident = {self.max_resident}")
+        outside, self.pinned = self.pinned, wanted
+        try:
+            yield
+        finally:
+            self.pinned = outside
+
+
+def register(model: Any, dirs: Mapping[str, str | os.PathLike[str]], max_resident: int = 32) -> None:
+    """Make saved prefixes known by name; each is read when :func:`set_prefix` or :func:`prefix_batch` first needs it.
+
+    For many prefixes on one model: at most ``max_resident`` of them are in memory, the one unused for longest goes
+    first. They are for use, not for training (:func:`load` attaches one to be trained). The model is frozen.
+
+    Args:
+        model: a transformers model, with prefixes attached or none.
+        dirs: folders as written by :func:`save` or by PEFT, by name.
+        max_resident: how many may be in memory at a time; a later call's number replaces an earlier one's.
+
+    Raises:
+        ValueError: a name is taken or malformed, a folder does not exist, ``max_resident`` is below 1. What a folder
+            holds is checked when it is read.
+    """
+    if not isinstance(max_resident, int) or max_resident < 1:
+        raise fail("max_resident", repr(max_resident), "an int of at least 1")
+    fresh = found(model) is None
+    state = own_installation(model)
+    assert isinstance(state.source, Attached)
+    try:
+        paths = {name: Path(path) for name, path in dirs.items()}
+        for name, path in paths.items():
+            check_name(name)
+            if name in state.source.names():
+                raise fail("dirs", f"{name!r}, which is taken", "new names")
+            if not where(path, CONFIG).is_file():
+                raise fail("dirs", f"{path} for {name!r}", f"a folder with {CONFIG}")
+    except BaseException:
+        if fresh:
+            uninstall(state)
+        raise
+    state.freeze()
+    if fresh:
+        state.activate(None)
+    if state.source.shelf is None:
+        state.source.shelf = Shelf(state, max_resident)
+    state.source.shelf.max_resident = max_resident
+    state.source.shelf.paths.update(paths)

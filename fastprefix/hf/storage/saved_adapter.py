@@ -1,0 +1,173 @@
+"""A folder's adapter as it was read: checked against a model before anything is made of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from fastprefix.hf.adapters.build import build, empty_prefix, new_encoder, prompt_dim
+from fastprefix.hf.storage import saved_modules
+from fastprefix.hf.storage.atomic_folder import read_together
+from fastprefix.hf.storage.peft_format import (
+    CONFIG,
+    EMBEDDINGS,
+    ENCODER,
+    OWN,
+    OWN_CONFIG,
+    PREFIXES,
+    PROMPTS,
+    WEIGHTS,
+    check_geometry,
+    check_tensors,
+    digest,
+    of,
+    own_configuration,
+    peft_configuration,
+    stored_key_values,
+)
+from fastprefix.hf.storage.validated_files import field, read_json, read_tensors, shown
+from fastprefix.prefixes.config import PrefixConfig
+from fastprefix.prefixes.prefix import Prefix
+from fastprefix.prefixes.prompt import PromptConfig, SoftPrompt
+from fastprefix.validation import fail
+
+if TYPE_CHECKING:
+    from fastprefix.hf.adapters.installation import Installation
+
+FILES = (CONFIG, WEIGHTS, OWN_CONFIG, ENCODER)
+
+
+class Stored:
+    """Configuration and numbers of one save; ValueError naming path and field when they are none."""
+
+    peft: dict[str, Any]
+    own: dict[str, Any] | None
+    config: PrefixConfig | PromptConfig
+    tensors: dict[str, Tensor]
+    modules: dict[str, Tensor]  # of modules of the model's that were saved with it
+    encoder: dict[str, Tensor] | None
+
+    def __init__(self, dir: str | os.PathLike[str]) -> None:
+        self.folder = Path(dir)
+        read_together(self.folder, FILES, self._read)
+
+    def _read(self, where: Callable[[str], Path]) -> None:
+        self.paths = {name: where(name) for name in FILES}
+        path, own_path = self.paths[CONFIG], self.paths[OWN_CONFIG]
+        self.peft = read_json(path)
+        kind = field(self.peft, "peft_type", str, path)
+        # A link that leads nowhere is an error, not a file that was never written.
+        self.own = read_json(own_path) if os.path.lexists(own_path) or kind == OWN else None
+        if self.own is None:
+            self.config = peft_configuration(self.peft, path)
+        else:
+            self.config = own_configuration(self.own, own_path)
+            if kind not in (*PREFIXES, *PROMPTS, OWN):
+                raise fail(f"{path}: peft_type", shown(kind), f"what fastprefix.save wrote beside {OWN_CONFIG}")
+        tensors = read_tensors(self.paths[WEIGHTS])
+        self.modules = {name: x for name, x in tensors.items() if name.startswith(saved_modules.BASE)}
+        self.tensors = {name: x for name, x in tensors.items() if name not in self.modules}
+        listed, where_listed = (self.peft, path) if self.own is None else (self.own, own_path)
+        self.trained = saved_modules.names(listed, "modules_to_save", where_listed)
+        self.frozen = saved_modules.names(listed, saved_modules.FROZEN, where_listed) if self.own is not None else []
+        projected = isinstance(self.config, PrefixConfig) and self.config.prefix_projection
+        self.encoder = read_tensors(self.paths[ENCODER]) if projected else None
+
+    def make(self, state: Installation) -> Prefix | SoftPrompt:
+        """A new prefix for a model; the sizes that the files claim are theirs before anything of that size is made."""
+        path = self.paths[OWN_CONFIG if self.own is not None else CONFIG]
+        saved_modules.check(self.modules, state.modules.matching([*self.trained, *self.frozen]), self.paths[WEIGHTS])
+        if isinstance(self.config, PromptConfig):
+            self.check_embedding(prompt_dim(state))
+            return self.made(state)
+        with of(path):
+            empty = empty_prefix(state, self.config)
+        stored_key_values(self.tensors, empty, self.paths[WEIGHTS])
+        if EMBEDDINGS in self.tensors:
+            check_geometry(self.peft, empty, self.paths[CONFIG])
+        if self.encoder is not None:
+            self.check_hidden(state)
+            with torch.device("meta"):
+                self.check_encoder(new_encoder(state, empty))
+        self.check_whole()
+        if self.own is None and self.config.parts is not None and state.layers.main.biased:
+            name = type(state.model).__name__
+            warnings.warn(
+                f"fastprefix: PEFT adds {name}'s biases of relative positions to the scores of prefix tokens too; here "
+                "they are the content's alone, so that this adapter's outputs differ from those in PEFT",
+                stacklevel=3,
+            )
+        return self.made(state)
+
+    def made(self, state: Installation) -> Prefix | SoftPrompt:
+        """What was checked, with its numbers."""
+        found = {path: name for name in (*self.frozen, *self.trained) for path in state.modules.matching([name])}
+        prefix = build(state, self.config)
+        modules = state.modules.copies(list(found))
+        prefix.modules_to_save.put(modules)
+        if trained := tuple(path for path, name in found.items() if name in self.trained):
+            prefix.config = dataclasses.replace(prefix.config, modules_to_save=trained)
+        for path, module in modules.items():
+            module.requires_grad_(path in trained)
+        saved_modules.fill(self.modules, modules)
+        self.fill(prefix)
+        return prefix
+
+    @torch.no_grad()
+    def fill(self, prefix: Prefix | SoftPrompt) -> None:
+        """Put the numbers into a new prefix of this configuration."""
+        if isinstance(prefix, SoftPrompt):
+            prefix.embedding.copy_(self.tensors[EMBEDDINGS])
+        elif prefix.encoder is not None:
+            assert self.encoder is not None
+            prefix.encoder.load_state_dict(self.encoder)
+        else:
+            pairs = stored_key_values(self.tensors, prefix, self.paths[WEIGHTS])
+            devices = prefix.devices()
+            prefix.set_direct(*([x.float().to(d) for x, d in zip(part, devices, strict=True)] for part in pairs))
+
+    def check_embedding(self, dim: int) -> None:
+        """The weights are a soft prompt's ``[P, d]``, those of the configuration beside them."""
+        want = {EMBEDDINGS: ("[P, d]", [self.config.num_virtual_tokens, dim])}
+        check_tensors(self.tensors, want, self.paths[WEIGHTS])
+        self.check_whole()
+
+    def check_hidden(self, state: Installation) -> None:
+        """The MLP is as wide as it is said to be."""
+        assert isinstance(self.config, PrefixConfig) and self.encoder is not None
+        hidden = self.config.encoder_hidden_size or state.model.config.get_text_config().hidden_size
+        names = [name for name in self.encoder if name.endswith("down.bias")] or ["down.bias"]
+        for name in names:
+            x = self.encoder.get(name)
+            if x is None or list(x.shape) != [hidden]:
+                got = "no such tensor" if x is None else f"shape {list(x.shape)}"
+                raise fail(f"{self.paths[ENCODER]}: {name}", got, f"[encoder_hidden_size] = [{hidden}]")
+
+    def check_encoder(self, encoder: nn.Module) -> None:
+        """The MLP's weights are those of one like this."""
+        assert self.encoder is not None
+        want = {name: ("shape", list(x.shape)) for name, x in encoder.state_dict().items()}
+        check_tensors(self.encoder, want, self.paths[ENCODER])
+
+    def check_whole(self) -> None:
+        """The files are of one save: PEFT, say, may have written other weights beside our configuration."""
+        if self.own is None:
+            return
+        path, tokens = self.paths[CONFIG], self.config.num_virtual_tokens
+        if field(self.peft, "num_virtual_tokens", int, path) != tokens:
+            raise fail(
+                f"{path}: num_virtual_tokens", shown(self.peft["num_virtual_tokens"]), f"{tokens} as in {OWN_CONFIG}"
+            )
+        stamps = ((WEIGHTS, "weights", {**self.tensors, **self.modules}), (ENCODER, "encoder_weights", self.encoder))
+        for name, stamp, tensors in stamps:
+            # Folders of before the stamp have none.
+            if tensors is not None and self.own.get(stamp) not in (None, digest(tensors)):
+                expected = f"those of {OWN_CONFIG} (delete it, and {ENCODER}, to load PEFT's)"
+                raise fail(str(self.paths[name]), "weights that were replaced since", expected)
