@@ -33,9 +33,9 @@ def generate(options: argparse.Namespace) -> int:
     prompt = _prompt(options.prompt)
 
     import fastprefix
-    from fastprefix.hf.storage.saved_adapter import Stored
+    from fastprefix.hf.storage.saved_adapter import SavedAdapter
 
-    stored = Stored(options.adapter)  # told before the model is loaded, where something is malformed
+    stored = SavedAdapter(options.adapter)  # told before the model is loaded, where something is malformed
     found = given or _base_model(stored.peft, options.adapter)
     tokenizer = load_tokenizer(found)
     ids = _chat_ids(prompt, options.system, tokenizer) if options.chat else prompt_ids(prompt, tokenizer)

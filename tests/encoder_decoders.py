@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import fastprefix
 from fastprefix import PrefixConfig
-from fastprefix.hf.adapters.lookup import installation
+from fastprefix.hf.adapters.lookup import require_installation
 from fastprefix.prefixes.prefix import Prefix
 from tests.models import VOCAB, Row
 
@@ -134,7 +134,7 @@ def cast(inputs: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
 def key_values(model: Any, prefix: Prefix, leaves: bool = False) -> dict[str, tuple[Tensor, Tensor]]:
     """The prefix's keys and values by the attention module's name; ``leaves``: copies that take gradients."""
     names = {id(m): n for n, m in model.named_modules()}
-    modules = [installation(model).layers.modules[i] for i in prefix.layer_indices]
+    modules = [require_installation(model).facts.layers.modules[i] for i in prefix.layer_indices]
     pairs = prefix.key_values()
     if leaves:
         pairs = [(k.detach().clone().requires_grad_(), v.detach().clone().requires_grad_()) for k, v in pairs]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import fastprefix
 from fastprefix import PrefixConfig
-from fastprefix.hf.adapters.lookup import installation
+from fastprefix.hf.adapters.lookup import require_installation
 from fastprefix.hf.storage.peft_format import pack
 from fastprefix.prefixes.prefix import Prefix
 from tests.concat import run_cached, run_concat
@@ -38,8 +38,8 @@ def test_equals_explicit_concatenation(name: str, padding: str) -> None:
     got = output(model, model(**batch), batch)
     grads = gradients(got, list(prefix.parameters()))
     modules = {id(m): n for n, m in model.named_modules()}
-    state = installation(model)
-    names = [modules[id(m)] for m in state.layers.modules]
+    state = require_installation(model)
+    names = [modules[id(m)] for m in state.facts.layers.modules]
     pairs = [(k.detach().clone().requires_grad_(), v.detach().clone().requires_grad_()) for k, v in prefix.key_values()]
     fastprefix.detach(model)
 

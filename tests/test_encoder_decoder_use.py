@@ -11,8 +11,8 @@ from torch import Tensor
 
 import fastprefix
 from fastprefix import PrefixConfig
-from fastprefix.hf.adapters.lookup import installation
-from fastprefix.hf.model import position_embeddings as tables
+from fastprefix.hf.adapters.lookup import require_installation
+from fastprefix.hf.attention import position_embeddings
 from fastprefix.prefixes.prefix import Prefix
 from tests.encoder_decoders import ROWS, P, S, attached, batch, cast, count_hooks, source
 from tests.model_inputs import gradients
@@ -74,13 +74,13 @@ def test_starts_from_a_text(name: str) -> None:
     config = PrefixConfig(5, init=fastprefix.init.token_ids(ids), position_offset="none")
     prefix = fastprefix.attach(model, config)
     tokens = torch.tensor([ids])
-    state = installation(model)
+    state = require_installation(model)
     caught: dict[int, Tensor] = {}
     handles = [
         m.k_proj.register_forward_hook(lambda _m, _a, out, i=i: caught.update({i: out}))
         if hasattr(m, "k_proj")
         else m.k.register_forward_hook(lambda _m, _a, out, i=i: caught.update({i: out}))
-        for i, m in enumerate(state.layers.modules)
+        for i, m in enumerate(state.facts.layers.modules)
     ]
     fastprefix.set_prefix(model, None)
     model(input_ids=tokens, decoder_input_ids=tokens, use_cache=False)
@@ -153,7 +153,7 @@ def test_trains() -> None:
 def test_a_decoder_alone_runs_without_cross_attention(name: str) -> None:
     """Its first forward may be without an encoder's states; the check for skipped layers waits for one with them."""
     model, _ = attached(name, torch.float32)
-    decoder, ids, state = model.get_decoder(), batch(name)["decoder_input_ids"], installation(model)
+    decoder, ids, state = model.get_decoder(), batch(name)["decoder_input_ids"], require_installation(model)
     got = decoder(input_ids=ids)[0]
     fastprefix.set_prefix(model, None)
     assert not torch.allclose(decoder(input_ids=ids)[0], got, atol=1e-3)
@@ -173,7 +173,7 @@ def test_a_decoder_with_a_head_of_its_own(family: str) -> None:
 def test_a_decoder_whose_positions_cannot_be_moved_is_refused_and_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     model = ROWS["bart"].build()
     before = [n for n, _ in model.named_modules()], count_hooks(model), dict(vars(model)), model.config
-    monkeypatch.setattr(tables, "find", lambda owner: None)
+    monkeypatch.setattr(position_embeddings, "find_table", lambda owner: None)
     for _ in range(2):
         with pytest.raises(
             ValueError, match="model: got BartForConditionalGeneration, whose positions cannot be moved"

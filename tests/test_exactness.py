@@ -15,7 +15,7 @@ from torch import Tensor
 
 import fastprefix
 from fastprefix import PrefixConfig, PromptConfig, init
-from fastprefix.hf.adapters.lookup import installation
+from fastprefix.hf.adapters.lookup import require_installation
 from tests.models import ROWS
 from tests.rows import GQA, VOCAB
 from tests.sweep import build as sweep
@@ -182,8 +182,8 @@ def test_layers_that_read_ids_beside_embeddings_have_all_embeddings_or_all_ids()
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-    state = installation(model)
-    state.rotary_limits = (("dynamic", 1),)  # as if its keys depended on the length
+    state = require_installation(model)
+    state.facts.rope_limits = (("dynamic", 1),)  # as if its keys depended on the length
     with fastprefix.shared_prompt(model, text), pytest.warns(UserWarning, match="concatenated"):
         torch.testing.assert_close(model(input_ids=ids, use_cache=False).logits, want, **CLOSE)
 
@@ -284,16 +284,17 @@ def test_positions_are_moved_in_any_precision(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**GQA)).to(dtype)
     fastprefix.attach(model, PrefixConfig(4))
-    assert installation(model).layers.main.takes_positions and installation(model).first_position == 0
+    installation = require_installation(model)
+    assert installation.facts.layers.main.takes_positions and installation.hooks[-1].first_position == 0
 
 
 def test_positions_that_begin_elsewhere_are_found() -> None:
     """Kosmos-2.5's text begins one behind its padding token; CSM's depth decoder reads no positions of a text."""
     model = sweep.build(transformers.Kosmos2_5ForConditionalGeneration)
     fastprefix.attach(model, PrefixConfig(4))
-    assert installation(model).first_position == 1 + model.config.get_text_config().pad_token_id
+    assert require_installation(model).hooks[-1].first_position == 1 + model.config.get_text_config().pad_token_id
     model = sweep.build(transformers.CsmDepthDecoderModel)
     fastprefix.attach(model, PrefixConfig(4))
-    assert not installation(model).layers.main.takes_positions
+    assert not require_installation(model).facts.layers.main.takes_positions
     with pytest.raises(ValueError, match="CsmDepthDecoderModel, whose position_ids move nothing"):
         fastprefix.attach(model, PromptConfig(4), "prompt")

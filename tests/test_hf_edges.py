@@ -13,7 +13,7 @@ import fastprefix
 from fastprefix import PrefixConfig, init
 from fastprefix.hf.attention import masks
 from fastprefix.hf.model.causality import sees_the_future
-from fastprefix.hf.model.layers import Stack
+from fastprefix.hf.model.layers import AttentionStack
 from tests.models import ROWS, VOCAB
 
 P, S = 5, 9
@@ -37,7 +37,7 @@ def test_recomputation_sees_the_prefix_of_the_forward(ids: torch.Tensor, other: 
     model = attached()
     fastprefix.attach(model, PrefixConfig(P, init=init.normal(0.6)), "b")
     fastprefix.set_prefix(model, "default")
-    mine = list(model._fastprefix.prefixes["default"].parameters())
+    mine = list(model._fastprefix.selection.prefixes["default"].parameters())
     model.train()
     want = torch.autograd.grad(model(ids).logits.sin().sum(), mine)
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
@@ -46,11 +46,11 @@ def test_recomputation_sees_the_prefix_of_the_forward(ids: torch.Tensor, other: 
     with torch.no_grad():
         model(ids)
     student.sin().sum().backward()
-    assert model._fastprefix.active == other
+    assert model._fastprefix.selection.active == other
     for parameter, expected in zip(mine, want, strict=True):
         assert parameter.grad is not None
         torch.testing.assert_close(parameter.grad, expected, rtol=1e-4, atol=1e-5)
-    assert all(p.grad is None for p in model._fastprefix.prefixes["b"].parameters())
+    assert all(p.grad is None for p in model._fastprefix.selection.prefixes["b"].parameters())
     layer = model.model.layers[0]
     fastprefix.detach(model)
     assert "_Recompute" not in type(layer._gradient_checkpointing_func).__name__
@@ -104,7 +104,7 @@ def test_an_encoder_that_does_not_say_so_stays_bidirectional(masked: bool, ids: 
 def test_a_model_that_merges_masks_by_itself_is_refused() -> None:
     torch.manual_seed(0)
     model = transformers.DogeForCausalLM(transformers.DogeConfig(**ROWS["llama_gqa"].options))
-    if sees_the_future(Stack(model, model.model, (), "input_ids", causal=True, layers=())):
+    if sees_the_future(AttentionStack(model, model.model, (), "input_ids", causal=True, layers=())):
         pytest.skip("this transformers' own Doge is not causal: there is nothing to lose")
     with pytest.raises(ValueError, match=r"DogeForCausalLM, whose attention .* makes masks of its own"):
         fastprefix.attach(model, PrefixConfig(P))
@@ -206,5 +206,5 @@ def test_an_error_in_a_packed_forward_leaves_nothing_behind() -> None:
     want = model(whole).logits
     with pytest.raises(ValueError, match="position_ids: got"):
         model(whole, position_ids=torch.tensor([[0, 1, 2, 90, 91, 92]]))
-    assert masks.running.boundary is None
+    assert masks.requested.boundary is None
     torch.testing.assert_close(model(whole).logits, want)

@@ -14,8 +14,8 @@ import transformers
 
 import fastprefix
 from fastprefix import PrefixConfig, PromptConfig
-from fastprefix.hf.adapters.lookup import found, installation
-from fastprefix.hf.attention.method_overrides import Led, leads
+from fastprefix.hf.adapters.lookup import find_installation, require_installation
+from fastprefix.hf.attention.method_overrides import MethodOverride, find_overrides
 from tests.model_inputs import P, S, inputs
 from tests.models import ROWS
 from tests.rows import hybrids
@@ -76,7 +76,7 @@ def test_a_layer_past_the_interface_is_no_state() -> None:
     model.config.layer_types = ["full_attention", "full_attention"]
     with pytest.raises(ValueError, match="once in each of its 2 layers of attention, but 1 times"):
         fastprefix.attach(model, PrefixConfig(P))
-    assert found(model) is None
+    assert find_installation(model) is None
 
 
 def test_two_calls_in_a_layer_are_refused() -> None:
@@ -93,13 +93,13 @@ def test_a_prompt_needs_keys_of_its_own_in_every_layer(name: str, why: str) -> N
     error = pytest.raises(ValueError, match=f"model: got {ROWS[name].cls}, .*{why}")
     with error, fastprefix.shared_prompt(model, [3, 4]):
         pass
-    assert found(model) is None
+    assert find_installation(model) is None
 
 
 def test_one_module_that_is_every_layer_has_one_prefix() -> None:
     model = replace(ROWS["albert"], options={**ROWS["albert"].options, "num_hidden_layers": 4}).build()
     prefix = fastprefix.attach(model, PrefixConfig(P, init=START))
-    assert len(prefix.layers) == 1 and installation(model).layers.again
+    assert len(prefix.layers) == 1 and require_installation(model).facts.layers.reuses_modules
     assert f"P={P}" in fastprefix.explain(model)
     fastprefix.detach(model)
     with pytest.raises(ValueError, match="init: got token_ids for AlbertModel, which runs one module as several"):
@@ -128,15 +128,15 @@ def test_a_led_model_copies_pickles_and_is_given_back(name: str) -> None:
     assert not leds(model)
 
 
-def leds(model: Any) -> list[Led]:
-    return [x for m in model.modules() for x in vars(m).values() if isinstance(x, Led)]
+def leds(model: Any) -> list[MethodOverride]:
+    return [x for m in model.modules() for x in vars(m).values() if isinstance(x, MethodOverride)]
 
 
 @pytest.mark.parametrize("name", ["gptj", "falcon"])
 def test_what_stood_in_a_methods_place_is_back_there(name: str) -> None:
     """A hook of accelerate's, a profiler: called while no prefix is active, and after."""
     model, batch, calls = ROWS[name].build(), inputs(name, dtype=torch.float32), []
-    way = next(iter(leads(model)))
+    way = next(iter(find_overrides(model)))
     original = getattr(way.module, way.method)
 
     def wrapper(*args: Any, **kwargs: Any) -> Any:

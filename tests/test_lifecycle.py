@@ -16,7 +16,7 @@ import torch
 
 import fastprefix
 from fastprefix import PrefixConfig, PromptConfig, init
-from fastprefix.hf.adapters.lookup import installation
+from fastprefix.hf.adapters.lookup import require_installation
 from tests.adapters import numbers, same, state
 from tests.encoder_decoders import ROWS as ENCODER_DECODERS
 from tests.models import ROWS
@@ -121,7 +121,7 @@ def test_attached_and_detached_twice() -> None:
     with pytest.raises(ValueError, match=r"name: got 'default', expected a new one: \['default'\] are attached"):
         fastprefix.attach(model, PrefixConfig(3))
     fastprefix.attach(model, PrefixConfig(2), "other")
-    assert list(model._fastprefix.prefixes) == ["default", "other"]
+    assert list(model._fastprefix.selection.prefixes) == ["default", "other"]
     fastprefix.detach(model)
     assert state(model) == before
     with pytest.raises(
@@ -208,7 +208,7 @@ def test_moved_between_dtypes(kind: str, tmp_path: Path) -> None:
         assert any(p.grad is not None and bool(p.grad.isfinite().all()) for p in model.parameters())
         model.zero_grad()
         if kind != "patched" and dtype != torch.float:
-            for name, prefix in model._fastprefix.prefixes.items():
+            for name, prefix in model._fastprefix.selection.prefixes.items():
                 fastprefix.save(model, tmp_path / name, name)
                 again = numbers(fastprefix.load(tiny_model(), tmp_path / name))
                 assert same(again, {n: x.float() for n, x in numbers(prefix).items()})
@@ -275,7 +275,7 @@ def test_an_interrupted_forward_leaves_nothing_to_the_bare_model(make: Any, firs
     def interrupt(*args: Any) -> None:
         raise KeyboardInterrupt
 
-    last = installation(model).layers.modules[-1]
+    last = require_installation(model).facts.layers.modules[-1]
     handle = last.register_forward_pre_hook(interrupt)
     with pytest.raises(KeyboardInterrupt):
         model(**inputs)

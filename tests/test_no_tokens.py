@@ -13,7 +13,7 @@ import transformers
 
 import fastprefix
 from fastprefix import PrefixConfig, PromptConfig
-from fastprefix.hf.adapters.lookup import found
+from fastprefix.hf.adapters.lookup import find_installation
 from fastprefix.hf.storage.peft_format import CONFIG
 from fastprefix.prefixes.init import Init
 from tests.model_inputs import P, inputs
@@ -73,7 +73,7 @@ def test_no_start_from_tokens(name: str, init: Init) -> None:
     model = ROWS[name].build()
     with pytest.raises(ValueError, match=rf"init: got {init.name} for {ROWS[name].cls}, which reads .*normal or kv"):
         fastprefix.attach(model, PrefixConfig(P, init=init))
-    assert found(model) is None
+    assert find_installation(model) is None
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -83,7 +83,7 @@ def test_no_prompts(name: str) -> None:
         fastprefix.attach(model, PromptConfig(P))
     with pytest.raises(ValueError, match=error), fastprefix.shared_prompt(model, [1, 2]):
         pass
-    assert found(model) is None and model.config._attn_implementation == "sdpa"
+    assert find_installation(model) is None and model.config._attn_implementation == "sdpa"
 
 
 class Unmovable(transformers.BertModel):
@@ -105,7 +105,7 @@ def test_prompts_need_positions() -> None:
     config = peft.PrefixTuningConfig(task_type="FEATURE_EXTRACTION", num_virtual_tokens=P)
     with pytest.raises(ValueError, match=error):
         fastprefix.patch(peft.get_peft_model(model, config))
-    assert found(model) is None
+    assert find_installation(model) is None
     fastprefix.attach(model, PrefixConfig(P, init=fastprefix.init.token_ids([3, 4])))
     ids, hidden = torch.randint(3, 99, (2, 7)), {}
     for name in ("default", None):

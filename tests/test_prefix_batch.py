@@ -12,7 +12,7 @@ from torch import Tensor
 
 import fastprefix
 from fastprefix import PrefixConfig, PromptConfig, init
-from fastprefix.hf.adapters.lookup import installation
+from fastprefix.hf.adapters.lookup import require_installation
 from tests.models import ROWS, VOCAB
 
 S = 6
@@ -133,10 +133,10 @@ def test_gradient_checkpointing(reentrant: bool) -> None:
 
 def test_nothing_is_padded_to_the_longest_or_copied_for_a_row() -> None:
     model, ids = banked("llama_mha", torch.float32), tokens(24)
-    slot = installation(model).slots[0]
+    slot = require_installation(model).slots[0]
     seen = []
-    give = slot.give
-    slot.give = lambda kv: (seen.append(kv), give(kv))  # type: ignore[method-assign]
+    give = slot.set_override
+    slot.set_override = lambda kv: (seen.append(kv), give(kv))  # type: ignore[method-assign]
     with torch.no_grad(), fastprefix.prefix_batch(model, ["a", "long"] * 12):
         model(input_ids=ids)
     assert seen[0].k.shape[1] == 2 + 11 and seen[0].lens.tolist() == [2, 11] and seen[0].ids.tolist() == [0, 1] * 12
@@ -215,13 +215,13 @@ def test_a_thousand_prefixes_few_of_them_in_memory(tmp_path: Path) -> None:
     few = stored(tmp_path, 7)
     model, ids = ROWS["llama_gqa"].build(), tokens(4)
     fastprefix.register(model, {f"{key}-{i}": path for i in range(143) for key, path in few.items()}, max_resident=4)
-    source: Any = installation(model).source
-    assert len(source.names()) == 1001 and not source.shelf.resident
+    source: Any = require_installation(model).selection.provider
+    assert len(source.names()) == 1001 and not source.registry.resident
     for start in range(0, 1000, 97):
         names = [f"p{(start + j) % 7}-{(start + j) % 143}" for j in range(4)]
         with torch.no_grad(), fastprefix.prefix_batch(model, names):
             got = model(input_ids=ids).logits
-        assert len(source.shelf.resident) <= 4
+        assert len(source.registry.resident) <= 4
         for row, name in enumerate(names):
             other = ROWS["llama_gqa"].build()
             fastprefix.load(other, few[name.split("-")[0]])

@@ -57,7 +57,7 @@ def test_beside_another_prefix_the_other_stays(tmp_path: Path) -> None:
     edit_tensors(tmp_path / WEIGHTS, lambda t: t[EMBEDDINGS].zero_())
     with pytest.raises(ValueError, match="replaced since"):
         fastprefix.load(model, tmp_path)
-    assert state(model) == before and model._fastprefix.active == "mine"
+    assert state(model) == before and model._fastprefix.selection.active == "mine"
     assert torch.equal(model(ids).logits, want)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import fastprefix
 from fastprefix import PrefixConfig, PromptConfig, init
-from fastprefix.hf.adapters.lookup import installation
+from fastprefix.hf.adapters.lookup import require_installation
 from tests.models import ROWS, VOCAB
 from tests.precision import StayingInDouble, assert_model_rule
 from tests.rows import hybrids
@@ -99,7 +99,7 @@ def test_equals_concatenated_embeddings(name: str, side: str) -> None:
 def test_is_computed_once_whatever_the_batch(name: str) -> None:
     _, model, _ = prompted(name)
     seen: list[int] = []
-    owner = installation(model).layers.main.owner
+    owner = require_installation(model).facts.layers.main.owner
     layer = next(m for n, m in owner.named_modules() if n.endswith((".mlp", ".mlp.c_fc")) and n)
     layer.register_forward_hook(lambda module, args, output: seen.append(args[0].numel() // args[0].shape[-1]))
     model(input_ids=tokens())

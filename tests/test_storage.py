@@ -100,7 +100,7 @@ def test_round_trip(name: str, options: dict[str, Any], tmp_path: Path, ids: tor
     twin = ROWS[name].build()
     prefix = fastprefix.load(twin, tmp_path, "again")
     assert torch.equal(twin(input_ids=ids).logits, model(input_ids=ids).logits)
-    mine = model._fastprefix.prefixes["default"]
+    mine = model._fastprefix.selection.prefixes["default"]
     assert [(n, tuple(p.shape)) for n, p in prefix.named_parameters()] == [
         (n, tuple(p.shape)) for n, p in mine.named_parameters()
     ]
@@ -129,7 +129,7 @@ def test_training_resumes_exactly_through_the_mlp(tmp_path: Path, ids: torch.Ten
     for resumed in (False, True):
         torch.manual_seed(0)
         model = attached(prefix_projection=True)
-        optimizer = torch.optim.AdamW(model._fastprefix.prefixes["default"].parameters(), lr=0.01)
+        optimizer = torch.optim.AdamW(model._fastprefix.selection.prefixes["default"].parameters(), lr=0.01)
         steps(model, optimizer, 3)
         if resumed:
             fastprefix.save(model, tmp_path)
@@ -140,7 +140,7 @@ def test_training_resumes_exactly_through_the_mlp(tmp_path: Path, ids: torch.Ten
         steps(model, optimizer, 3)
         models.append(model)
         optimizers.append(optimizer)
-    for a, b in zip(*(m._fastprefix.prefixes["default"].parameters() for m in models), strict=True):
+    for a, b in zip(*(m._fastprefix.selection.prefixes["default"].parameters() for m in models), strict=True):
         assert torch.equal(a, b)
 
 

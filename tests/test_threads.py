@@ -12,7 +12,7 @@ from torch import nn
 
 import fastprefix
 from fastprefix import PrefixConfig, PromptConfig, init
-from fastprefix.hf.adapters.lookup import installation
+from fastprefix.hf.adapters.lookup import require_installation
 from tests.encoder_decoders import ROWS as ENCODER_DECODERS
 from tests.tiny import tiny_model
 
@@ -103,7 +103,7 @@ def test_one_model_serves_two_threads(kind: str) -> None:
 def test_tables_of_positions_are_moved_for_one_forward(row: str) -> None:
     model = ENCODER_DECODERS[row].build()
     fastprefix.attach(model, PrefixConfig(3, init=init.normal(0.5)))
-    assert installation(model).hooks[-1].shift is not None
+    assert require_installation(model).hooks[-1].shifted_table is not None
     rows = [IDS, IDS.flip(1)[:1, :5]]
     with torch.no_grad():
         want = [model(x, decoder_input_ids=x).logits for x in rows]
@@ -120,7 +120,7 @@ def test_one_threads_training_beside_anothers_use() -> None:
     model = attached("projected")
     model.train()
     model.gradient_checkpointing_enable({"use_reentrant": False})
-    prefix = list(model._fastprefix.prefixes["default"].parameters())
+    prefix = list(model._fastprefix.selection.prefixes["default"].parameters())
     with torch.no_grad():
         logits = model(IDS).logits
     want = torch.autograd.grad(model(IDS, labels=IDS).loss, prefix)

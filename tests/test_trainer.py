@@ -121,7 +121,7 @@ def test_the_best_checkpoint_comes_back(tmp_path: Path) -> None:
 def test_several_prefixes_have_a_folder_each(tmp_path: Path) -> None:
     model, _ = attached()
     fastprefix.attach(model, fastprefix.PrefixConfig(5), "other")
-    want = [numbers(p) for p in model._fastprefix.prefixes.values()]
+    want = [numbers(p) for p in model._fastprefix.selection.prefixes.values()]
     trained = trainer(model, tmp_path / "run")
     trained.save_model(str(tmp_path / "saved"))
     with torch.no_grad():
@@ -129,7 +129,7 @@ def test_several_prefixes_have_a_folder_each(tmp_path: Path) -> None:
             if p.requires_grad:
                 p.zero_()
     trained._load_from_checkpoint(str(tmp_path / "saved"))
-    for prefix, before in zip(model._fastprefix.prefixes.values(), want, strict=True):
+    for prefix, before in zip(model._fastprefix.selection.prefixes.values(), want, strict=True):
         assert_same(numbers(prefix), before)
     assert (tmp_path / "saved" / "other" / "adapter_model.safetensors").exists()
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import fastprefix
 from fastprefix import PrefixConfig, PromptConfig, init
-from fastprefix.hf.adapters.lookup import installation
+from fastprefix.hf.adapters.lookup import require_installation
 from tests.vision_language import CONFIGS, build, with_image
 
 TEXT = [5, 6, 7, 8]
@@ -130,7 +130,7 @@ def test_patch_keeps_peft_s_loss(cls: str) -> None:
 def test_a_model_that_makes_no_masks_around_its_layers_has_no_hooks_there() -> None:
     model = build("LlavaForConditionalGeneration")
     fastprefix.attach(model, PrefixConfig(2))
-    assert not installation(model).outer.handles
+    assert not require_installation(model).outer.handles
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model(input_ids=IDS)

@@ -18,7 +18,7 @@ from transformers.models.whisper.modeling_whisper import sinusoids
 import fastprefix
 from fastprefix import PrefixConfig
 from fastprefix.assets import ctranslate2, whisper
-from fastprefix.hf.adapters.lookup import found
+from fastprefix.hf.adapters.lookup import find_installation
 from fastprefix.prefixes.prefix import Prefix
 from tests import speech
 from tests.concat import concatenating
@@ -99,7 +99,7 @@ def pair() -> Iterator[tuple[Any, Any]]:
 def loaded(pair: tuple[Any, Any]) -> Iterator[tuple[Any, Any]]:
     """It bare, before and after."""
     yield pair
-    if found(pair[0]) is not None:
+    if find_installation(pair[0]) is not None:
         fastprefix.detach(pair[0])
 
 

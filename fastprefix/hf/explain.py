@@ -10,13 +10,13 @@ from transformers import PreTrainedModel
 
 from fastprefix import functional
 from fastprefix.hf.adapters.installation import Installation
-from fastprefix.hf.adapters.lookup import found, installation
+from fastprefix.hf.adapters.lookup import find_installation, require_installation
 from fastprefix.hf.api import attach, detach
-from fastprefix.hf.attention.function import AttentionCall
-from fastprefix.hf.model import layers as probe
-from fastprefix.hf.model import wrappers
-from fastprefix.hf.runtime import exactness
-from fastprefix.hf.runtime.prefix_reader import Entry
+from fastprefix.hf.attention.recording import AttentionCall
+from fastprefix.hf.model import layers as model_layers
+from fastprefix.hf.model import probing, wrappers
+from fastprefix.hf.runtime.exactness import why_not_shareable
+from fastprefix.hf.runtime.prefix_reader import ResolvedPrefix
 from fastprefix.prefixes.config import PrefixConfig
 from fastprefix.validation import fail
 
@@ -26,24 +26,24 @@ def explain_model(model: Any) -> str:
 
     Layers of the same name, but for numbers, with the same to say are told together.
     """
-    if found(model) is None:
+    if find_installation(model) is None:
         check_carries(model)
-    state = installation(model)
-    choice = state.choice()
+    state = require_installation(model)
+    choice = state.selection.current()
     active = [] if choice is None else choice.distinct()
     lines = []
-    for name in state.source.resident():
-        entry = state.source.entry(name)
+    for name in state.selection.provider.resident():
+        entry = state.selection.provider.resolve(name)
         count = sum(p.numel() for p in entry.parameters if p.requires_grad)
         mark = "active" if name in active else "attached"
         lines.append(f"{entry.kind} {name!r}: {mark}, P={entry.tokens}, {_where(state, entry)}, {count:,} trainable")
         if entry.prompt is not None:
-            reason = exactness.inexact(state, entry.tokens, {})
+            reason = why_not_shareable(state.facts, entry.tokens, {})
             lines.append(f"      {'computed once per forward' if reason is None else f'concatenated: {reason}'}")
     if not active:
         return "\n".join([*lines, "no prefix is active: the model runs its own attention"])
-    if state.layers.kinds:
-        others = [kind for kind in dict.fromkeys(state.layers.kinds) if kind in probe.WITHOUT_ATTENTION]
+    if types := state.facts.layers.hybrid_layer_types:
+        others = [kind for kind in dict.fromkeys(types) if kind in model_layers.WITHOUT_ATTENTION]
         what = f"other layers have no keys to put a prefix before: {', '.join(others)}"
         lines.append(f"a hybrid, whose {what if others else 'layers keep a state beside their keys'}")
     names = {id(module): name for name, module in wrappers.unwrapped(model).named_modules()}
@@ -52,7 +52,7 @@ def explain_model(model: Any) -> str:
     for hooks in state.hooks:
         hooks.checked = True
     try:
-        calls = [call for stack in state.layers.stacks for call in _rows(stack)]
+        calls = [call for stack in state.facts.layers.stacks for call in _rows(stack)]
     except ValueError as error:  # a forward that needs more than tokens: PEFT's multitask prompts
         return "\n".join([*lines, f"a forward of two tokens says: {error}"])
     finally:
@@ -86,7 +86,7 @@ def check_carries(model: Any) -> None:
 
 def _about(state: Installation, index: int, call: AttentionCall) -> list[str]:
     """A layer's shape and prefix, and what every backend says."""
-    shape = state.layers.shapes[index]
+    shape = state.facts.layers.shapes[index]
     heads = f"H={call.tensors['q'].shape[1]} H_kv={shape.num_kv_heads} D={shape.head_dim}"
     heads += f" D_v={shape.value_dim}" if shape.value_dim != shape.head_dim else ""
     window = getattr(call.module, "sliding_window", None)  # two tokens do not reach beyond any
@@ -106,11 +106,11 @@ def _ranges(numbers: Sequence[int]) -> str:
     return ", ".join("-".join(map(str, run)) for run in runs)
 
 
-def _rows(stack: probe.Stack) -> list[AttentionCall]:
+def _rows(stack: model_layers.AttentionStack) -> list[AttentionCall]:
     """A stack's layers in a forward of two tokens; a soft prompt's own calls come before them."""
-    backwards = probe.run(stack.owner, stack.example())[::-1]
-    return probe.once(backwards)[: len(stack.layers)][::-1]
+    backwards = probing.run(stack.owner, stack.dummy_inputs())[::-1]
+    return probing.first_calls(backwards)[: len(stack.layers)][::-1]
 
 
-def _where(state: Installation, entry: Entry) -> str:
+def _where(state: Installation, entry: ResolvedPrefix) -> str:
     return "input embeddings" if entry.layers is None else f"{entry.layers} of {len(state.slots)} layers"

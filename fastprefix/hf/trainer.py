@@ -13,11 +13,9 @@ from transformers import Trainer
 from transformers.trainer import TRAINING_ARGS_NAME
 
 from fastprefix.hf.adapters.installation import Installation
-from fastprefix.hf.adapters.lookup import installation
-from fastprefix.hf.storage import peft_format as formats
-from fastprefix.hf.storage import save_load as storage
-from fastprefix.hf.storage import saved_modules
-from fastprefix.hf.storage.saved_adapter import Stored
+from fastprefix.hf.adapters.lookup import require_installation
+from fastprefix.hf.storage import peft_format, save_load, saved_modules
+from fastprefix.hf.storage.saved_adapter import SavedAdapter
 from fastprefix.prefixes.kv import DirectKV
 from fastprefix.prefixes.prefix import Prefix
 from fastprefix.prefixes.prompt import SoftPrompt
@@ -42,7 +40,7 @@ class PrefixTrainer(Trainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        state = installation(self.model)
+        state = require_installation(self.model)
         others = saved_modules.left_out(state)
         if others:
             got = f"trainable parameters besides the prefix: {', '.join(others[:3])}"
@@ -56,16 +54,16 @@ class PrefixTrainer(Trainer):
         if not self.args.should_save:
             return
         folder = Path(output_dir if output_dir is not None else self.args.output_dir)
-        state = installation(self.model)
-        for name in state.prefixes:
-            storage.save(self.model, _folder(state, folder, name), name)
+        state = require_installation(self.model)
+        for name in state.selection.prefixes:
+            save_load.save(self.model, _folder(state, folder, name), name)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
         torch.save(self.args, folder / TRAINING_ARGS_NAME)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        state = installation(self.model)
-        for name, prefix in state.prefixes.items():
+        state = require_installation(self.model)
+        for name, prefix in state.selection.prefixes.items():
             modules = saved_modules.saved_with(state, prefix)
             restore(prefix, _folder(state, Path(resume_from_checkpoint), name), modules)
 
@@ -78,7 +76,7 @@ class PrefixTrainer(Trainer):
 
 def _folder(state: Installation, folder: Path, name: str) -> Path:
     """Where a checkpoint keeps one prefix; PEFT's rule for several adapters."""
-    return folder if name == "default" or len(state.prefixes) == 1 else folder / name
+    return folder if name == "default" or len(state.selection.prefixes) == 1 else folder / name
 
 
 @torch.no_grad()
@@ -95,12 +93,13 @@ def restore(
     Raises:
         ValueError: a file is missing or malformed, or of a prefix with another configuration; names the field.
     """
-    stored = Stored(dir)
-    own, path = stored.own, stored.paths[formats.OWN_CONFIG]
+    stored = SavedAdapter(dir)
+    own, path = stored.own, stored.paths[peft_format.OWN_CONFIG]
     encoder = prefix.encoder if isinstance(prefix, Prefix) else None
     if own is None:
         raise fail("dir", f"no file {path}", "a folder written by fastprefix.save")
-    mine: dict[str, Any] = {"format_version": formats.FORMAT_VERSION, "num_virtual_tokens": prefix.num_virtual_tokens}
+    tokens = prefix.num_virtual_tokens
+    mine: dict[str, Any] = {"format_version": peft_format.FORMAT_VERSION, "num_virtual_tokens": tokens}
     if isinstance(prefix, SoftPrompt):
         mine["kind"] = "prompt"
     else:
@@ -111,12 +110,12 @@ def restore(
         if own.get(field) != expected:
             raise fail(f"{path}: {field}", own.get(field), f"{expected}, the attached prefix's")
     modules = prefix.modules_to_save.named() if modules is None else modules
-    saved_modules.check(stored.modules, modules, stored.paths[formats.WEIGHTS])
+    saved_modules.check(stored.modules, modules, stored.paths[peft_format.WEIGHTS])
     if isinstance(prefix, SoftPrompt):
         stored.check_embedding(prefix.embedding.shape[1])
         saved_modules.fill(stored.modules, modules)
         return stored.fill(prefix)
-    keys, values = formats.stored_key_values(stored.tensors, prefix, stored.paths[formats.WEIGHTS])
+    keys, values = peft_format.stored_key_values(stored.tensors, prefix, stored.paths[peft_format.WEIGHTS])
     if encoder is not None:
         stored.check_encoder(encoder)
     stored.check_whole()

@@ -105,35 +105,35 @@ class LayerKV(NamedTuple):
 class LayerSlot(nn.Module):
     """What an attention module holds: the prefixes attached to it by name, one of them active or none.
 
-    A forward may bring keys and values of its own (``given``): a bank, or what the model computed from a prompt.
+    A forward may bring keys and values of its own (``override``): a bank, or what the model computed from a prompt.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.prefixes = nn.ModuleDict()
         self.active: str | None = None
-        self.given: LayerKV | None = None
-        self.overridden = False  # whether ``given`` speaks, None included, and not ``active``
+        self.override: LayerKV | None = None
+        self.is_overridden = False  # whether ``override``, None included, is read instead of the active prefix
         self.capturing = False
         self.captured: tuple[Tensor, Tensor] | None = None  # the content's [B, H_kv, T, D], [B, H_kv, T, D_v]
-        self.beside: str | None = None  # the attention implementation that keeps the content to itself
+        self.fallback_attention: str | None = None  # the implementation that the content keeps beside a gated prompt
         self.keeps_query = False
         self.query: Tensor | None = None  # [B, H, S, D]
-        self.query_factor: Tensor | None = None  # [B or 1, 1, S, 1], see fastprefix.hf.attention.query_scaling
-        self.ran = False  # whether the attention function has come by, for the check after the first forward
+        self.query_factor: Tensor | None = None  # [B or 1, 1, S, 1], see hf/attention/query_scaling.py
+        self.ran = False  # whether the attention function was called, for the check after the first forward
 
-    def give(self, kv: LayerKV | None) -> None:
+    def set_override(self, kv: LayerKV | None) -> None:
         """Read these, or nothing, whichever prefix is active."""
-        self.given, self.overridden = kv, True
+        self.override, self.is_overridden = kv, True
 
-    def take_back(self) -> None:
+    def clear_override(self) -> None:
         """Read the active prefix again."""
-        self.given, self.overridden = None, False
+        self.override, self.is_overridden = None, False
 
     def forward(self) -> LayerKV | None:
         """What this layer reads, or None where it has no prefix."""
-        if self.overridden:
-            return self.given
+        if self.is_overridden:
+            return self.override
         if self.active is None or self.active not in self.prefixes:
             return None
         return LayerKV(*self.prefixes[self.active]())

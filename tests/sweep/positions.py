@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastprefix import PrefixConfig, init
-from fastprefix.hf.adapters.lookup import installation
+from fastprefix.hf.adapters.lookup import require_installation
 from tests.sweep import inputs, oracles
 from tests.sweep.inputs import Case, takes
 from tests.sweep.oracles import P
@@ -18,7 +18,7 @@ from tests.sweep.running import Concatenating, Refused, attached, judged, only_r
 
 def checked(bare: Any, model: Any, cases: list[Case]) -> dict[str, Outcome]:
     """Content stands at positions from P on: the text in context where that is the same, or position ids by hand."""
-    state = installation(model)
+    state = require_installation(model)
     if getattr(bare.config, "is_encoder_decoder", False):
         return {"moved": _moved(bare, cases[0])}
     if bare.main_input_name != "input_ids" or "input_ids" not in cases[0].inputs:
@@ -26,7 +26,7 @@ def checked(bare: Any, model: Any, cases: list[Case]) -> dict[str, Outcome]:
     if cases[0].inputs["input_ids"].dim() != 2:
         return {}
     causal = [case for case in cases if oracles.is_causal(bare, case)]
-    elsewhere = oracles.has_states(bare) or oracles.has_narrow_window(bare) or state.layers.again
+    elsewhere = oracles.has_states(bare) or oracles.has_narrow_window(bare) or state.facts.layers.reuses_modules
     elsewhere = elsewhere or oracles.depends_on_length(bare)
     if causal and _moves_nothing(bare, causal[0]):  # its positions are those of something else than a text
         return {"position ids": Outcome(RIGHT, "position ids move nothing")}

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import fastprefix
-from fastprefix.hf.adapters.lookup import installation
+from fastprefix.hf.adapters.lookup import require_installation
 from tests.concat import run_concat
 from tests.sweep.build import as_built
 from tests.sweep.inputs import Case
@@ -90,7 +90,7 @@ def judged(got: Callable[[], Any], want: Callable[[], Any]) -> Outcome:
 def pairs_by_name(model: Any, made: Any) -> dict[str, tuple[Tensor, Tensor]]:
     """The prefix's keys and values by the name of their attention module."""
     names = {id(m): n for n, m in model.named_modules()}
-    modules = installation(model).layers.modules
+    modules = require_installation(model).facts.layers.modules
     return {names[id(modules[i])]: kv for i, kv in zip(made.layer_indices, made.key_values(), strict=True)}
 
 

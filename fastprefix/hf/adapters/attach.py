@@ -10,13 +10,17 @@ import torch
 from torch import nn
 
 from fastprefix.hf.adapters import placement
-from fastprefix.hf.adapters import trial_forward as trial
-from fastprefix.hf.adapters.attached_prefixes import Attached
 from fastprefix.hf.adapters.build import build
 from fastprefix.hf.adapters.installation import Installation
-from fastprefix.hf.adapters.lookup import found, install, installation, uninstall
-from fastprefix.hf.model import dtensor as sharded
-from fastprefix.hf.model import wrappers
+from fastprefix.hf.adapters.lookup import (
+    find_installation,
+    get_or_install,
+    require_installation,
+    require_not_patched,
+    uninstall,
+)
+from fastprefix.hf.adapters.trial_forward import run_once
+from fastprefix.hf.model import dtensor, wrappers
 from fastprefix.prefixes.config import PrefixConfig
 from fastprefix.prefixes.prefix import Prefix
 from fastprefix.prefixes.prompt import PromptConfig, SoftPrompt
@@ -75,9 +79,9 @@ def attach_made(model: Any, name: str, make: Callable[[Installation], Prefix | S
     """Give a model what ``make`` makes for it; after an error of its the model is as it was."""
     check_name(name)
     model = wrappers.unwrapped(model, but=wrappers.ADDING)
-    fresh = found(model) is None
-    state = own_installation(model)
-    with state.turns.turn():
+    fresh = find_installation(model) is None
+    state = get_or_install(model)
+    with state.lock.hold():
         return _attach_made(model, state, name, make, fresh)
 
 
@@ -85,22 +89,22 @@ def _attach_made(
     model: Any, state: Installation, name: str, make: Callable[[Installation], Prefix | SoftPrompt], fresh: bool
 ) -> Prefix | SoftPrompt:
     try:
-        if state.chosen is not None:
+        if state.selection.chosen is not None:
             raise fail("name", f"{name!r} inside a block of prefix_batch", "the block's end first")
-        if name in state.source.names():
-            raise fail("name", repr(name), f"a new one: {sorted(state.source.names())} are attached")
+        if name in state.selection.provider.names():
+            raise fail("name", repr(name), f"a new one: {sorted(state.selection.provider.names())} are attached")
         prefix = make(state)
     except BaseException:
         if fresh:
             detach(model)
         raise
-    before = state.active
+    before = state.selection.active
     state.freeze()
-    state.prefixes[name] = prefix
+    state.selection.prefixes[name] = prefix
     placement.place(state, name, prefix)
     state.activate(name)
     try:
-        trial.run_once(state)
+        run_once(state)
     except BaseException:
         if fresh:
             detach(model)
@@ -117,23 +121,11 @@ def check_name(name: object) -> None:
         raise fail("name", repr(name), "letters, digits, '_' and '-'")
 
 
-def own_installation(model: Any) -> Installation:
-    """What is installed in a model, or now is; raises ValueError for a patched PEFT model: its adapters are PEFT's.
-
-    And for a model that is sharded, where a prefix would be a different one on every device.
-    """
-    model = wrappers.unwrapped(model)
-    sharded.refuse(model)
-    state = found(model)
-    return install(model) if state is None else own(state)
-
-
-def own(state: Installation) -> Installation:
-    """It, unless it is a patched PEFT model's."""
-    if not isinstance(state.source, Attached):
-        expected = "an attached one: a patched model's adapters are PEFT's to add, choose, save and delete"
-        raise fail("model", f"a patched {type(state.model).__name__}", expected)
-    return state
+def _attached(model: Any) -> Installation:
+    """What is installed in a model; raises ValueError where nothing is, or PEFT's adapters are."""
+    installation = require_installation(model)
+    require_not_patched(installation)
+    return installation
 
 
 def detach(model: Any) -> None:
@@ -142,8 +134,8 @@ def detach(model: Any) -> None:
     Raises:
         ValueError: nothing is attached, or the model is a patched one (see :func:`unpatch`).
     """
-    state = own(installation(model))
-    with state.turns.turn():
+    state = _attached(model)
+    with state.lock.hold():
         uninstall(state)
 
 
@@ -157,13 +149,13 @@ def bake(model: Any, name: str = "default") -> Prefix | SoftPrompt:
         ValueError: no prefix of this name is attached, or the model is sharded.
     """
     model = wrappers.unwrapped(model, but=wrappers.ADDING)
-    prefix = own(installation(model)).named(name)
-    sharded.refuse(model)
+    prefix = _attached(model).selection.named(name)
+    dtensor.refuse(model)
     if isinstance(prefix, Prefix) and prefix.encoder is not None:
         with torch.no_grad():
             keys, values = zip(*prefix.key_values(), strict=True)
         prefix.set_direct(keys, values)
-        placement.place(installation(model), name, prefix)
+        placement.place(require_installation(model), name, prefix)
     return prefix
 
 
@@ -173,8 +165,8 @@ def set_prefix(model: Any, name: str | None) -> None:
     Raises:
         ValueError: nothing is attached, or not under this name.
     """
-    state = own(installation(model))
-    if state.chosen is not None:
+    state = _attached(model)
+    if state.selection.chosen is not None:
         raise fail("name", f"{name!r} inside a block of prefix_batch", "the block's end first: it chooses for its rows")
-    with state.turns.turn():
+    with state.lock.hold():
         state.activate(name)

@@ -2,59 +2,76 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Protocol
 
 from torch import nn
 
-from fastprefix.hf.runtime.prefix_reader import Choice, Entry, Name
-from fastprefix.hf.runtime.prompt_prefill import KeyValues
+from fastprefix.hf.adapters.modules_to_save import TrainedModules
+from fastprefix.hf.runtime.forward_context import AdapterSelection, KeyValues, Name, ResolvedPrefix
+from fastprefix.hf.runtime.selection import Selection
 from fastprefix.prefixes.prefix import LayerKV, Prefix
 from fastprefix.prefixes.prompt import SoftPrompt
 from fastprefix.validation import fail
 
-if TYPE_CHECKING:
-    from fastprefix.hf.adapters.installation import Installation
-    from fastprefix.hf.storage.registry import Shelf
+
+class StoredPrefixes(Protocol):
+    """Prefixes on disk, of which those used last are in memory (see storage/registry.py)."""
+
+    paths: dict[str, Path]
+
+    @property
+    def resident(self) -> Mapping[str, Prefix | SoftPrompt]:
+        """Those in memory."""
+        ...
+
+    def get(self, name: str) -> Prefix | SoftPrompt:
+        """A prefix, read from disk unless it is in memory."""
+        ...
+
+    def pin(self, names: Sequence[Name]) -> AbstractContextManager[None]:
+        """Keep these in memory for a block."""
+        ...
 
 
-class Attached:
-    """The source of an attached model."""
+class AttachedPrefixes:
+    """Leads from names to the prefixes that were attached to a model, or are kept on disk."""
 
-    beside = False
+    gated = False
 
-    def __init__(self, state: Installation) -> None:
-        self.state = state
-        self.shelf: Shelf | None = None
+    def __init__(self, selection: Selection, num_layers: int, modules: TrainedModules) -> None:
+        self.selection, self.num_layers, self.modules_in_model = selection, num_layers, modules
+        self.registry: StoredPrefixes | None = None
 
     def names(self) -> list[str]:
         """Attached ones, then those on disk."""
-        return [*self.state.prefixes, *(self.shelf.paths if self.shelf is not None else ())]
+        return [*self.selection.prefixes, *(self.registry.paths if self.registry is not None else ())]
 
     def resident(self) -> list[str]:
         """Those in memory."""
-        return [*self.state.prefixes, *(self.shelf.resident if self.shelf is not None else ())]
+        return [*self.selection.prefixes, *(self.registry.resident if self.registry is not None else ())]
 
     def enabled(self) -> bool:
         """Always."""
         return True
 
-    def active(self) -> Choice | None:
+    def active(self) -> AdapterSelection | None:
         """The one that every row reads."""
-        return None if self.state.active is None else Choice((self.state.active,))
+        return None if self.selection.active is None else AdapterSelection((self.selection.active,))
 
-    def entry(self, name: Name) -> Entry:
-        """What a name leads to; raises ValueError when it leads nowhere."""
-        return entry(self.prefix(name), len(self.state.slots))
+    def resolve(self, name: Name) -> ResolvedPrefix:
+        """The prefix of a name; raises ValueError where there is none."""
+        return resolve(self.prefix(name), self.num_layers)
 
     def prefix(self, name: Name) -> Prefix | SoftPrompt:
         """What is attached under a name, or read from disk; raises ValueError where there is none."""
-        prefix = self.state.prefixes.get(name) if isinstance(name, str) else None
+        prefix = self.selection.prefixes.get(name) if isinstance(name, str) else None
         if prefix is None:
-            if self.shelf is None or name not in self.shelf.paths:
+            if self.registry is None or name not in self.registry.paths:
                 raise fail("names", repr(name), f"None or one of {sorted(self.names())}")
-            prefix = self.shelf.take(str(name))
+            prefix = self.registry.get(str(name))
         return prefix
 
     def modules(self, name: Name | None) -> dict[str, nn.Module]:
@@ -62,19 +79,19 @@ class Attached:
         return {} if name is None else self.prefix(name).modules_to_save.named()
 
     @contextmanager
-    def held(self, choice: Choice) -> Iterator[None]:
+    def held(self, selection: AdapterSelection) -> Iterator[None]:
         """Keep what lies on disk in memory for a block, and let every row use its own prefix's modules."""
-        with nullcontext() if self.shelf is None else self.shelf.held(choice.distinct()):
-            modules = {name: self.modules(name) for name in dict.fromkeys(choice.names)}
-            with self.state.modules.rows(choice, modules):
+        with nullcontext() if self.registry is None else self.registry.pin(selection.distinct()):
+            modules = {name: self.modules(name) for name in dict.fromkeys(selection.names)}
+            with self.modules_in_model.rows(selection, modules):
                 yield
 
 
-def entry(prefix: Prefix | SoftPrompt, num_layers: int) -> Entry:
+def resolve(prefix: Prefix | SoftPrompt, num_layers: int) -> ResolvedPrefix:
     """What a prefix or soft prompt gives a model of so many attention layers."""
     tokens, parameters = prefix.num_virtual_tokens, tuple(prefix.parameters())
     if isinstance(prefix, SoftPrompt):
-        return Entry("soft prompt", tokens, tokens, parameters, prompt=prefix)
+        return ResolvedPrefix("soft prompt", tokens, tokens, parameters, prompt=prefix)
 
     def key_values() -> KeyValues:
         found: KeyValues = [None] * num_layers
@@ -87,4 +104,4 @@ def entry(prefix: Prefix | SoftPrompt, num_layers: int) -> Entry:
         return found
 
     kind = "prefix" if prefix.encoder is None else "prefix through an MLP"
-    return Entry(kind, tokens, prefix.offset, parameters, key_values, layers=len(prefix.layer_indices))
+    return ResolvedPrefix(kind, tokens, prefix.offset, parameters, key_values, layers=len(prefix.layer_indices))

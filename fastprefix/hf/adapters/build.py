@@ -4,24 +4,19 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 
-from fastprefix.hf.model import encoder_decoder
-from fastprefix.hf.model import layers as probe
-from fastprefix.hf.model import offload as offloaded
-from fastprefix.hf.runtime import prompt_prefill as sharing
+from fastprefix.hf.adapters.installation import Installation
+from fastprefix.hf.model import encoder_decoder, offload, probing
+from fastprefix.hf.model import layers as model_layers
+from fastprefix.hf.model.prompt_support import check_images, check_prompts
 from fastprefix.hf.runtime.pooled_head import reads_each_token
 from fastprefix.prefixes.config import LayerShape, PrefixConfig
 from fastprefix.prefixes.kv import PartEncoders, PrefixEncoder
 from fastprefix.prefixes.prefix import Prefix
 from fastprefix.prefixes.prompt import PromptConfig, SoftPrompt, start
 from fastprefix.validation import fail
-
-if TYPE_CHECKING:
-    from fastprefix.hf.adapters.installation import Installation
-
 
 _INEXACT = 1e-2  # relative error of a start through an MLP; rounding leaves far less
 
@@ -39,43 +34,39 @@ def _build(state: Installation, config: PrefixConfig | PromptConfig) -> Prefix |
         dim = prompt_dim(state)
         vocabulary = state.model.config.get_text_config().vocab_size
         embeddings = state.model.get_input_embeddings()
-        return SoftPrompt(config, start(config, embeddings, vocabulary, dim, offloaded.device(embeddings)))
+        return SoftPrompt(config, start(config, embeddings, vocabulary, dim, offload.device(embeddings)))
     return build_prefix(state, config)
 
 
 def prompt_dim(state: Installation) -> int:
     """Numbers of a soft prompt's token; raises ValueError for a model that takes none."""
-    sharing.check(state)
+    check_prompts(state.facts)
     hidden = state.model.config.get_text_config().hidden_size
     dim = int(getattr(state.model.get_input_embeddings(), "embedding_dim", hidden))
-    owner = state.layers.main.owner
+    owner = state.facts.layers.main.owner
     dtype = next(p.dtype for p in owner.parameters() if p.is_floating_point())
-    embeds = torch.zeros(1, 2, dim, dtype=dtype, device=offloaded.device(owner))
-    state.paused = True
+    embeds = torch.zeros(1, 2, dim, dtype=dtype, device=offload.device(owner))
     try:
-        probe.run(owner, {"inputs_embeds": embeds})
+        with state.forward.bypass():
+            probing.run(owner, {"inputs_embeds": embeds})
     except (AttributeError, RuntimeError, TypeError, ValueError) as error:
         got = f"{type(state.model).__name__}, which does not run on inputs_embeds alone ({error})"
         raise fail("model", got, "one that does: a soft prompt is embeddings") from error
-    finally:
-        state.paused = False
     check_head(state)
-    state.reads_token_ids = reads_token_ids(state)
+    state.facts.reads_token_ids = reads_token_ids(state)
     return dim
 
 
 def check_head(state: Installation) -> None:
     """Raise ValueError where a head looks at one place of a bidirectional text for all others (Splinter's question)."""
-    main = state.layers.main
-    if main.causal or main.owner is state.model or state.pooled or state.heads.handles:
+    main = state.facts.layers.main
+    if main.causal or main.owner is state.model or state.pooled or state.head:
         return
-    state.paused = True
     try:
-        each = reads_each_token(state.model, main)
+        with state.forward.bypass():
+            each = reads_each_token(state.model, main)
     except (AttributeError, LookupError, RuntimeError, TypeError, ValueError):  # it looks at the ids, say
         each = False
-    finally:
-        state.paused = False
     if not each:
         got = f"{type(state.model).__name__}, whose head reads one place of its text for all tokens"
         raise fail("model", got, "one that reads each token's own: a prompt stands in front of the text")
@@ -86,26 +77,22 @@ def reads_token_ids(state: Installation) -> bool:
 
     Then rows have ids and a prompt in front of them has none, as it has not where both are embeddings.
     """
-    main, embed = state.layers.main, state.model.get_input_embeddings()
+    main, embed = state.facts.layers.main, state.model.get_input_embeddings()
     if not main.causal or main.main_input != "input_ids":
         return False
-    ids = main.example(tokens=3)["input_ids"]
-    state.paused = True
-    try:
-        with probe.evaluating(state.model):
-            of_ids, of_embeddings = main.owner(input_ids=ids)[0], main.owner(inputs_embeds=embed(ids))[0]
-    finally:
-        state.paused = False
+    ids = main.dummy_inputs(tokens=3)["input_ids"]
+    with state.forward.bypass(), probing.evaluating(state.model):
+        of_ids, of_embeddings = main.owner(input_ids=ids)[0], main.owner(inputs_embeds=embed(ids))[0]
     tiny = min(64 * torch.finfo(of_ids.dtype).eps, 0.03) * of_ids.abs().max().item()  # bf16 rounds to 0.4%
     return not torch.allclose(of_ids, of_embeddings, rtol=0.0, atol=tiny)
 
 
 def empty_prefix(state: Installation, config: PrefixConfig) -> Prefix:
     """The layers that get a prefix, without its numbers."""
-    layers = state.layers
+    layers = state.facts.layers
     indices = config.active_layers(layers.parts)
     shapes, parts = [layers.shapes[i] for i in indices], [layers.parts[i] for i in indices]
-    return Prefix(config, shapes, indices, parts, [layers.sources[i] for i in indices])
+    return Prefix(config, shapes, indices, parts, [layers.kv_sources[i] for i in indices])
 
 
 def new_encoder(state: Installation, prefix: Prefix) -> PrefixEncoder | PartEncoders:
@@ -119,9 +106,9 @@ def new_encoder(state: Installation, prefix: Prefix) -> PrefixEncoder | PartEnco
 def build_prefix(state: Installation, config: PrefixConfig) -> Prefix:
     """Keys and values for every layer."""
     if config.position_offset == "after_prefix":
-        sharing.check_images(state)
+        check_images(state.facts)
     prefix = empty_prefix(state, config)
-    devices = [state.layers.devices[i] for i in prefix.layer_indices]
+    devices = [state.facts.layers.devices[i] for i in prefix.layer_indices]
     given = _start(state, config, list(prefix.layer_indices))
     if config.prefix_projection:
         encoder = new_encoder(state, prefix)
@@ -158,28 +145,28 @@ def _start(
     """The keys and values to start from; None for a random start."""
     init = config.init
     if init.keys is not None and init.values is not None:
-        if len(init.keys) == len(state.layers.modules) == len(init.values):
+        if len(init.keys) == len(state.facts.layers.modules) == len(init.values):
             return [init.keys[i] for i in indices], [init.values[i] for i in indices]
         return list(init.keys), list(init.values)
     if not init.of_tokens:
         return None
-    if state.model.main_input_name != "input_ids" and len(state.layers.stacks) == 1:
+    if state.model.main_input_name != "input_ids" and len(state.facts.layers.stacks) == 1:
         got = f"{init.name} for {type(state.model).__name__}, which reads {state.model.main_input_name}"
         raise fail("init", got, "fastprefix.init.normal or kv")
-    if state.layers.again:
+    if state.facts.layers.reuses_modules:
         got = f"{init.name} for {type(state.model).__name__}, which runs one module as several layers"
         raise fail("init", got, "fastprefix.init.normal or kv: a text has keys of its own in each")
-    active = state.active
+    active = state.selection.active
     state.activate(None)
-    state.switch(on=True)
-    state.paused = True
+    state.configs.switch(on=True)
     try:
-        ids = init.tokens(config.num_virtual_tokens, state.model.config.get_text_config().vocab_size)
-        if len(state.layers.stacks) > 1:
-            return encoder_decoder.key_values(state.model, state.layers, ids, indices)
-        modules = [state.layers.modules[i] for i in indices]
-        # Not the whole model: the logits of thousands of tokens would be made for nothing.
-        return probe.key_values(state.layers.main.owner, ids, modules)
+        with state.forward.bypass():
+            ids = init.tokens(config.num_virtual_tokens, state.model.config.get_text_config().vocab_size)
+            layers = state.facts.layers
+            if len(layers.stacks) > 1:
+                return encoder_decoder.key_values(state.model, layers, ids, indices)
+            modules = [layers.modules[i] for i in indices]
+            # Not the whole model: the logits of thousands of tokens would be made for nothing.
+            return model_layers.key_values(layers.main.owner, ids, modules)
     finally:
-        state.paused = False
         state.activate(active)

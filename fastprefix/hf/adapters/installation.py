@@ -1,254 +1,167 @@
-"""Everything fastprefix put into one model, and what it needs to take it out again."""
+"""Everything fastprefix put into one model, assembled from its parts, and what it needs to take it out again."""
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from torch import Tensor
-
-from fastprefix.hf.adapters.attached_prefixes import Attached
+from fastprefix.hf.adapters.attached_prefixes import AttachedPrefixes
+from fastprefix.hf.adapters.continuous_batching import ContinuousBatching
 from fastprefix.hf.adapters.freezing import Frozen
 from fastprefix.hf.adapters.modules_to_save import ENCODERS, TrainedModules
-from fastprefix.hf.attention import method_overrides as bypassing
-from fastprefix.hf.attention.config_copies import OwnConfigs
-from fastprefix.hf.attention.function import SLOT, masks, recording
-from fastprefix.hf.attention.query_scaling import QueryScales
-from fastprefix.hf.model import causality, default_positions, encoder_decoder
-from fastprefix.hf.model import layers as probe
-from fastprefix.hf.model import offload as offloaded
-from fastprefix.hf.model import outer_modules as outer
-from fastprefix.hf.model import position_embeddings as tables
-from fastprefix.hf.runtime import exactness
-from fastprefix.hf.runtime import prefix_reader as reading
+from fastprefix.hf.attention import method_overrides
+from fastprefix.hf.attention.config_copies import ConfigCopies
+from fastprefix.hf.attention.masks import requested
+from fastprefix.hf.attention.query_scaling import QueryScaling
+from fastprefix.hf.attention.recording import recording
+from fastprefix.hf.model import causality, default_positions, encoder_decoder, offload, outer_modules
+from fastprefix.hf.model.facts import ModelFacts, position_table
+from fastprefix.hf.model.layers import find_layers
+from fastprefix.hf.model.probing import does_not_dispatch
+from fastprefix.hf.model.rope_limits import rope_limits
+from fastprefix.hf.runtime.cache_origin import CacheOrigins
 from fastprefix.hf.runtime.checkpointing import Checkpointing
-from fastprefix.hf.runtime.continuous_batching import ContinuousBatching
+from fastprefix.hf.runtime.forward_context import ForwardState
 from fastprefix.hf.runtime.forward_hooks import ForwardHooks
-from fastprefix.hf.runtime.forward_lock import Turns
-from fastprefix.hf.runtime.lm_head_hooks import HeadHooks
+from fastprefix.hf.runtime.forward_lock import ForwardLock
+from fastprefix.hf.runtime.lm_head_hooks import LMHeadHooks
 from fastprefix.hf.runtime.pooled_head import PooledHead
-from fastprefix.hf.runtime.prefix_reader import Choice, Reading, Source
-from fastprefix.hf.runtime.prompt_kv_cache import Memo
-from fastprefix.hf.runtime.prompt_prefill import Nested
-from fastprefix.prefixes.prefix import LayerSlot, Prefix
-from fastprefix.prefixes.prompt import SoftPrompt
+from fastprefix.hf.runtime.prefix_reader import PrefixReader
+from fastprefix.hf.runtime.prompt_prefill import PromptPrefill
+from fastprefix.hf.runtime.selection import Selection
+from fastprefix.hf.runtime.slots import AttentionSlots
+from fastprefix.hf.runtime.warn_once import WarnOnce
 from fastprefix.validation import fail
-
-if TYPE_CHECKING:
-    from fastprefix.hf.adapters.shared_prompt import SharedPrompt
-
-_numbers = itertools.count()
 
 
 class Installation:
-    """What is in one model: a slot in every attention layer, hooks around them, and which prefix they read."""
+    """The parts that are in one model.
+
+    Records (``facts``, ``selection``, ``forward``) hold what several parts read; each hook is given those it needs
+    and knows nothing of the others. Only this class knows them all.
+    """
 
     def __init__(self, model: Any) -> None:
         self.model = model
-        self.number = next(_numbers)  # in the origin of its caches
-        self.prefixes: dict[str, Prefix | SoftPrompt] = {}
-        self.active: str | None = None
-        self.source: Source = Attached(self)
-        self.chosen: Choice | None = None  # by a block of prefix_batch
-        self.shared: SharedPrompt | None = None  # by a block of shared_prompt
-        self.running: Reading | None = None  # what the forward that runs reads
-        self.nested: Nested | None = None
-        self.prepared: reading.Bank | None = None  # what was computed for the next forward already
-        self.paused = False  # whether the model runs as if nothing were attached
-        self.memo = Memo()
-        self.said: set[str] = set()
-        self.reads_token_ids = False  # whether layers do, beside embeddings; known where soft prompts are
-        self.loss_fits_mask = True  # whether labels may be longer than the mask beside them; known where patched
+        self.selection = Selection()
+        self.forward = ForwardState()
+        self.warn = WarnOnce()
         self.frozen = Frozen()
-        self.home = offloaded.Home()
-        self.configs = OwnConfigs(model)
-        self.led = bypassing.lead(model)
-        masks.running.forget()  # an interrupt may have kept another model's forward from it
-        try:
-            self.switch(on=True)
-            self.layers = (
-                encoder_decoder.find_layers(model) if encoder_decoder.is_one(model) else probe.find_layers(model)
+        self.parameters = offload.AttachedParameters()
+        self.configs = ConfigCopies(model)
+        self.overrides = method_overrides.install_overrides(model)
+        requested.clear()  # an interrupt may have kept another model's forward from it
+        self.facts = self._discover()
+        layers = self.facts.layers
+        self.slots = AttentionSlots(layers.modules)
+        self.query_scaling = QueryScaling(layers.modules)
+        self.pooled = PooledHead(model, layers.main)  # it runs the model: before there are hooks
+        self.modules = TrainedModules(model, layers, self.selection)
+        self.selection.provider = AttachedPrefixes(self.selection, len(layers.modules), self.modules)
+        self.lock = ForwardLock(model, layers.stacks)
+        self.head = LMHeadHooks(self.facts, self.selection, self.forward, self.lock)
+        self.outer = outer_modules.OuterCall(model, layers.main, self.facts.outer, self.configs)
+        self.continuous = ContinuousBatching(model, self.selection, self.configs)
+        self.origins = CacheOrigins(self.facts, self.selection, self.warn)
+        prefill = PromptPrefill(self.facts, self.slots, self.forward)
+        self.reader = PrefixReader(self.facts, self.selection, self.forward, prefill, self.warn)
+        self.checkpointing = Checkpointing(
+            self.facts,
+            self.configs,
+            self.slots,
+            self.selection,
+            self.forward,
+            self.lock,
+            self.query_scaling,
+            self.modules,
+        )
+        self.hooks = [
+            ForwardHooks(
+                stack,
+                table,
+                facts=self.facts,
+                configs=self.configs,
+                slots=self.slots,
+                reader=self.reader,
+                forward=self.forward,
+                lock=self.lock,
+                origins=self.origins,
+                parameters=self.parameters,
+                checkpointing=self.checkpointing,
+                head=self.head,
+                pooled=self.pooled,
+                outer=self.outer,
+                query_scaling=self.query_scaling,
             )
-            offloaded.refuse_whole(model, self.layers.modules)
-            self.check_masks()
-            around = outer.look(model, self.layers.main)
-            self.counting = default_positions.find(model, self.layers.main)
-            if not self.counting.moved:
-                self.layers = probe.without_positions(self.layers)
-            moved = [tables.table(model, stack, stack is self.layers.main) for stack in self.layers.stacks]
+            for stack, table in zip(layers.stacks, self.facts.position_tables, strict=True)
+        ]
+        self.lock.hook()
+
+    def _discover(self) -> ModelFacts:
+        """Run the model on a few tokens to see what it is; after an error it is as it was."""
+        model = self.model
+        try:
+            self.configs.switch(on=True)
+            is_two_stacks = encoder_decoder.is_encoder_decoder(model)
+            layers = encoder_decoder.find_layers(model) if is_two_stacks else find_layers(model)
+            offload.refuse_offloaded_layers(model, layers.modules)
+            self._check_masks(layers)
+            outer = outer_modules.look(model, layers.main)
+            positions = default_positions.find(model, layers.main)
+            if not positions.moved:
+                layers = layers.without_positions()
+            tables = tuple(position_table(model, stack, stack is layers.main) for stack in layers.stacks)
         except BaseException as error:
-            self.give_back()
+            self._restore_methods()
             if isinstance(error, ValueError) and error.__cause__ is not None and causality.runs(model):
-                raise probe.does_not_dispatch(model, f", or reads masks of another form ({error.__cause__})") from error
+                raise does_not_dispatch(model, f", or reads masks of another form ({error.__cause__})") from error
             if isinstance(error, Exception) and not isinstance(error, ValueError):
                 got = f"{type(model).__name__}, whose layers cannot be looked at: it fails on a few tokens ({error})"
                 raise fail("model", got, "a model that runs on input_ids alone, or the part of it that does") from error
             raise
-        self.switch(on=False)
-        self.rotary_limits = tuple(exactness.rotary_limits(self.layers.main.owner))
-        for module in self.layers.modules:
-            module.add_module(SLOT, LayerSlot())
-        self.query_scales = QueryScales(self.layers.modules)
-        self.checkpointing = Checkpointing(self)
-        self.pooled = PooledHead(model, self.layers.main)  # it runs the model: before there are hooks
-        self.heads = HeadHooks(self)
-        self.outer = outer.OuterCall(model, self.layers.main, around, self.configs)
-        self.continuous = ContinuousBatching(self)
-        self.hooks = [ForwardHooks(self, *pair) for pair in zip(self.layers.stacks, moved, strict=True)]
-        self.turns = Turns(self)
-        self.modules = TrainedModules(self)
+        self.configs.switch(on=False)
+        return ModelFacts(model, layers, tuple(rope_limits(layers.main.owner)), positions, outer, tables)
 
-    def __getstate__(self) -> dict[str, Any]:
-        # A copy made inside a block is outside of it.
-        nothing = dict.fromkeys(("chosen", "shared", "running", "nested", "prepared"))
-        return {**self.__dict__, **nothing}
-
-    def check_masks(self) -> None:
-        """Some models merge masks with their own: what ours leave to the layer's causality would be lost on them."""
+    def _check_masks(self, layers: Any) -> None:
+        """Some models combine masks with their own, which would lose the causality that ours leave to the layer."""
         with recording() as calls:
-            ours = causality.sees_the_future(self.layers.main)
-        causality.check_keys(self.model, self.layers.main, calls)
-        self.switch(on=False)
-        before = causality.sees_the_future(self.layers.main)
-        self.switch(on=True)
+            ours = causality.sees_the_future(layers.main)
+        causality.check_keys(self.model, layers.main, calls)
+        self.configs.switch(on=False)
+        before = causality.sees_the_future(layers.main)
+        self.configs.switch(on=True)
         if ours != before:
-            raise probe.does_not_dispatch(self.model, ": it makes masks of its own")
-
-    @property
-    def slots(self) -> list[LayerSlot]:
-        """One per attention layer, in order."""
-        slots = [getattr(module, SLOT) for module in self.layers.modules]
-        assert all(isinstance(slot, LayerSlot) for slot in slots)
-        return slots
-
-    @property
-    def first_position(self) -> int:
-        """Of a row's first token in the forward that runs."""
-        return self.outer.first_position if self.outer.given else self.counting.first
-
-    def switch(self, on: bool) -> None:
-        """Let the model's attention run through fastprefix, or as it did before."""
-        if on != self.configs.on:
-            self.configs.switch(on)
+            raise does_not_dispatch(self.model, ": it makes masks of its own")
 
     def freeze(self) -> None:
-        """Freeze the model, but for what was attached to it; what it was is remembered."""
-        self.frozen.freeze(self.model, {id(p) for prefix in self.prefixes.values() for p in prefix.parameters()})
-
-    def named(self, name: str) -> Prefix | SoftPrompt:
-        """The prefix of a name; raises ValueError when none is attached under it."""
-        if name not in self.prefixes:
-            raise fail("name", repr(name), f"one of {sorted(self.prefixes)}")
-        return self.prefixes[name]
+        """Freeze the model, but for what was attached to it; which parameters were trainable is remembered."""
+        prefixes = self.selection.prefixes.values()
+        self.frozen.freeze(self.model, {id(p) for prefix in prefixes for p in prefix.parameters()})
 
     def activate(self, name: str | None) -> None:
         """Use one prefix, or none: then the model runs exactly what it ran before."""
-        if name is not None and name not in self.source.names():
-            raise fail("name", repr(name), f"None or one of {sorted(self.source.names())}")
-        self.modules.use(self.source.modules(name) if isinstance(self.source, Attached) else {})
-        self.active = name
-        for slot in self.slots:
-            slot.active = name
-        self.switch(on=name is not None)
+        selection = self.selection
+        provider = selection.provider
+        if name is not None and name not in provider.names():
+            raise fail("name", repr(name), f"None or one of {sorted(provider.names())}")
+        self.modules.use(provider.modules(name) if isinstance(provider, AttachedPrefixes) else {})
+        selection.active = name
+        self.slots.activate(name)
+        self.configs.switch(on=name is not None)
 
-    def choice(self) -> Choice | None:
-        """What the next forward's rows read."""
-        if self.chosen is None:
-            return self.source.active()
-        return self.chosen if self.source.enabled() else None
-
-    def idle(self) -> bool:
-        """Whether a forward is the bare model's, and nothing has to be switched off for it."""
-        busy = self.configs.on or self.nested is not None or self.shared is not None
-        return not busy and self.choice() is None
-
-    def has_prompts(self) -> bool:
-        """Whether a row of the next forward has a soft or shared prompt in front of it."""
-        choice = self.choice()
-        if self.shared is not None or choice is None:
-            return self.shared is not None
-        return any(self.source.entry(name).prompt is not None for name in choice.distinct())
-
-    def prompted_rows(self, batch: int) -> Tensor | None:
-        """``[B]`` bool, the rows that have one; None for all."""
-        import torch
-
-        choice = self.choice()
-        if self.shared is not None or choice is None:
-            return None
-        spoken = {name: self.source.entry(name).prompt is not None for name in choice.distinct()}
-        found = [name is not None and spoken[name] for name in choice.rows(batch)]
-        return None if all(found) else torch.tensor(found)
-
-    def read(self, kwargs: dict[str, Any]) -> Reading | None:
-        """What a forward reads; None for the bare model."""
-        choice = self.choice()
-        if self.shared is not None:
-            return self.shared.read(self, choice, kwargs)
-        return None if choice is None else self.read_choice(choice, kwargs)
-
-    def read_choice(self, choice: Choice, kwargs: dict[str, Any]) -> Reading | None:
-        """What a choice of names means in a forward."""
-        if len(choice.names) == 1 and choice.names[0] == self.active and self.active in self.prefixes:
-            prefix = self.prefixes[self.active]
-            if isinstance(prefix, Prefix):
-                return Reading(prefix.offset)
-        return reading.read(self, choice, kwargs)
-
-    @contextmanager
-    def preparing(self, bank: reading.Bank) -> Iterator[None]:
-        """Let the forward inside the block read what was computed already."""
-        self.prepared = bank
-        try:
-            yield
-        finally:
-            self.prepared = None
-
-    def give(self, reading: Reading, stack: probe.Stack) -> None:
-        """Let a stack's layers read it."""
-        assert reading.layers is not None
-        slots = self.slots
-        for i in stack.layers:
-            slots[i].give(reading.layers[i])
-
-    def take_back(self) -> None:
-        """Let the layers read the active prefix again."""
-        for slot in self.slots:
-            slot.take_back()
-
-    def share_encoder(self, stack: probe.Stack) -> None:
-        """Compute the active prefix's MLP for all of a stack's layers at once."""
-        prefix = self.prefixes.get(self.active) if self.active is not None else None
-        if isinstance(prefix, Prefix) and prefix.encoder is not None:
-            prefix.encoder.share([self.layers.parts[i] for i in stack.layers])
-
-    def unshare_encoder(self) -> None:
-        """Forget what it gave."""
-        prefix = self.prefixes.get(self.active) if self.active is not None else None
-        if isinstance(prefix, Prefix) and prefix.encoder is not None:
-            prefix.encoder.unshare()
-
-    def give_back(self) -> None:
+    def _restore_methods(self) -> None:
         """Let the model run on its own configs and methods again."""
         self.configs.restore()
-        bypassing.restore(self.led)
+        method_overrides.remove_overrides(self.overrides)
 
     def remove(self) -> None:
         """Undo everything."""
         for hooks in self.hooks:
             hooks.remove()
-        self.turns.remove()
-        self.heads.remove()
-        self.outer.remove()
-        self.query_scales.remove()
-        self.pooled.remove()
-        self.continuous.remove()
+        for part in (self.lock, self.head, self.outer, self.query_scaling, self.pooled, self.continuous):
+            part.remove()
         self.checkpointing.remove()
-        for module in self.layers.modules:
-            del module._modules[SLOT]
-        self.layers.main.owner._modules.pop(ENCODERS, None)
+        self.slots.remove()
+        self.facts.layers.main.owner._modules.pop(ENCODERS, None)
         self.modules.remove()
-        self.give_back()
+        self._restore_methods()
         self.frozen.thaw()

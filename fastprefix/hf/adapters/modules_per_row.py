@@ -8,16 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastprefix.hf.runtime.prefix_reader import Choice, Name
+from fastprefix.hf.runtime.forward_context import AdapterSelection, Name
 from fastprefix.validation import fail
 
 
 class RowModules(nn.Module):
     """Runs each of several modules of one place on the rows that read its prefix."""
 
-    def __init__(self, path: str, choice: Choice, modules: Mapping[Name | None, nn.Module]) -> None:
+    def __init__(self, path: str, selection: AdapterSelection, modules: Mapping[Name | None, nn.Module]) -> None:
         super().__init__()
-        self.path, self.choice = path, choice
+        self.path, self.selection = path, selection
         self._modules_of = (dict(modules),)  # in a tuple, so that they are not registered a second time
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -27,7 +27,7 @@ class RowModules(nn.Module):
             got = f"different modules at {self.path!r}, which is given no rows"
             raise fail("names", got, "one prefix for all rows")
         batch = len(given[0])
-        names = self.choice.rows(batch)
+        names = self.selection.rows(batch)
         places: dict[int, list[int]] = {}
         modules = {id(module): module for module in self._modules_of[0].values()}
         for row, name in enumerate(names):

@@ -8,19 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
 from fastprefix.hf.adapters.modules_per_row import RowModules
 from fastprefix.hf.attention.function import SLOT
-from fastprefix.hf.model import offload as offloaded
-from fastprefix.hf.runtime.prefix_reader import Choice, Name
+from fastprefix.hf.model import offload
+from fastprefix.hf.model.layers import Layers
+from fastprefix.hf.runtime.forward_context import AdapterSelection, Name
+from fastprefix.hf.runtime.selection import Selection
 from fastprefix.prefixes.modules import Modules
 from fastprefix.validation import fail
-
-if TYPE_CHECKING:
-    from fastprefix.hf.adapters.installation import Installation
 
 KEPT, ENCODERS = "fastprefix_modules", "fastprefix_encoders"
 _OURS = {SLOT, KEPT, ENCODERS}
@@ -38,8 +37,8 @@ class Kept(nn.Module):
 class TrainedModules:
     """Which module stands at each place of one model that a prefix has a copy for."""
 
-    def __init__(self, state: Installation) -> None:
-        self.state = state
+    def __init__(self, model: Any, layers: Layers, selection: Selection) -> None:
+        self.model, self.layers, self.selection = model, layers, selection
         self.places: dict[str, tuple[nn.Module, str]] = {}  # the parent, and the name there
         self.originals: dict[str, nn.Module] = {}
         self.using: dict[str, nn.Module] = {}  # instead of them
@@ -50,7 +49,7 @@ class TrainedModules:
         if not names:
             return found
         with self.in_place({}):
-            for path, module in self.state.model.named_modules():
+            for path, module in self.model.named_modules():
                 inside = any(path.startswith(f"{outer}.") for outer in found)
                 if path.endswith(tuple(names)) and not inside and not _OURS & set(path.split(".")):
                     found[path] = module
@@ -61,24 +60,24 @@ class TrainedModules:
         found = self.matching(names)
         for name in names:
             if not any(path.endswith(name) for path in found):
-                expected = f"the end of a module's name in {type(self.state.model).__name__}"
+                expected = f"the end of a module's name in {type(self.model).__name__}"
                 raise fail("modules_to_save", repr(name), expected)
         with self.in_place({}):
             for path, module in found.items():
                 self.check(path, module)
-            made = {path: offloaded.copied(module) for path, module in found.items()}
+            made = {path: offload.copy_module(module) for path, module in found.items()}
             for module in made.values():
                 module.zero_grad()
             for path in found:
                 parent, _, leaf = path.rpartition(".")
-                self.places.setdefault(path, (self.state.model.get_submodule(parent), leaf))
+                self.places.setdefault(path, (self.model.get_submodule(parent), leaf))
                 self.originals.setdefault(path, found[path])
         return {path: module.requires_grad_(True) for path, module in made.items()}
 
     def check(self, path: str, module: nn.Module) -> None:
         """Raise ValueError where another module could not stand in a module's place, or not be trained."""
         inside = {id(m) for m in module.modules()}
-        if any(id(m) in inside for m in self.state.layers.modules):
+        if any(id(m) in inside for m in self.layers.modules):
             raise fail("modules_to_save", f"{path!r}, which holds layers of attention", "modules beside them")
         if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
             raise fail("modules_to_save", f"{path!r}, a {type(module).__name__}", "modules that are called")
@@ -88,7 +87,7 @@ class TrainedModules:
             raise fail("modules_to_save", f"{path!r}, by which fastprefix moves positions", "other modules")
         if not is_plain(module):
             raise fail("modules_to_save", f"{path!r}, whose weights are quantised", "modules that can be trained")
-        same = [p for p, m in self.state.model.named_modules(remove_duplicate=False) if m is module]
+        same = [p for p, m in self.model.named_modules(remove_duplicate=False) if m is module]
         if len(same) > 1:
             raise fail("modules_to_save", f"{path!r}, which is {' and '.join(same)}", "modules that stand in one place")
 
@@ -107,7 +106,7 @@ class TrainedModules:
         if chosen == self.using:
             return
         self.check_places()
-        kept = self.state.model._modules.get(KEPT)
+        kept = self.model._modules.get(KEPT)
         known = set() if kept is None else {id(m) for m in kept.modules()}
         for path, (parent, leaf) in self.places.items():
             module, now = chosen.get(path, self.originals[path]), parent._modules[leaf]
@@ -122,7 +121,7 @@ class TrainedModules:
         for path, (parent, leaf) in self.places.items():
             if parent._modules.get(leaf) is not self.using.get(path, self.originals[path]):
                 expected = "the module that stood there when the prefix was attached: detach before replacing it"
-                raise fail("model", f"{type(self.state.model).__name__} with another {path!r}", expected)
+                raise fail("model", f"{type(self.model).__name__} with another {path!r}", expected)
 
     def keep(self) -> None:
         """Hold in the model what belongs to it and stands nowhere in it."""
@@ -130,13 +129,13 @@ class TrainedModules:
         def absent(modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
             return {path: m for path, m in modules.items() if not self._stands(path, m)}
 
-        children = self.state.model._modules
-        owned = {name: absent(prefix.modules_to_save.named()) for name, prefix in self.state.prefixes.items()}
+        children = self.model._modules
+        owned = {name: absent(prefix.modules_to_save.named()) for name, prefix in self.selection.prefixes.items()}
         original = absent(self.originals)
         if not original and not any(owned.values()):
             children.pop(KEPT, None)
             return
-        kept = children.setdefault(KEPT, Kept().train(self.state.model.training))
+        kept = children.setdefault(KEPT, Kept().train(self.model.training))
         assert isinstance(kept, Kept)
         kept.original.put(original)
         kept.prefixes.clear()
@@ -150,19 +149,21 @@ class TrainedModules:
         return parent._modules.get(leaf) is module
 
     @contextmanager
-    def rows(self, choice: Choice, modules: Mapping[Name | None, Mapping[str, nn.Module]]) -> Iterator[None]:
+    def rows(
+        self, selection: AdapterSelection, modules: Mapping[Name | None, Mapping[str, nn.Module]]
+    ) -> Iterator[None]:
         """Let every row of a batch use those of its name inside the block; ValueError where rows are not told apart."""
         chosen: dict[str, nn.Module] = {}
-        inner = {id(m) for m in self.state.layers.main.owner.modules()}
+        inner = {id(m) for m in self.layers.main.owner.modules()}
         for path in dict.fromkeys(path for given in modules.values() for path in given):
-            of = {name: modules[name].get(path, self.originals[path]) for name in dict.fromkeys(choice.names)}
+            of = {name: modules[name].get(path, self.originals[path]) for name in dict.fromkeys(selection.names)}
             if len({id(m) for m in of.values()}) == 1:
                 chosen[path] = next(iter(of.values()))
             elif id(self.places[path][0]) in inner:
                 got = f"prefixes with different modules at {path!r}, inside the layers"
                 raise fail("names", got, "different modules in the model's head alone, or prefixes of one batch each")
             else:
-                chosen[path] = RowModules(path, choice, of)
+                chosen[path] = RowModules(path, selection, of)
         with self.in_place(chosen):
             yield
 
@@ -172,7 +173,7 @@ class TrainedModules:
             if self._stands(path, self.using.get(path, self.originals[path])):
                 parent._modules[leaf] = self.originals[path]
         self.using = {}
-        self.state.model._modules.pop(KEPT, None)
+        self.model._modules.pop(KEPT, None)
 
 
 def is_pefts(module: nn.Module) -> bool:

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from fastprefix.hf.adapters.lookup import installation
-from fastprefix.hf.runtime.prefix_reader import Choice
+from fastprefix.hf.adapters.lookup import require_installation
+from fastprefix.hf.runtime.prefix_reader import AdapterSelection
 from fastprefix.validation import fail
 
 
@@ -28,22 +28,22 @@ def prefix_batch(model: Any, names: Sequence[str | None]) -> Iterator[None]:
     Raises:
         ValueError: a name is unknown, there are none, or a batch's rows are not a multiple of the names.
     """
-    state = installation(model)
+    state = require_installation(model)
     if isinstance(names, str) or not isinstance(names, Sequence) or not names:
         raise fail("names", repr(names), "a list of names, one for each row of the batch")
-    known = state.source.names()
+    known = state.selection.provider.names()
     for name in names:
         if name is not None and name not in known:
             raise fail("names", repr(name), f"None or one of {sorted(known)}")
-    if state.shared is not None:
+    if state.selection.shared is not None:
         raise fail("names", "a mixed batch inside shared_prompt", "neither block inside the other")
-    with state.turns.block():
-        outside, state.chosen = state.chosen, Choice(tuple(names))
+    with state.lock.block():
+        outside, state.selection.chosen = state.selection.chosen, AdapterSelection(tuple(names))
         on = state.configs.on
         try:
-            with state.source.held(state.chosen):
-                state.switch(on=True)
+            with state.selection.provider.held(state.selection.chosen):
+                state.configs.switch(on=True)
                 yield
         finally:
-            state.chosen = outside
-            state.switch(on=on)
+            state.selection.chosen = outside
+            state.configs.switch(on=on)

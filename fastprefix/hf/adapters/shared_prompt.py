@@ -5,24 +5,21 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastprefix.hf.adapters.lookup import found, install, uninstall
-from fastprefix.hf.model import layers as probe
-from fastprefix.hf.model import offload as offloaded
-from fastprefix.hf.runtime import exactness
-from fastprefix.hf.runtime import prefix_reader as reading
-from fastprefix.hf.runtime import prompt_prefill as sharing
-from fastprefix.hf.runtime.prefix_reader import Bank, Choice, Reading, batch_size
+from fastprefix.hf.adapters.lookup import find_installation, install, uninstall
+from fastprefix.hf.model import offload, probing
+from fastprefix.hf.model.prompt_support import check_prompts, check_tokens
+from fastprefix.hf.runtime.exactness import why_not_shareable
+from fastprefix.hf.runtime.forward_context import AdapterSelection, ForwardContext, KeyValues, PrefixBank
+from fastprefix.hf.runtime.prefix_reader import PrefixReader, pack
+from fastprefix.hf.runtime.prompt_prefill import refuse_cache
+from fastprefix.hf.runtime.slots import AttentionSlots
 from fastprefix.prefixes.prefix import LayerKV
 from fastprefix.validation import fail
-
-if TYPE_CHECKING:
-    from fastprefix.hf.adapters.installation import Installation
-
 
 _numbers = itertools.count()
 
@@ -35,10 +32,13 @@ class SharedPrompt:
             language model that started its rows (no cache, no ``logits_to_keep``); with its gradient.
     """
 
-    def __init__(self, prompts: list[Tensor], groups: Tensor | None) -> None:
+    def __init__(
+        self, prompts: list[Tensor], groups: Tensor | None, reader: PrefixReader, slots: AttentionSlots
+    ) -> None:
         self.prompts = prompts  # [P_n] token ids
         self.groups = groups  # [B]
-        self.number = next(_numbers)  # its name in a cache's memo
+        self.number = next(_numbers)  # its name in a generation's cache
+        self.reader, self.slots = reader, slots
         self.next_logits: Tensor | None = None
 
     def rows(self, batch: int) -> list[int]:
@@ -49,58 +49,58 @@ class SharedPrompt:
             raise fail("groups", f"{len(self.groups)} groups", f"one for each of the batch's {batch} rows")
         return self.groups.repeat_interleave(batch // len(self.groups)).tolist()
 
-    def read(self, state: Installation, choice: Choice | None, kwargs: dict[str, Any]) -> Reading:
-        """The prompts behind what the model itself has attached, if anything."""
-        if choice is not None and len(choice.names) > 1:
+    def read(self, selection: AdapterSelection | None, kwargs: dict[str, Any]) -> ForwardContext:
+        """What a forward inside the block reads: the prompts, after what the model itself has attached, if anything."""
+        reader = self.reader
+        if selection is not None and len(selection.names) > 1:
             raise fail("names", "a mixed batch beside a shared prompt", "one prefix for all rows")
-        rows = self.rows(batch_size(state, kwargs))
+        rows = self.rows(reader.facts.layers.batch_size(kwargs))
         used = sorted(set(rows))
-        front = None if choice is None else state.read_choice(choice, kwargs)
+        front = None if selection is None else reader.read_names(selection, kwargs)
         offset = 0 if front is None else front.offset
         assert isinstance(offset, int)
         if front is not None and front.concatenated is not None:
             raise fail("model", "a soft prompt that has to be concatenated", "one that can be shared, or none")
         longest = max(len(self.prompts[n]) for n in used)
-        reason = exactness.inexact(state, longest + offset, kwargs, embedded=False)
+        reason = why_not_shareable(reader.facts, longest + offset, kwargs, embedded=False)
         if reason is not None:
-            return self.concatenate(state, rows, front, kwargs, reason)
-        key = (tuple(used), choice)
-        bank = state.memo.recall(kwargs, ("shared", self.number), key)
-        if not isinstance(bank, Bank):
-            made = sharing.run(state, [self.prompts[n] for n in used], front)
-            behind = [_in_front(state, front, i) for i in range(len(state.slots))]
-            layers = [reading.pack([_join(own, kv[i]) for kv in made.key_values]) for i, own in enumerate(behind)]
-            bank = Bank(list(used), [offset + len(self.prompts[n]) for n in used], layers, list(made.last))
-            state.memo.remember(kwargs, ("shared", self.number), key, bank)
-        return reading.choose(state, bank, Choice(tuple(rows)), kwargs)
+            return self.concatenate(rows, front, kwargs, reason)
+        version = (tuple(used), selection)
+        bank = reader.cache.get(kwargs, ("shared", self.number), version)
+        if not isinstance(bank, PrefixBank):
+            prefilled = reader.prefill.run([self.prompts[n] for n in used], front)
+            in_front = self._layers_in_front(front)
+            layers = [pack([_join(own, kv[i]) for kv in prefilled.key_values]) for i, own in enumerate(in_front)]
+            bank = PrefixBank(list(used), [offset + len(self.prompts[n]) for n in used], layers, list(prefilled.last))
+            reader.cache.put(kwargs, ("shared", self.number), version, bank)
+        return reader.choose(bank, AdapterSelection(tuple(rows)), kwargs)
 
     def concatenate(
-        self, state: Installation, rows: list[int], front: Reading | None, kwargs: dict[str, Any], reason: str
-    ) -> Reading:
+        self, rows: list[int], front: ForwardContext | None, kwargs: dict[str, Any], reason: str
+    ) -> ForwardContext:
         """The prompts in every row, padded on the left."""
-        sharing.refuse_cache(kwargs, reason)
-        sharing.say(state, reason)
+        refuse_cache(kwargs, reason)
+        self.reader.warn.concatenation(reason)
         longest = max(len(prompt) for prompt in self.prompts)
         offset = 0 if front is None else front.offset
         lengths = torch.tensor([[len(self.prompts[n])] for n in rows])
         ragged = len({len(prompt) for prompt in self.prompts}) > 1
-        result = Reading(lengths + offset, [None] * len(state.slots) if front is None else front.layers)
+        nothing: KeyValues = [None] * len(self.slots)
+        context = ForwardContext(lengths + offset, nothing if front is None else front.layers)
         ids = torch.stack([nn.functional.pad(self.prompts[n], (longest - len(self.prompts[n]), 0)) for n in rows])
-        result.concatenated_ids = ids
-        result.concatenated = state.model.get_input_embeddings()(ids)
+        context.concatenated_ids = ids
+        context.concatenated = self.reader.facts.model.get_input_embeddings()(ids)
         assert isinstance(offset, int)
-        result.concatenated_from = offset
+        context.concatenated_from = offset
         if ragged:
-            result.concatenated_mask = (torch.arange(longest) >= longest - lengths).long().to(ids.device)
-        return result
+            context.concatenated_mask = (torch.arange(longest) >= longest - lengths).long().to(ids.device)
+        return context
 
-
-def _in_front(state: Installation, front: Reading | None, layer: int) -> LayerKV | None:
-    """What a layer reads in front of the prompts."""
-    if front is None:
-        return None
-    kv: LayerKV | None = state.slots[layer]() if front.layers is None else front.layers[layer]
-    return kv
+    def _layers_in_front(self, front: ForwardContext | None) -> KeyValues:
+        """What each layer reads in front of the prompts."""
+        if front is None:
+            return [None] * len(self.slots)
+        return [slot() for slot in self.slots] if front.layers is None else front.layers
 
 
 def _join(first: LayerKV | None, kv: LayerKV | None) -> LayerKV | None:
@@ -138,9 +138,9 @@ def shared_prompt(model: Any, input_ids: Any, groups: Any = None) -> Iterator[Sh
         ValueError: an argument does not fit, or the model cannot carry a prefix.
     """
     bare = _bare(model)
-    probe.check_model(bare)
-    sharing.check_tokens(bare)
-    prompts = prompts_of(input_ids, offloaded.device(bare.get_input_embeddings()))
+    probing.check_model(bare)
+    check_tokens(bare)
+    prompts = prompts_of(input_ids, offload.device(bare.get_input_embeddings()))
     chosen = None if groups is None else torch.as_tensor(groups).reshape(-1).cpu()
     if chosen is None and len(prompts) > 1:
         raise fail("groups", "None", f"the prompt of each row, as there are {len(prompts)} prompts")
@@ -148,27 +148,29 @@ def shared_prompt(model: Any, input_ids: Any, groups: Any = None) -> Iterator[Sh
         raise fail("groups", repr(groups), "[B] ints")
     if chosen is not None and not 0 <= int(chosen.min()) <= int(chosen.max()) < len(prompts):
         raise fail("groups", f"{int(chosen.min())}..{int(chosen.max())}", f"0..{len(prompts) - 1}")
-    fresh = found(bare) is None
-    state = found(bare) or install(bare)
+    found = find_installation(bare)
+    fresh = found is None
+    state = install(bare) if found is None else found
     try:
-        sharing.check(state)
+        check_prompts(state.facts)
     except ValueError:
         if fresh:
             uninstall(state)
         raise
-    if state.shared is not None or state.chosen is not None:
+    if state.selection.shared is not None or state.selection.chosen is not None:
         raise fail("input_ids", "a shared prompt inside another block", "one block of shared_prompt or prefix_batch")
-    if state.source.beside:
+    if state.selection.provider.gated:
         raise fail("model", "one with gated prompts (ADAPTION_PROMPT)", "one without: they are read beside the content")
-    with state.turns.block():
+    with state.lock.block():
         on = state.configs.on
-        state.shared = SharedPrompt(prompts, chosen)
+        shared = SharedPrompt(prompts, chosen, state.reader, state.slots)
+        state.selection.shared = shared
         try:
-            state.switch(on=True)
-            yield state.shared
+            state.configs.switch(on=True)
+            yield shared
         finally:
-            state.shared = None
-            state.switch(on=on)
+            state.selection.shared = None
+            state.configs.switch(on=on)
 
 
 def _bare(model: Any) -> Any:
@@ -177,7 +179,7 @@ def _bare(model: Any) -> Any:
     if config is None:
         return model
     bare = model.get_base_model()
-    if config.is_prompt_learning and found(bare) is None:
+    if config.is_prompt_learning and find_installation(bare) is None:
         raise fail("model", f"a PeftModel with {config.peft_type.value}", "one that fastprefix.patch was called on")
     return bare
 

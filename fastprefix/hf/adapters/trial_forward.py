@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from fastprefix.hf.model import layers as probe
-from fastprefix.hf.model.dummy_inputs import example
-from fastprefix.hf.model.encoder_decoder import is_one
+from fastprefix.hf.adapters.installation import Installation
+from fastprefix.hf.model import probing
+from fastprefix.hf.model.dummy_inputs import dummy_inputs
+from fastprefix.hf.model.encoder_decoder import is_encoder_decoder
 from fastprefix.validation import fail
-
-if TYPE_CHECKING:
-    from fastprefix.hf.adapters.installation import Installation
 
 
 def run_once(state: Installation) -> None:
@@ -25,11 +23,10 @@ def run_once(state: Installation) -> None:
     Raises:
         ValueError: it does not run; the model's class and the error are named.
     """
-    model, said, active = state.model, set(state.said), state.active
-    for inputs in _calls(model, labelled=bool(state.heads.handles) and state.has_prompts()):
-        error = _error(model, inputs)
-        state.said.clear()
-        state.said.update(said)
+    model, active = state.model, state.selection.active
+    for inputs in _calls(model, labelled=bool(state.head) and state.selection.has_prompts()):
+        with state.warn.forgotten():
+            error = _error(model, inputs)
         if error is None:
             continue
         state.activate(None)
@@ -48,7 +45,7 @@ def run_once(state: Installation) -> None:
 def _error(model: Any, inputs: dict[str, Any]) -> Exception | None:
     """What a forward raises."""
     try:
-        with warnings.catch_warnings(), probe.evaluating(model):
+        with warnings.catch_warnings(), probing.evaluating(model):
             warnings.simplefilter("ignore")
             model(**inputs)
     except Exception as error:  # every kind: it is told to the user, or is the bare model's own
@@ -59,8 +56,8 @@ def _error(model: Any, inputs: dict[str, Any]) -> Exception | None:
 def _calls(model: Any, labelled: bool) -> list[dict[str, Any]]:
     """A forward's arguments as users give them; with labels, where they have to be one place longer for the loss."""
     arguments = inspect.signature(model.forward).parameters
-    inputs: dict[str, Any] = example(model.get_encoder() if is_one(model) else model)
-    if is_one(model):
+    inputs: dict[str, Any] = dummy_inputs(model.get_encoder() if is_encoder_decoder(model) else model)
+    if is_encoder_decoder(model):
         inputs["decoder_input_ids"] = torch.ones(1, 2, dtype=torch.long, device=next(iter(inputs.values())).device)
     if "use_cache" in arguments:
         inputs["use_cache"] = False

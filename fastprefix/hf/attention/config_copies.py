@@ -19,8 +19,8 @@ class _Config:
     fields: dict[str, Any]  # of the copy when it was made
 
 
-class OwnConfigs:
-    """Takes the place of a model's configs, and gives it back."""
+class ConfigCopies:
+    """Copies of a model's configs, on which the attention implementation is switched; the originals come back."""
 
     def __init__(self, model: Any) -> None:
         self.model = model
@@ -38,7 +38,9 @@ class OwnConfigs:
         ]
 
     def switch(self, on: bool) -> None:
-        """Let the model's attention run through fastprefix, or as it did before."""
+        """Let the model's attention run through fastprefix, or as it did before; nothing happens if it does already."""
+        if on == self.on:
+            return
         self.on = on
         for config in self.configs if on else ():
             if config.own._attn_implementation != NAME:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,40 +10,12 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from fastprefix.functional import prefix_attention
 from fastprefix.hf.attention import masks
+from fastprefix.hf.attention.recording import AttentionCall, record
 from fastprefix.prefixes.prefix import LayerKV, LayerSlot
 from fastprefix.validation import fail
 
 NAME = "fastprefix"
 SLOT = "fastprefix"  # the child of an attention module that holds its prefixes
-
-
-class AttentionCall(NamedTuple):
-    """What one layer handed to the operator."""
-
-    module: nn.Module
-    tensors: dict[str, Tensor]  # q, k, v, prefix_k, prefix_v
-    options: dict[str, Any]
-
-
-class _Recorders(threading.local):
-    """Of this thread: another may run another model."""
-
-    def __init__(self) -> None:
-        self.open: list[list[AttentionCall]] = []
-
-
-_recorders = _Recorders()
-
-
-@contextmanager
-def recording() -> Iterator[list[AttentionCall]]:
-    """Collect every call of the attention function inside the block, in order."""
-    calls: list[AttentionCall] = []
-    _recorders.open.append(calls)
-    try:
-        yield calls
-    finally:
-        _recorders.open.pop()
 
 
 def attention_forward(
@@ -77,8 +46,9 @@ def attention_forward(
     slot = module._modules.get(SLOT)
     if isinstance(slot, LayerSlot) and slot.query_factor is not None:
         query = query * slot.query_factor.to(query.dtype)
-    if isinstance(slot, LayerSlot) and masks.running.beside is not None and slot.beside is not None:
-        return _beside(slot, module, query, key, value, attention_mask, scaling, dropout, is_causal, kwargs)
+    gated = masks.requested.implementation is not None
+    if gated and isinstance(slot, LayerSlot) and slot.fallback_attention is not None:
+        return _gated(slot, module, query, key, value, attention_mask, scaling, dropout, is_causal, kwargs)
     prefix_k, prefix_v, *choice = _prefix(module, query, key, value)
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     options: dict[str, Any] = {"scale": scaling, "dropout_p": dropout, "sinks": kwargs.get("s_aux")}
@@ -88,13 +58,13 @@ def attention_forward(
     _add_position_bias(options, kwargs.get("position_bias"))
     options.update((n, x) for n, x in zip(("prefix_ids", "prefix_lens", "gate"), choice, strict=True) if x is not None)
     tensors = {"q": query, "k": key, "v": value, "prefix_k": prefix_k, "prefix_v": prefix_v}
-    if not torch.compiler.is_compiling() and _recorders.open:
-        _recorders.open[-1].append(AttentionCall(module, tensors, options))
+    if not torch.compiler.is_compiling():
+        record(AttentionCall(module, tensors, options))
     o = prefix_attention(query, key, value, prefix_k, prefix_v, **options)
     return o.transpose(1, 2), None
 
 
-def _beside(
+def _gated(
     slot: LayerSlot,
     module: nn.Module,
     query: Tensor,
@@ -113,7 +83,7 @@ def _beside(
     own = {**kwargs, "scaling": scaling, "dropout": dropout}
     if is_causal is not None:
         own["is_causal"] = is_causal
-    output, _ = ALL_ATTENTION_FUNCTIONS[slot.beside](module, query, key, value, attention_mask, **own)
+    output, _ = ALL_ATTENTION_FUNCTIONS[slot.fallback_attention](module, query, key, value, attention_mask, **own)
     kv = slot()
     if kv is None:
         return output, None

@@ -24,39 +24,43 @@ from fastprefix.validation import fail
 Index = int | Tensor
 
 
-class _Running(threading.local):
-    """What the forward that runs in this thread asks of its masks: another thread may run another model."""
+class _MaskRequest(threading.local):
+    """What the running forward of this thread asks of its masks; transformers passes the mask function no handle.
+
+    It is local to the thread, as another thread may run another model.
+    """
 
     def __init__(self) -> None:
-        # Row and first position of a document behind another, while a packed batch runs: no mask may let it see the
-        # one before.
+        # While a packed batch runs: the row and the first position of a document that follows another one in its row.
+        # A mask that lets this position see the one before it is wrong.
         self.boundary: tuple[int, int] | None = None
-        # The attention implementation whose masks are wanted, while a model keeps its own beside a gated prompt.
-        self.beside: str | None = None
-        # Whether the layers are not causal by themselves: a causal mask must say so aloud, as padding alone would not.
-        self.spelt_out = False
-        # Whether it must where nothing is padded, too: eager attention has a mask then, and sdpa has none.
-        self.always = False
+        # The model's own attention implementation, whose masks are made while it serves the content of gated prompts.
+        self.implementation: str | None = None
+        # Whether the layers are not causal by themselves, so that a causal mask has to be written out in full: padding
+        # alone would not say it.
+        self.explicit_causal = False
+        # Whether that holds without padding too: eager attention gets a mask then, sdpa gets none.
+        self.even_without_padding = False
         self.windows: list[list[int]] = []
 
-    def forget(self) -> None:
+    def clear(self) -> None:
         """No forward runs."""
-        self.boundary = self.beside = None
-        self.spelt_out = self.always = False
+        self.boundary = self.implementation = None
+        self.explicit_causal = self.even_without_padding = False
 
 
-running = _Running()
+requested = _MaskRequest()
 
 
 @contextmanager
-def windows() -> Iterator[list[int]]:
+def recording_windows() -> Iterator[list[int]]:
     """Collect the windows and chunks of local layers inside the block."""
     sizes: list[int] = []
-    running.windows.append(sizes)
+    requested.windows.append(sizes)
     try:
         yield sizes
     finally:
-        running.windows.pop()
+        requested.windows.pop()
 
 
 def mask_function(**arguments: Any) -> Tensor | None:
@@ -65,14 +69,14 @@ def mask_function(**arguments: Any) -> Tensor | None:
     Raises:
         ValueError: rows are packed and the mask lets a document see the one before it.
     """
-    if running.beside is not None:
-        made: Tensor | None = masking_utils.ALL_MASK_ATTENTION_FUNCTIONS[running.beside](**arguments)
+    if requested.implementation is not None:
+        made: Tensor | None = masking_utils.ALL_MASK_ATTENTION_FUNCTIONS[requested.implementation](**arguments)
         return made
-    if running.windows and arguments.get("local_size") is not None:
-        running.windows[-1].append(int(arguments["local_size"]))
+    if requested.windows and arguments.get("local_size") is not None:
+        requested.windows[-1].append(int(arguments["local_size"]))
     mask = content_mask(**arguments)
-    if running.boundary is not None:
-        row, first = running.boundary
+    if requested.boundary is not None:
+        row, first = requested.boundary
         if mask is None or mask.shape[2] <= first or bool(mask[row, 0, first, first - 1]):
             expected = "one document a row: this model makes its masks without position ids"
             raise fail("position_ids", "packed documents (they jump)", expected)
@@ -107,8 +111,8 @@ def content_mask(
     if not plain_causal and aligned and allow_is_causal_skip and local_size is not None and not exporting:
         # A window or chunk that the text has not outgrown hides nothing.
         plain_causal = bool(q_offset + q_length <= local_size)
-    spelt_out = running.spelt_out and (running.always or padding is not None)
-    if plain_causal and aligned and not spelt_out:
+    explicit = requested.explicit_causal and (requested.even_without_padding or padding is not None)
+    if plain_causal and aligned and not explicit:
         return None if padding is None else padding[:, None, None, :]
     if mask_function is masking_utils.bidirectional_mask_function:
         # Said aloud even when nothing is hidden: the layer itself may not know that it is not causal.

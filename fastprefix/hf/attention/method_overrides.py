@@ -1,4 +1,4 @@
-"""Models that compute attention themselves: where one method of a layer's can be led to ours, a few lines do it."""
+"""Models that compute attention themselves: one overridden method of a layer calls the attention function instead."""
 
 from __future__ import annotations
 
@@ -11,50 +11,52 @@ from torch import Tensor, nn
 from fastprefix.hf.attention.function import NAME, attention_forward
 
 
-class Led:
-    """Stands in the place of a layer's method: the method itself unless the model's attention runs through ours.
+class MethodOverride:
+    """Replaces a method of one attention module while the model's attention implementation is fastprefix's.
 
-    In the instance's own attributes, so that copies and pickles of a model hold one that points at their layer.
+    With any other implementation it calls the method that it replaces. It is kept in the instance's own attributes,
+    so that a copy or pickle of a model holds an override that points at the copied layer.
     """
 
     def __init__(self, model: Any, module: nn.Module, method: str) -> None:
         self.model, self.module, self.method = model, module, method
-        self.own = module.__dict__.get(method)  # what somebody else put in its place before
+        self.own = module.__dict__.get(method)  # an override that was there before, if any
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         module: Any = self.module
         if self.model.config._attn_implementation == NAME:
-            return _WAYS[type(module).__name__][1](module, *args, **kwargs)
+            return _OVERRIDES[type(module).__name__][1](module, *args, **kwargs)
         if self.own is not None:
             return self.own(*args, **kwargs)
         return getattr(type(module), self.method)(module, *args, **kwargs)
 
 
-def leads(model: Any) -> list[Led]:
-    """What can stand in a model's layers; empty where nothing is known of them.
+def find_overrides(model: Any) -> list[MethodOverride]:
+    """Overrides for a model's layers, not installed yet; empty where none of its layers is known.
 
-    Nothing is of ALiBi: as biases by a key's place alone, rows would see more or less of the prefix by their length.
+    Models with ALiBi get none: its biases depend on a key's place alone, so that a row's length would change how much
+    of the prefix it sees.
     """
     if getattr(model.config, "alibi", False):
         return []
-    known = [(module, _WAYS.get(type(module).__name__)) for module in model.modules()]
-    return [Led(model, module, way[0]) for module, way in known if way is not None]
+    known = [(module, _OVERRIDES.get(type(module).__name__)) for module in model.modules()]
+    return [MethodOverride(model, module, entry[0]) for module, entry in known if entry is not None]
 
 
-def lead(model: Any) -> list[Led]:
-    """Put them there."""
-    found = leads(model)
-    for led in found:
-        led.module.__dict__[led.method] = led
+def install_overrides(model: Any) -> list[MethodOverride]:
+    """Install the overrides of a model's layers and return them."""
+    found = find_overrides(model)
+    for override in found:
+        override.module.__dict__[override.method] = override
     return found
 
 
-def restore(found: list[Led]) -> None:
-    """Take them out."""
-    for led in found:
-        del led.module.__dict__[led.method]
-        if led.own is not None:
-            led.module.__dict__[led.method] = led.own
+def remove_overrides(found: list[MethodOverride]) -> None:
+    """Give the layers their own methods back."""
+    for override in found:
+        del override.module.__dict__[override.method]
+        if override.own is not None:
+            override.module.__dict__[override.method] = override.own
 
 
 def _attn(
@@ -114,8 +116,8 @@ def _falcon(
     return module.dense(output.flatten(2)), None
 
 
-# By the class of the attention module: the method, and what it becomes.
-_WAYS: dict[str, tuple[str, Callable[..., Any]]] = {
+# For a class of attention module: the method to override, and the function that replaces it.
+_OVERRIDES: dict[str, tuple[str, Callable[..., Any]]] = {
     "GPTJAttention": ("_attn", _attn),
     "CodeGenAttention": ("_attn", _attn),
     "GPTNeoSelfAttention": ("_attn", _attn_local),

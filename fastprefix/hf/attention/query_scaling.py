@@ -18,7 +18,7 @@ def _scales_queries(module: Any) -> bool:
     return bool(getattr(module, "attn_temperature_tuning", False)) and not getattr(module, "use_rope", True)
 
 
-class QueryScales:
+class QueryScaling:
     """Hooks on such attention modules of a model: each leaves in its slot what its queries lack."""
 
     def __init__(self, modules: tuple[nn.Module, ...]) -> None:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from fastprefix.hf.attention.position_ids import learned_table
-from fastprefix.hf.model import layers as probe
+from fastprefix.hf.model import layers as model_layers
+from fastprefix.hf.model import probing
 
 
 class DefaultPositions(NamedTuple):
@@ -18,16 +19,16 @@ class DefaultPositions(NamedTuple):
     moved: bool = True  # whether ``position_ids`` are read as places in a text (CSM's depth decoder passes them by)
 
 
-def find(model: Any, stack: probe.Stack) -> DefaultPositions:
+def find(model: Any, stack: model_layers.AttentionStack) -> DefaultPositions:
     """Run a stack on a few tokens, with position ids and without, and compare.
 
     RoBERTa's kin have a learned table that says where it begins (``position_ids.learned_table``).
     """
     table = learned_table(stack.owner)
     behind = table is not None and table.padding_idx is not None
-    if not stack.takes_positions or stack.beside or stack.main_input != "input_ids" or behind:
+    if not stack.takes_positions or stack.extra_inputs or stack.main_input != "input_ids" or behind:
         return DefaultPositions()
-    inputs = stack.example(tokens=3)
+    inputs = stack.dummy_inputs(tokens=3)
     token = getattr(model.config.get_text_config(), "pad_token_id", None)
     padding = token if isinstance(token, int) else 0
     counted = torch.arange(3, device=inputs["input_ids"].device)[None]
@@ -35,7 +36,7 @@ def find(model: Any, stack: probe.Stack) -> DefaultPositions:
 
     def hidden(position_ids: Tensor | None) -> Tensor:
         given = {} if position_ids is None else {"position_ids": position_ids}
-        with probe.evaluating(stack.owner):
+        with probing.evaluating(stack.owner):
             x = stack.owner(**inputs, **given)[0]
         assert isinstance(x, Tensor)
         return x

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastprefix.hf.model import offload as offloaded
+from fastprefix.hf.model import offload
 from fastprefix.validation import fail
 
 
-def example(model: Any, tokens: int = 2) -> dict[str, Tensor]:
+def dummy_inputs(model: Any, tokens: int = 2) -> dict[str, Tensor]:
     """Ones for the model's main input alone: ``[1, tokens]`` ids, an image of its size, or a short sound.
 
     Raises:
@@ -20,7 +20,7 @@ def example(model: Any, tokens: int = 2) -> dict[str, Tensor]:
     """
     name, shape = model.main_input_name, None
     if name == "input_ids":
-        return {name: torch.ones(1, tokens, dtype=torch.long, device=offloaded.device(model))}
+        return {name: torch.ones(1, tokens, dtype=torch.long, device=offload.device(model))}
     if name == "pixel_values":
         shape = _image(model.config)
     elif name == "input_values":
@@ -31,7 +31,7 @@ def example(model: Any, tokens: int = 2) -> dict[str, Tensor]:
         expected = "a model of input_ids, or of images or sounds whose size its config tells"
         raise fail("model", f"{type(model).__name__}, which reads {name}", expected)
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
-    return {name: torch.ones(1, *shape, dtype=dtype, device=offloaded.device(model))}
+    return {name: torch.ones(1, *shape, dtype=dtype, device=offload.device(model))}
 
 
 def _image(config: Any) -> tuple[int, ...] | None:

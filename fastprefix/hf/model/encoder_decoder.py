@@ -8,8 +8,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastprefix.hf.attention import masks
-from fastprefix.hf.model import layers as probe
-from fastprefix.hf.model.dummy_inputs import example
+from fastprefix.hf.model import layers as model_layers
+from fastprefix.hf.model import probing
+from fastprefix.hf.model.dummy_inputs import dummy_inputs
 from fastprefix.hf.model.layers import Layers
 from fastprefix.prefixes.config import Part
 from fastprefix.validation import fail
@@ -17,7 +18,7 @@ from fastprefix.validation import fail
 _TOKENS = 2  # of the decoder in a probe: keys of another number are the encoder's
 
 
-def is_one(model: Any) -> bool:
+def is_encoder_decoder(model: Any) -> bool:
     """Whether a model is an encoder-decoder."""
     return bool(getattr(model.config, "is_encoder_decoder", False))
 
@@ -27,26 +28,26 @@ def find_layers(model: Any) -> Layers:
     encoder, decoder = model.get_encoder(), model.get_decoder()
     if not all(isinstance(x, nn.Module) and x is not model for x in (encoder, decoder)):
         raise fail("model", f"{type(model).__name__} without an encoder and a decoder of its own", "a model of both")
-    source = example(encoder, tokens=_TOKENS + 3)
-    with masks.windows() as windows:
-        calls = probe.once(probe.run_part(model, encoder, source))
+    source = dummy_inputs(encoder, tokens=_TOKENS + 3)
+    with masks.recording_windows() as windows:
+        calls = probing.first_calls(probing.run_part(model, encoder, source))
         states = _states(encoder, source)  # [1, T, d]
-        target = {**example(decoder, tokens=_TOKENS), "encoder_hidden_states": states}
-        decoder_calls = probe.once(probe.run_part(model, decoder, target))
+        target = {**dummy_inputs(decoder, tokens=_TOKENS), "encoder_hidden_states": states}
+        decoder_calls = probing.first_calls(probing.run_part(model, decoder, target))
     cross = [call.tensors["k"].shape[2] != _TOKENS for call in decoder_calls]
     _count(model, len(calls), len(cross) - sum(cross), sum(cross))
     parts: list[Part] = ["encoder"] * len(calls)
     parts += ["cross" if over_encoder else "decoder" for over_encoder in cross]
     few = {"encoder_hidden_states": states[:, : _TOKENS + 3]}
     stacks = (
-        probe.stack(encoder, calls, source),
-        probe.stack(decoder, decoder_calls, target, first=len(calls), beside=few),
+        model_layers.make_stack(encoder, calls, source),
+        model_layers.make_stack(decoder, decoder_calls, target, first=len(calls), extra_inputs=few),
     )
-    return probe.layers([calls, decoder_calls], parts, stacks, windows)
+    return model_layers.make_layers([calls, decoder_calls], parts, stacks, windows)
 
 
 def _states(encoder: Any, source: dict[str, Tensor]) -> Tensor:
-    with probe.evaluating(encoder):
+    with probing.evaluating(encoder):
         states = encoder(**source)[0]
     assert isinstance(states, Tensor)
     return states
@@ -60,7 +61,7 @@ def _count(model: Any, encoders: int, decoders: int, cross: int) -> None:
         got = (
             f" in all of {want_encoders} encoder and {want} decoder layers, only in {encoders}, {decoders} and {cross}"
         )
-        raise probe.does_not_dispatch(model, got)
+        raise probing.does_not_dispatch(model, got)
 
 
 def _field(config: Any, part: str, *names: str) -> int | None:
@@ -78,13 +79,13 @@ def key_values(model: Any, layers: Layers, ids: Tensor, wanted: Sequence[int]) -
     """
     encoder, decoder = layers.stacks
     tokens = {"input_ids": ids.reshape(1, -1).to(layers.devices[0])}
-    source = tokens if encoder.main_input == "input_ids" else encoder.example()
+    source = tokens if encoder.main_input == "input_ids" else encoder.dummy_inputs()
     if source is not tokens and any(layers.parts[i] != "decoder" for i in wanted):
         got = f"tokens for {type(model).__name__}, whose encoder reads {encoder.main_input}"
         raise fail("init", got, "parts=('decoder',), or fastprefix.init.normal or kv")
-    calls = probe.run(encoder.owner, source)
+    calls = probing.run(encoder.owner, source)
     states = _states(encoder.owner, source)
-    calls += probe.run(decoder.owner, {**tokens, "encoder_hidden_states": states})
+    calls += probing.run(decoder.owner, {**tokens, "encoder_hidden_states": states})
     found = {id(call.module): call.tensors for call in calls}
     picked = [found[id(layers.modules[i])] for i in wanted]
     return [x["k"][0].clone() for x in picked], [x["v"][0].clone() for x in picked]

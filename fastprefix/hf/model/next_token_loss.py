@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastprefix.hf.model import layers as probe
+from fastprefix.hf.model import layers as model_layers
+from fastprefix.hf.model import probing
 
 IGNORED = -100
 _TOKENS = 3
 
 
-def predicts_next_token(model: Any, stack: probe.Stack) -> bool:
+def predicts_next_token(model: Any, stack: model_layers.AttentionStack) -> bool:
     """Whether position i's logits are held to label i + 1, so that a prompt in front predicts a row's first token.
 
     A label of the first token then counts for nothing, and one of the last token does. Where that cannot be tried (a
@@ -22,7 +23,7 @@ def predicts_next_token(model: Any, stack: probe.Stack) -> bool:
     """
     if stack.owner is model or stack.main_input != "input_ids":
         return False
-    inputs = {**stack.example(_TOKENS)}
+    inputs = {**stack.dummy_inputs(_TOKENS)}
     if "labels" not in inspect.signature(model.forward).parameters:
         return bool(model.can_generate())
     try:
@@ -38,7 +39,7 @@ def predicts_next_token(model: Any, stack: probe.Stack) -> bool:
 def _loss(model: nn.Module, inputs: dict[str, Tensor], place: int, label: int) -> float:
     labels = torch.full_like(inputs["input_ids"], IGNORED)
     labels[:, place] = label
-    with probe.evaluating(model):
+    with probing.evaluating(model):
         output = model(**inputs, labels=labels)
     loss = output[0] if isinstance(output, tuple) else output.loss
     return float(loss)

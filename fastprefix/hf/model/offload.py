@@ -57,7 +57,7 @@ def tensors(module: nn.Module, away: Away | None = None, name: str = "") -> Iter
             yield from tensors(child, below, f"{name}{n}.")
 
 
-def values(module: nn.Module) -> dict[str, Tensor]:
+def state_dict(module: nn.Module) -> dict[str, Tensor]:
     """A module's state dict with the weights that it computes with."""
     if not any(x.is_meta for x in (*module.parameters(), *module.buffers())):
         return dict(module.state_dict())
@@ -70,7 +70,7 @@ def _known(name: str, module: nn.Module, real: Tensor | None) -> Tensor:
     return real
 
 
-def missing(model: nn.Module) -> list[str]:
+def meta_parameters(model: nn.Module) -> list[str]:
     """Names of parameters on the meta device that no hook brings in."""
     return [name for name, x, real in tensors(model) if isinstance(x, nn.Parameter) and real is None]
 
@@ -87,7 +87,7 @@ def device(module: nn.Module) -> torch.device:
     raise fail("model", f"{type(module).__name__} without parameters", "a module with some")
 
 
-def refuse_whole(model: nn.Module, layers: Sequence[nn.Module]) -> None:
+def refuse_offloaded_layers(model: nn.Module, layers: Sequence[nn.Module]) -> None:
     """Raise ValueError where a hook brings in whole attention layers: it would look for a prefix's weights, too."""
     for name, module in model.named_modules():
         hook = hook_of(module)
@@ -96,7 +96,7 @@ def refuse_whole(model: nn.Module, layers: Sequence[nn.Module]) -> None:
             raise fail("model", got, "no layers of attention, nor what holds them, in preload_module_classes")
 
 
-def copied(module: nn.Module) -> nn.Module:
+def copy_module(module: nn.Module) -> nn.Module:
     """A copy with weights of its own, where they are computed with, which moves its inputs there as the module does."""
     hooked = [(name, m) for name, m in module.named_modules() if m.__dict__.get("_hf_hook") is not None]
     if not hooked:
@@ -105,7 +105,7 @@ def copied(module: nn.Module) -> nn.Module:
 
     # A hook holds the weights of the whole model.
     made = copy.deepcopy(module, {id(m._hf_hook): m._hf_hook for _, m in hooked})
-    real = values(module)
+    real = state_dict(module)
     for name, _ in hooked:
         inner = made.get_submodule(name)
         hook: Any = inner._hf_hook
@@ -128,7 +128,7 @@ def _execution(hook: Any) -> tuple[torch.device | None, bool]:
     return where, any(h.io_same_device for h in found)
 
 
-def settle(module: nn.Module) -> None:
+def remove_offload_hooks(module: nn.Module) -> None:
     """Let a module keep its weights, as parameters to be trained."""
     for inner in module.modules():
         if hook_of(inner) is not None:
@@ -137,7 +137,7 @@ def settle(module: nn.Module) -> None:
             remove_hook_from_module(inner)
 
 
-class Home:
+class AttachedParameters:
     """The parameters of what is attached, as optimizers hold them."""
 
     def __init__(self) -> None:

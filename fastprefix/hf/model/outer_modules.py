@@ -11,14 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from fastprefix.hf.attention import masks
-from fastprefix.hf.attention.config_copies import OwnConfigs
-from fastprefix.hf.model import layers as probe
+from fastprefix.hf.attention.config_copies import ConfigCopies
+from fastprefix.hf.model import probing
+from fastprefix.hf.model.layers import AttentionStack
 
 _MASK = "attention_mask"
 
 
 @dataclass(frozen=True)
-class Outer:
+class OuterModules:
     """What reaches a stack's owner from a forward of the model itself, of text alone."""
 
     makes_masks: bool = False  # whether the owner is given finished masks where the caller gave ``[B, S]`` padding
@@ -26,27 +27,27 @@ class Outer:
     first_position: int = 0  # of a row's first token (PaliGemma counts from 1)
 
 
-def look(model: nn.Module, stack: probe.Stack) -> Outer:
+def look(model: nn.Module, stack: AttentionStack) -> OuterModules:
     """Run a model on a few tokens, with a mask and without one, and look at what its owner is given."""
-    if stack.owner is model or stack.beside or stack.main_input != "input_ids":
-        return Outer()  # a decoder beside an encoder makes its own
+    if stack.owner is model or stack.extra_inputs or stack.main_input != "input_ids":
+        return OuterModules()  # a decoder beside an encoder makes its own
     given: list[dict[str, Any]] = []
 
     def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given.append({**dict(zip(stack.owner_arguments, args, strict=False)), **kwargs})
 
-    inputs = stack.example(tokens=3)
+    inputs = stack.dummy_inputs(tokens=3)
     mask = torch.tensor([[1, 1, 0]], device=inputs["input_ids"].device)  # a mask of ones may be dropped on the way
     handle = stack.owner.register_forward_pre_hook(record, with_kwargs=True)
     try:
-        probe.run(model, inputs)
+        probing.run(model, inputs)
         if _MASK in inspect.signature(model.forward).parameters:
             with suppress(AttributeError, LookupError, RuntimeError, TypeError, ValueError):  # bare, it does not run so
-                probe.run(model, {**inputs, _MASK: mask})
+                probing.run(model, {**inputs, _MASK: mask})
     finally:
         handle.remove()
     positions = [kwargs["position_ids"] for kwargs in given if isinstance(kwargs.get("position_ids"), Tensor)]
-    return Outer(
+    return OuterModules(
         makes_masks=any(_is_made(kwargs.get(_MASK)) for kwargs in given),
         makes_positions=any(ids.dim() == 2 for ids in positions),
         first_position=int(positions[0].min()) if positions else 0,
@@ -71,7 +72,7 @@ class OuterCall:
     Nothing is hooked where the owner makes masks and positions itself.
     """
 
-    def __init__(self, model: nn.Module, stack: probe.Stack, outer: Outer, configs: OwnConfigs) -> None:
+    def __init__(self, model: nn.Module, stack: AttentionStack, outer: OuterModules, configs: ConfigCopies) -> None:
         self.outer, self.causal, self.configs = outer, stack.causal, configs
         self.given: dict[int, _Given] = {}  # by module while it runs, the outermost first
         self.handles: list[Any] = []
@@ -127,7 +128,8 @@ class _Enter:
         given = {**dict(zip(self.arguments, args, strict=False)), **kwargs}
         mask = given.get(_MASK)
         padding = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
-        masks.running.spelt_out, masks.running.always = not self.call.causal, self.call.configs.ran_eager
+        masks.requested.explicit_causal = not self.call.causal
+        masks.requested.even_without_padding = self.call.configs.ran_eager
         self.call.given[id(module)] = _Given(padding, _is_made(mask), given.get("position_ids"))
 
 

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastprefix.hf.adapters.installation import Installation
 from fastprefix.hf.peft.fitting import Fit
-from fastprefix.hf.runtime.prefix_reader import Choice, Entry, Name
-from fastprefix.hf.runtime.prompt_prefill import KeyValues
+from fastprefix.hf.runtime.forward_context import AdapterSelection, KeyValues, Name, ResolvedPrefix
 from fastprefix.validation import fail
-
-if TYPE_CHECKING:
-    from fastprefix.hf.adapters.installation import Installation
 
 PREFIXES = ("PREFIX_TUNING", "CARTRIDGE")
 PROMPTS = ("PROMPT_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING")
@@ -38,14 +35,14 @@ def task(model: Any) -> str:
 class Adapters:
     """The source of a patched model: names are PEFT's adapters; with several tasks, ``(name, task)``."""
 
-    beside = False
+    gated = False
 
     def __init__(self, state: Installation, peft_model: Any) -> None:
         self.state = state
         self.peft_model = peft_model
         self.bypassed = False  # while PEFT's own forward concatenates the prompt
         self.shifted = False  # while the caller's position ids start behind the prefix already
-        self.fit = Fit(state)
+        self.fit = Fit(state.facts)
 
     def names(self) -> list[str]:
         """PEFT's adapters."""
@@ -56,16 +53,16 @@ class Adapters:
         return self.names()
 
     @contextmanager
-    def held(self, choice: Choice) -> Iterator[None]:
+    def held(self, selection: AdapterSelection) -> Iterator[None]:
         """Let heads that PEFT trains along (``modules_to_save``) take each row's adapter, as its LoRA does."""
         from peft.utils.other import AuxiliaryTrainingWrapper
 
-        names = [name[0] if isinstance(name, tuple) else name or BASE for name in choice.names]
+        names = [name[0] if isinstance(name, tuple) else name or BASE for name in selection.names]
         mixed = len(set(names)) > 1 or names[0] != self.peft_model.active_adapter
         heads = [m for m in self.state.model.modules() if mixed and isinstance(m, AuxiliaryTrainingWrapper)]
 
         def name_rows(head: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-            return args, {**kwargs, "adapter_names": Choice(tuple(names)).rows(len(args[0]))}
+            return args, {**kwargs, "adapter_names": AdapterSelection(tuple(names)).rows(len(args[0]))}
 
         handles = [head.register_forward_pre_hook(name_rows, with_kwargs=True) for head in heads]
         try:
@@ -78,14 +75,14 @@ class Adapters:
         """Whether PEFT has not disabled them, and does not concatenate itself."""
         return not (self.bypassed or self.peft_model._adapters_disabled)
 
-    def active(self) -> Choice | None:
+    def active(self) -> AdapterSelection | None:
         """PEFT's active adapter, unless PEFT has disabled it."""
         model = self.peft_model
         if self.bypassed or model._adapters_disabled or model.active_adapter not in self.names():
             return None
-        return Choice((model.active_adapter,))
+        return AdapterSelection((model.active_adapter,))
 
-    def choose(self, adapter_names: Sequence[str | None] | None, task_ids: Any) -> Choice | None:
+    def choose(self, adapter_names: Sequence[str | None] | None, task_ids: Any) -> AdapterSelection | None:
         """What a call's own arguments say of its rows; None where they say nothing."""
         if adapter_names is not None:
             names = [None if name in (None, BASE) else name for name in adapter_names]
@@ -104,7 +101,7 @@ class Adapters:
         if len(names) != len(tasks):
             raise fail("task_ids", f"{len(tasks)} tasks", f"one for each of {len(names)} adapter_names")
         rows = tuple(self._row(name, task) for name, task in zip(names, tasks, strict=True))
-        return None if adapter_names is None and rows == (self.peft_model.active_adapter,) else Choice(rows)
+        return None if adapter_names is None and rows == (self.peft_model.active_adapter,) else AdapterSelection(rows)
 
     def _row(self, name: str | None, task: int | None) -> Name | None:
         if name is None or kind(self.peft_model.peft_config[name]) != MULTITASK:
@@ -113,7 +110,7 @@ class Adapters:
             raise ValueError("task_ids cannot be None")  # PEFT's words
         return name, task
 
-    def entry(self, name: Name) -> Entry:
+    def resolve(self, name: Name) -> ResolvedPrefix:
         """What an adapter gives; raises ValueError for an unknown one."""
         name, task = name if isinstance(name, tuple) else (name, None)
         if name not in self.names():
@@ -126,7 +123,7 @@ class Adapters:
             def key_values() -> KeyValues:
                 return self.fit(config, self.encoded(str(name)))
 
-            return Entry(
+            return ResolvedPrefix(
                 what, tokens, 0 if self.shifted else tokens, parameters, key_values, layers=len(self.state.slots)
             )
 
@@ -139,7 +136,7 @@ class Adapters:
             ids = self.peft_model.prompt_tokens[name][None].to(device)
             return encoder(ids, torch.tensor([task], device=device))[0]
 
-        return Entry(what, tokens, tokens, parameters, prompt=prompt)
+        return ResolvedPrefix(what, tokens, tokens, parameters, prompt=prompt)
 
     def encoded(self, name: str) -> Tensor:
         """What an adapter's encoder gives, once: ``[P, 2*L*H_kv*D]`` or ``[P, d]``."""

@@ -7,21 +7,18 @@ time. Here keys and values are made once per forward, and ``o_content + gate * o
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from peft.tuners.adaption_prompt.config import TRANSFORMERS_MODEL_CONFIG
 from peft.tuners.adaption_prompt.layer import AdaptedAttention, AdaptedAttentionGPT
 from torch import Tensor
 
 from fastprefix.functional import prefix_attention
+from fastprefix.hf.adapters.installation import Installation
 from fastprefix.hf.attention.function import SLOT
-from fastprefix.hf.runtime.prefix_reader import Choice, Entry, Name
-from fastprefix.hf.runtime.prompt_prefill import KeyValues
+from fastprefix.hf.runtime.forward_context import AdapterSelection, KeyValues, Name, ResolvedPrefix
 from fastprefix.prefixes.prefix import LayerKV
 from fastprefix.validation import fail
-
-if TYPE_CHECKING:
-    from fastprefix.hf.adapters.installation import Installation
 
 
 class FusedAttention(AdaptedAttention):
@@ -73,7 +70,7 @@ class Gated:
     The content stays with the attention that the model had: with gates at zero it computes the same bits.
     """
 
-    beside = True
+    gated = True
 
     def __init__(self, state: Installation, peft_model: Any) -> None:
         self.state = state
@@ -88,7 +85,7 @@ class Gated:
         """The active one."""
         return self.names()
 
-    def held(self, choice: Choice) -> AbstractContextManager[None]:
+    def held(self, selection: AdapterSelection) -> AbstractContextManager[None]:
         """Nothing lies on disk."""
         return nullcontext()
 
@@ -96,9 +93,9 @@ class Gated:
         """Whether their modules are in the model."""
         return bool(self.peft_model.base_model._enabled)
 
-    def active(self) -> Choice | None:
+    def active(self) -> AdapterSelection | None:
         """The one whose modules are in the model."""
-        return Choice(tuple(self.names())) if self.names() and self.peft_model.base_model._enabled else None
+        return AdapterSelection(tuple(self.names())) if self.names() and self.peft_model.base_model._enabled else None
 
     def modules(self) -> list[Any]:
         """Those of the active adapter, from the lowest layer up."""
@@ -107,7 +104,7 @@ class Gated:
         target = tuner.peft_config[name].target_modules
         return [getattr(parent, target) for parent in tuner._parents[name]]
 
-    def entry(self, name: Name) -> Entry:
+    def resolve(self, name: Name) -> ResolvedPrefix:
         """Gated keys and values of the adapted layers."""
         if name not in self.names():
             raise fail("names", repr(name), f"the active adapter, {self.names()}")
@@ -115,7 +112,7 @@ class Gated:
         parameters = tuple(x for m in modules for x in (m.adaption_prompt, m.adaption_gate))
 
         def key_values() -> KeyValues:
-            index = {id(module): i for i, module in enumerate(self.state.layers.modules)}
+            index = {id(module): i for i, module in enumerate(self.state.facts.layers.modules)}
             found: KeyValues = [None] * len(index)
             for module in modules:
                 if isinstance(module, FusedAttention):
@@ -125,7 +122,7 @@ class Gated:
             return found
 
         tokens = modules[0].adapter_len
-        return Entry("ADAPTION_PROMPT", tokens, 0, parameters, key_values, layers=len(modules))
+        return ResolvedPrefix("ADAPTION_PROMPT", tokens, 0, parameters, key_values, layers=len(modules))
 
 
 def fuse(peft_model: Any) -> None:

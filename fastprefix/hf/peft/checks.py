@@ -8,8 +8,7 @@ from typing import Any
 import torch
 
 from fastprefix.hf.adapters.installation import Installation
-from fastprefix.hf.model import layers as probe
-from fastprefix.hf.model import offload as offloaded
+from fastprefix.hf.model import offload, probing
 from fastprefix.hf.peft.adapters import PREFIXES, Adapters, kind
 from fastprefix.validation import fail
 
@@ -17,25 +16,21 @@ from fastprefix.validation import fail
 def check(adapters: Adapters, name: str) -> None:
     """Raise ValueError unless an adapter is one that the model's layers can read."""
     config, encoder = adapters.peft_model.peft_config[name], adapters.peft_model.prompt_encoder[name]
-    if offloaded.missing(encoder):
+    if offload.meta_parameters(encoder):
         got = (
             f"adapter {name!r} on the meta device, where PEFT puts it when the base model's first weights are offloaded"
         )
         raise fail("peft_model", got, "a PEFT model that was made first, and its base model offloaded then")
-    offloaded.settle(encoder)
-    adapters.state.home.remember(name, encoder)
+    offload.remove_offload_hooks(encoder)
+    adapters.state.parameters.remember(name, encoder)
     if kind(config) in PREFIXES:
         adapters.fit.check(config)
 
 
 def check_output(state: Installation) -> None:
     """Raise ValueError unless a model's output has names: what it says of a soft prompt's tokens is put in front."""
-    state.paused = True
-    try:
-        with probe.evaluating(state.model):
-            output = state.model(**state.layers.main.example())
-    finally:
-        state.paused = False
+    with state.forward.bypass(), probing.evaluating(state.model):
+        output = state.model(**state.facts.layers.main.dummy_inputs())
     if not hasattr(output, "get"):
         got = f"a {type(state.model).__name__}, whose forward returns a {type(output).__name__}"
         raise fail("peft_model", got, "one that returns transformers' ModelOutput")

@@ -14,14 +14,13 @@ from typing import Any
 from torch import nn
 
 from fastprefix.hf.adapters.installation import Installation
-from fastprefix.hf.adapters.lookup import installation
+from fastprefix.hf.adapters.lookup import require_installation
 from fastprefix.hf.peft import prompts, resume
 from fastprefix.hf.peft.adapters import Adapters, task
 from fastprefix.hf.peft.checks import break_symmetry, check
 from fastprefix.hf.peft.mixins import PatchedAdaption, PatchedConcatenating
-from fastprefix.hf.runtime import exactness
-from fastprefix.hf.runtime import prompt_prefill as sharing
-from fastprefix.hf.storage.atomic_folder import finish
+from fastprefix.hf.runtime.exactness import why_not_shareable
+from fastprefix.hf.storage.atomic_folder import complete_interrupted_save
 
 SHARING, ADAPTION, CONCATENATING = "FastPrefix", "FastPrefixAdaption", "FastPrefixConcatenating"
 
@@ -41,15 +40,15 @@ class Patched:
         if self._adapters_disabled:
             return self.base_model(**kwargs)
         chosen = adapters.choose(names, tasks)
-        choice = chosen or state.choice()
-        prompted = choice is not None and any(adapters.entry(n).prompt is not None for n in choice.distinct())
-        if prompted and names is None and state.chosen is None and state.shared is None:
+        choice = chosen or state.selection.current()
+        prompted = choice is not None and any(adapters.resolve(n).prompt is not None for n in choice.distinct())
+        if prompted and names is None and state.selection.chosen is None and state.selection.shared is None:
             reason = _concatenates(self, state, choice, kwargs)
             if reason is not None:
                 return _theirs("forward", self, adapters, reason, task_ids=tasks, **kwargs)
         _token_types(self, kwargs)
-        with _chosen(state, chosen), _shifted(adapters, chosen or state.chosen or prompted, kwargs):
-            if prompted and names is None and choice is not None and state.chosen in (None, chosen):
+        with _chosen(state, chosen), _shifted(adapters, chosen or state.selection.chosen or prompted, kwargs):
+            if prompted and names is None and choice is not None and state.selection.chosen in (None, chosen):
                 return prompts.forward(self, state, choice, kwargs)
             return self.base_model(**kwargs)
 
@@ -58,10 +57,10 @@ class Patched:
         names, tasks = kwargs.pop("adapter_names", None), kwargs.pop("task_ids", None)
         state, adapters = _parts(self)
         chosen = None if self._adapters_disabled else adapters.choose(names, tasks)
-        choice = chosen or state.choice()
-        entries = [] if choice is None else [adapters.entry(name) for name in choice.distinct()]
+        choice = chosen or state.selection.current()
+        entries = [] if choice is None else [adapters.resolve(name) for name in choice.distinct()]
         tokens = max((entry.tokens for entry in entries if entry.prompt is not None), default=0)
-        alone = names is None and state.chosen is None and state.shared is None
+        alone = names is None and state.selection.chosen is None and state.selection.shared is None
         reason = prompts.outgrows(self, state, tokens, args, kwargs) if tokens and alone else None
         if reason is not None:
             if tasks is not None:
@@ -93,7 +92,7 @@ class Patched:
 
     def save_pretrained(self, save_directory: str, *args: Any, **kwargs: Any) -> None:
         """PEFT's files, and beside them what is trained in front of them, so that training resumes."""
-        finish(Path(save_directory))  # what a killed save of ours has committed is older than this
+        complete_interrupted_save(Path(save_directory))  # what a killed save of ours has committed is older than this
         super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
         if kwargs.get("is_main_process", True):
             resume.save(self, save_directory, kwargs.get("selected_adapters"))
@@ -142,9 +141,9 @@ def theirs(model: Any) -> Any:
 
 
 def _parts(model: Any) -> tuple[Installation, Adapters]:
-    state = installation(model)
-    assert isinstance(state.source, Adapters)
-    return state, state.source
+    state = require_installation(model)
+    assert isinstance(state.selection.provider, Adapters)
+    return state, state.selection.provider
 
 
 def _bind(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -158,30 +157,30 @@ def _chosen(state: Installation, choice: Any) -> Iterator[None]:
     if choice is None:
         yield
         return
-    with state.turns.block():
-        outside, state.chosen = state.chosen, choice
-        state.switch(on=True)
+    with state.lock.block():
+        outside, state.selection.chosen = state.selection.chosen, choice
+        state.configs.switch(on=True)
         try:
-            with state.source.held(choice):
+            with state.selection.provider.held(choice):
                 yield
         finally:
-            state.chosen = outside
+            state.selection.chosen = outside
 
 
 def _concatenates(model: Any, state: Installation, choice: Any, kwargs: dict[str, Any]) -> str | None:
     """Why a soft prompt takes PEFT's own way; None when it is shared."""
     if task(model) == "QUESTION_ANS":
         return "a question-answering head has its softmax over the prompt's positions too"
-    if not state.loss_fits_mask and "labels" in kwargs and kwargs.get("attention_mask") is not None:
+    if not state.facts.loss_fits_mask and "labels" in kwargs and kwargs.get("attention_mask") is not None:
         return "its loss reads the mask beside the labels, which a shared prompt makes one place longer"
-    tokens = max(state.source.entry(name).tokens for name in choice.distinct())
+    tokens = max(state.selection.provider.resolve(name).tokens for name in choice.distinct())
     # PEFT's forward knows no cache: what outgrows a window while generating is the reading's to see.
-    return exactness.inexact(state, tokens, {**kwargs, "past_key_values": None})
+    return why_not_shareable(state.facts, tokens, {**kwargs, "past_key_values": None})
 
 
 def _theirs(method: str, model: Any, adapters: Adapters, reason: str, *args: Any, **kwargs: Any) -> Any:
     """PEFT's own forward or generate, which concatenates."""
-    sharing.say(adapters.state, reason)
+    adapters.state.warn.concatenation(reason)
     adapters.bypassed = True
     try:
         return getattr(theirs(model), method)(model, *args, **kwargs)
@@ -204,7 +203,7 @@ def _shifted(adapters: Adapters, mixed: Any, kwargs: dict[str, Any]) -> Iterator
     if mixed or active is None or "position_ids" not in kwargs:
         yield
         return
-    kwargs["position_ids"] = kwargs["position_ids"] + adapters.entry(active.names[0]).tokens
+    kwargs["position_ids"] = kwargs["position_ids"] + adapters.resolve(active.names[0]).tokens
     adapters.shifted = True
     try:
         yield

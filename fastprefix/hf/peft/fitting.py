@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastprefix.hf.runtime.prompt_prefill import KeyValues
+from fastprefix.hf.model.facts import ModelFacts
+from fastprefix.hf.runtime.forward_context import KeyValues
 from fastprefix.prefixes.prefix import LayerKV
 from fastprefix.validation import fail
-
-if TYPE_CHECKING:
-    from fastprefix.hf.adapters.installation import Installation
 
 
 class Fit:
@@ -23,13 +21,13 @@ class Fit:
     is larger. A layer without keys of its own reads the ones of the layer that it shares with, prefix included.
     """
 
-    def __init__(self, state: Installation) -> None:
-        self.state = state
+    def __init__(self, facts: ModelFacts) -> None:
+        self.model, self.layers = facts.model, facts.layers
         self.warned = False
 
     def check(self, config: Any) -> None:
         """Raise ValueError unless the layers can read what such an adapter holds."""
-        layers, shapes = len(self.state.slots), self.state.layers.shapes
+        layers, shapes = len(self.layers.modules), self.layers.shapes
         if config.num_layers != layers:
             raise fail("num_layers", config.num_layers, f"{layers}, the model's attention layers")
         heads, dim = config.num_attention_heads, config.token_dim // config.num_attention_heads
@@ -47,10 +45,10 @@ class Fit:
         """A layer's key/value heads and head dim; where layers differ, as PEFT reads them from the model's config."""
         from peft import peft_model
 
-        real, rule = self.state.layers.shapes[layer], getattr(peft_model, "_get_layer_kv_target_shape", None)
+        real, rule = self.layers.shapes[layer], getattr(peft_model, "_get_layer_kv_target_shape", None)
         # PEFT asks its rule of such models alone: another's config need not have the fields.
-        differ = len(set(self.state.layers.shapes)) > 1
-        found = rule(self.state.model.config.get_text_config(), layer) if differ and rule is not None else None
+        differ = len(set(self.layers.shapes)) > 1
+        found = rule(self.model.config.get_text_config(), layer) if differ and rule is not None else None
         return (real.num_kv_heads, real.head_dim) if found is None else found
 
     def __call__(self, config: Any, embeddings: Tensor) -> KeyValues:
@@ -60,7 +58,7 @@ class Fit:
         if not torch.is_grad_enabled():  # for the life of a cache: worth laying out anew
             slots = slots.contiguous()
         found: KeyValues = []
-        sources = self.state.layers.sources
+        sources = self.layers.kv_sources
         for source in sources:
             n, d = self.shape(source)
             fits = n <= heads and d <= dim

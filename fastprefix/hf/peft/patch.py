@@ -9,12 +9,11 @@ from typing import Any
 
 from fastprefix.hf.adapters import build
 from fastprefix.hf.adapters.installation import Installation
-from fastprefix.hf.adapters.lookup import found, install, uninstall
-from fastprefix.hf.model import layers as probe
-from fastprefix.hf.model import wrappers
+from fastprefix.hf.adapters.lookup import find_installation, install, uninstall
+from fastprefix.hf.model import probing, wrappers
+from fastprefix.hf.model.prompt_support import check_prompts
 from fastprefix.hf.peft import checks, classes
 from fastprefix.hf.peft.adapters import PREFIXES, PROMPTS, Adapters, kind
-from fastprefix.hf.runtime import prompt_prefill as sharing
 from fastprefix.validation import fail
 
 ADAPTION = "ADAPTION_PROMPT"
@@ -63,27 +62,27 @@ def patch(peft_model: Any) -> Any:
         warnings.warn(f"fastprefix: the prompt is concatenated to every row, not shared: {reason}", stacklevel=2)
         peft_model.__class__ = classes.patched(peft_model.__class__, classes.CONCATENATING)
         return peft_model
-    probe.check_model(base)
-    if found(base) is not None:
+    probing.check_model(base)
+    if find_installation(base) is not None:
         raise fail(
             "peft_model", f"a {type(base).__name__} that something is attached to", "one without; detach it first"
         )
     state = install(base)
     try:
-        sharing.check(state)  # what PEFT would do is known for models of tokens alone
+        check_prompts(state.facts)  # what PEFT would do is known for models of tokens alone
         if ADAPTION in kinds:
             _patch_adaption(state, peft_model)
         else:
-            state.source = Adapters(state, peft_model)
+            state.selection.provider = Adapters(state, peft_model)
             with suppress(AttributeError, RuntimeError, TypeError, ValueError):  # soft prompts fail there, in PEFT too
-                state.reads_token_ids = build.reads_token_ids(state)
+                state.facts.reads_token_ids = build.reads_token_ids(state)
             if kinds & set(PROMPTS):
                 checks.check_output(state)
                 arguments = inspect.signature(base.forward).parameters
-                if state.heads.handles and {"labels", "attention_mask"} <= set(arguments):
-                    state.loss_fits_mask = state.heads.fits_mask()
+                if state.head and {"labels", "attention_mask"} <= set(arguments):
+                    state.facts.loss_fits_mask = state.head.loss_fits_mask()
             for name in peft_model.peft_config:
-                checks.check(state.source, name)
+                checks.check(state.selection.provider, name)
             for name in peft_model.peft_config:
                 checks.break_symmetry(peft_model, name)
             peft_model.__class__ = classes.patched(peft_model.__class__, classes.SHARING)
@@ -93,16 +92,16 @@ def patch(peft_model: Any) -> Any:
     # PEFT's disable_adapter leaves bound methods behind, which would hide the class's.
     for method in ("forward", "prepare_inputs_for_generation"):
         peft_model.__dict__.pop(method, None)
-    state.switch(on=True)
+    state.configs.switch(on=True)
     return peft_model
 
 
 def _patch_adaption(state: Installation, peft_model: Any) -> None:
     from fastprefix.hf.peft import adaption
 
-    state.source = adaption.Gated(state, peft_model)
-    for module, slot in zip(state.layers.modules, state.slots, strict=True):
-        slot.beside = state.configs.before(module)
+    state.selection.provider = adaption.Gated(state, peft_model)
+    for module, slot in zip(state.facts.layers.modules, state.slots, strict=True):
+        slot.fallback_attention = state.configs.before(module)
     adaption.fuse(peft_model)
     peft_model.__class__ = classes.patched(peft_model.__class__, classes.ADAPTION)
 
@@ -127,7 +126,7 @@ def unpatch(peft_model: Any) -> Any:
         return peft_model
     if not is_patched(peft_model):
         raise fail("peft_model", type(peft_model).__name__, "a model that fastprefix.patch was called on")
-    state = found(peft_model.get_base_model())
+    state = find_installation(peft_model.get_base_model())
     if isinstance(peft_model, classes.PatchedAdaption):
         from fastprefix.hf.peft import adaption
 

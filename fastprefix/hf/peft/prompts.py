@@ -9,12 +9,12 @@ from torch import Tensor
 
 from fastprefix.hf.adapters.installation import Installation
 from fastprefix.hf.peft.adapters import task
-from fastprefix.hf.runtime import exactness
+from fastprefix.hf.runtime.exactness import why_not_shareable, why_too_long
+from fastprefix.hf.runtime.forward_context import AdapterSelection, PrefixBank
 from fastprefix.hf.runtime.lm_head_hooks import keeps_some
-from fastprefix.hf.runtime.prefix_reader import Bank, Choice, batch_size, make_bank
 
 
-def forward(model: Any, state: Installation, choice: Choice, kwargs: dict[str, Any]) -> Any:
+def forward(model: Any, state: Installation, choice: AdapterSelection, kwargs: dict[str, Any]) -> Any:
     """The base model's output over rows, with the prompt's own positions in front as PEFT has them."""
     base = model.base_model
     return_dict = kwargs.pop("return_dict", None)
@@ -26,9 +26,10 @@ def forward(model: Any, state: Installation, choice: Choice, kwargs: dict[str, A
     else:
         names = choice.distinct()
         options = {name: kwargs[name] for name in ("output_hidden_states",) if name in kwargs}
-        with state.turns.turn():
-            bank, prompt = make_bank(state, names, [state.source.entry(name) for name in names], base, options)
-            with state.preparing(bank):
+        with state.lock.hold():
+            resolved = [state.selection.provider.resolve(name) for name in names]
+            bank, prompt = state.reader.make_bank(names, resolved, base, options)
+            with state.forward.preparing(bank):
                 output = base(**kwargs, return_dict=True)
         _join(output, prompt, _rows(state, bank, choice, kwargs))
     return output if return_dict else output.to_tuple()
@@ -40,14 +41,14 @@ def outgrows(model: Any, state: Installation, tokens: int, args: tuple[Any, ...]
     ids = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids", kwargs.get("inputs_embeds")))
     if ids is None:
         return None
-    if state.reads_token_ids:
-        return exactness.inexact(state, tokens, {})
+    if state.facts.reads_token_ids:
+        return why_not_shareable(state.facts, tokens, {})
     new, whole = (kwargs.get(name, getattr(config, name, None)) for name in ("max_new_tokens", "max_length"))
     last = ids.shape[1] + new if new is not None else max(whole or 0, ids.shape[1] + 20)  # 20: generate's own default
-    window = state.layers.window
+    window = state.facts.layers.window
     if window is not None and tokens + last > window:
         return f"it may outgrow a window of {window} tokens"
-    return exactness.outgrown(state, tokens + last)
+    return why_too_long(state.facts, tokens + last)
 
 
 def pools(model: Any) -> bool:
@@ -55,8 +56,8 @@ def pools(model: Any) -> bool:
     return task(model) == "SEQ_CLS"
 
 
-def _rows(state: Installation, bank: Bank, choice: Choice, kwargs: dict[str, Any]) -> list[int]:
-    return [bank.names.index(name) for name in choice.rows(batch_size(state, kwargs))]
+def _rows(state: Installation, bank: PrefixBank, choice: AdapterSelection, kwargs: dict[str, Any]) -> list[int]:
+    return [bank.names.index(name) for name in choice.rows(state.facts.layers.batch_size(kwargs))]
 
 
 def _join(output: Any, prompt: Any, rows: list[int]) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from fastprefix.hf.storage.atomic_folder import finish, replace_together
+from fastprefix.hf.storage.atomic_folder import complete_interrupted_save, write_atomically
 from fastprefix.hf.storage.validated_files import read_tensors, write_tensors
 from fastprefix.validation import fail
 
@@ -31,7 +31,7 @@ def save(model: Any, dir: str | os.PathLike[str], names: Sequence[str] | None = 
             continue
         state_dict = model.prompt_encoder[name].state_dict()
         tensors = {key: x.detach().cpu().contiguous() for key, x in state_dict.items()}
-        replace_together(folder, {FILE: functools.partial(write_tensors, tensors)})
+        write_atomically(folder, {FILE: functools.partial(write_tensors, tensors)})
 
 
 def load(model: Any, dir: Any, name: str, is_trainable: bool, **kwargs: Any) -> Any:
@@ -53,7 +53,7 @@ def load(model: Any, dir: Any, name: str, is_trainable: bool, **kwargs: Any) -> 
     if not reparameterised(config):
         result = set_peft_model_state_dict(model, weights, adapter_name=name)
     else:
-        finish(folder)
+        complete_interrupted_save(folder)
         if not (folder / FILE).exists():
             expected = "the encoder that training goes on with (written by a patched model's save_pretrained)"
             raise fail("model_id", f"no file {folder / FILE}", expected)

@@ -6,17 +6,18 @@ text) keep it too.
 
 from __future__ import annotations
 
-import warnings
-from typing import TYPE_CHECKING, Any, NamedTuple
+import itertools
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from fastprefix.hf.runtime.prefix_reader import Name
+from fastprefix.hf.model.facts import ModelFacts
+from fastprefix.hf.runtime.forward_context import Name
+from fastprefix.hf.runtime.selection import Selection
+from fastprefix.hf.runtime.warn_once import WarnOnce
 from fastprefix.validation import fail
 
-if TYPE_CHECKING:
-    from fastprefix.hf.adapters.installation import Installation
-
+_numbers = itertools.count()
 _ATTRIBUTE = "_fastprefix_origin"
 
 
@@ -45,44 +46,49 @@ class Origin(NamedTuple):
         return self.names == other.names or some
 
 
-def of(state: Installation, kwargs: dict[str, Any]) -> Origin:
-    """What a forward of these arguments reads."""
-    choice = state.choice()
-    names: tuple[Name | None, ...] = (None,) if choice is None else choice.names
-    names = names[:1] if len(set(names)) == 1 else names
-    inputs = [kwargs.get(name) for name in (state.layers.main.main_input, "inputs_embeds")]
-    rows = next((len(x) for x in inputs if isinstance(x, Tensor)), 0)  # what is missing the model itself will say
-    return Origin(state.number, names, None if state.shared is None else state.shared.number, rows)
+class CacheOrigins:
+    """Holds the forwards of one model to the origins of their caches."""
 
+    def __init__(self, facts: ModelFacts, selection: Selection, warn: WarnOnce) -> None:
+        self.facts, self.selection, self.warn = facts, selection, warn
+        self.number = next(_numbers)  # of this installation
 
-def check(state: Installation, kwargs: dict[str, Any]) -> None:
-    """Hold a forward to the origin of its cache; an empty cache takes the forward's.
+    def of(self, kwargs: dict[str, Any]) -> Origin:
+        """What a forward with these keyword arguments reads."""
+        current, shared = self.selection.current(), self.selection.shared
+        names: tuple[Name | None, ...] = (None,) if current is None else current.names
+        names = names[:1] if len(set(names)) == 1 else names
+        inputs = [kwargs.get(name) for name in (self.facts.layers.main.main_input, "inputs_embeds")]
+        rows = next((len(x) for x in inputs if isinstance(x, Tensor)), 0)  # where it is missing, the model says so
+        return Origin(self.number, names, None if shared is None else shared.number, rows)
 
-    Raises:
-        ValueError: the cache was made behind something else; both are named.
-    """
-    cache = kwargs.get("past_key_values")
-    if cache is None:
-        return
-    here, made = of(state, kwargs), getattr(cache, _ATTRIBUTE, None)
-    if made == here:  # a static cache's length lies on its device: nobody waits for it in every step
-        return
-    if not int(cache.get_seq_length()):
-        remember(cache, here)
-    elif isinstance(made, Origin):
-        if not here.continues(made):
-            expected = f"one made with {here}, which this forward reads: go on with what made it, or start a new cache"
-            raise fail("past_key_values", f"a cache made with {made}", expected)
-        remember(cache, here)
-    elif here.names != (None,) or here.shared is not None:
-        if "cache" not in state.said:
-            state.said.add("cache")
-            warnings.warn(
+    def check(self, kwargs: dict[str, Any]) -> None:
+        """Hold a forward to the origin of its cache; an empty cache takes the forward's.
+
+        Raises:
+            ValueError: the cache was made with something else in front; both are named.
+        """
+        cache = kwargs.get("past_key_values")
+        if cache is None:
+            return
+        here, made = self.of(kwargs), getattr(cache, _ATTRIBUTE, None)
+        if made == here:  # the length of a static cache lies on its device: no step waits for it
+            return
+        if not int(cache.get_seq_length()):
+            remember(cache, here)
+        elif isinstance(made, Origin):
+            if not here.continues(made):
+                expected = f"one made with {here}, which this forward reads"
+                advice = "go on with what made it, or start a new cache"
+                raise fail("past_key_values", f"a cache made with {made}", f"{expected}: {advice}")
+            remember(cache, here)
+        elif here.names != (None,) or here.shared is not None:
+            self.warn(
+                "cache",
                 f"fastprefix: past_key_values: a cache of unknown origin is taken to be one made with {here}; where it "
                 "was made with another prefix, or with none, start a new one",
-                stacklevel=2,
             )
-        remember(cache, here)
+            remember(cache, here)
 
 
 def remember(cache: Any, origin: Origin) -> None:

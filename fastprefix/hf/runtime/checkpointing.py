@@ -2,40 +2,55 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from fastprefix.hf.attention.function import SLOT, masks
-from fastprefix.hf.runtime.prefix_reader import Reading
+from fastprefix.hf.attention import masks
+from fastprefix.hf.attention.config_copies import ConfigCopies
+from fastprefix.hf.attention.query_scaling import QueryScaling
+from fastprefix.hf.model import gradient_checkpointing
+from fastprefix.hf.model.facts import ModelFacts
+from fastprefix.hf.runtime.forward_context import ForwardContext, ForwardState
+from fastprefix.hf.runtime.forward_lock import ForwardLock
+from fastprefix.hf.runtime.selection import Selection
+from fastprefix.hf.runtime.slots import AttentionSlots
 from fastprefix.prefixes.prefix import LayerKV
 from fastprefix.validation import fail
 
-if TYPE_CHECKING:
-    from fastprefix.hf.adapters.installation import Installation
+_FUNCTION = gradient_checkpointing.FUNCTION
 
-_FUNCTION = "_gradient_checkpointing_func"
+
+class SwappedModules(Protocol):
+    """The modules of prefixes that stand in the model instead of its own (``modules_to_save``)."""
+
+    using: dict[str, nn.Module]
+
+    def in_place(self, chosen: Mapping[str, nn.Module]) -> AbstractContextManager[None]:
+        """Let these stand in the model inside the block."""
+        ...
 
 
 class _Recompute:
     """A checkpointing function whose recomputation reads what the forward read."""
 
-    def __init__(self, state: Installation, original: Callable[..., Any]) -> None:
-        self.state, self.original = state, original
+    def __init__(self, checkpointing: Checkpointing, original: Callable[..., Any]) -> None:
+        self.checkpointing, self.original = checkpointing, original
 
     def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        reading, active, modules = self.state.running, self.state.active, self.state.modules.using
-        if reading is not None:
-            args = self.state.checkpointing.enter(reading, args)
+        checkpointing = self.checkpointing
+        context, active = checkpointing.forward.context, checkpointing.selection.active
+        modules = checkpointing.swapped.using
+        if context is not None:
+            args = checkpointing.require_gradient(context, args)
 
         def run(*inputs: Any, **options: Any) -> Any:
-            state = self.state
-            with state.turns.turn(), state.checkpointing.again(reading, active), state.modules.in_place(modules):
+            swapped = checkpointing.swapped.in_place(modules)
+            with checkpointing.lock.hold(), checkpointing.recomputing(context, active), swapped:
                 return function(*inputs, **options)
 
         return self.original(run, *args, **kwargs)
@@ -64,52 +79,54 @@ class Bridge(torch.autograd.Function):
 class Checkpointing:
     """The checkpointed layers of one model."""
 
-    def __init__(self, state: Installation) -> None:
-        self.state = state
-        self.modules = [m for m in state.model.modules() if hasattr(m, "gradient_checkpointing")]
+    def __init__(
+        self,
+        facts: ModelFacts,
+        configs: ConfigCopies,
+        slots: AttentionSlots,
+        selection: Selection,
+        forward: ForwardState,
+        lock: ForwardLock,
+        query_scaling: QueryScaling,
+        swapped: SwappedModules,
+    ) -> None:
+        self.facts, self.configs, self.slots, self.selection = facts, configs, slots, selection
+        self.forward, self.lock, self.query_scaling, self.swapped = forward, lock, query_scaling, swapped
+        self.modules = gradient_checkpointing.checkpointed_modules(facts.model)
 
     def active(self) -> bool:
         """Whether layers are recomputed in the backward pass."""
-        return any(m.gradient_checkpointing and m.training for m in self.modules)
+        return gradient_checkpointing.is_active(self.modules)
 
-    def reentrant(self) -> bool:
-        """Whether they are, by a backward pass of their own inside the backward pass."""
-        for module in self.modules:
-            if module.gradient_checkpointing and module.training:
-                function = getattr(module, _FUNCTION, None)
-                function = function.original if isinstance(function, _Recompute) else function
-                keywords = function.keywords if isinstance(function, functools.partial) else {}
-                return bool(keywords.get("use_reentrant", True))
-        return False
-
-    def remember_reading(self) -> None:
+    def wrap_functions(self) -> None:
         """Have every layer recomputed with what its forward reads."""
         for module in self.modules:
             function = getattr(module, _FUNCTION, None)
             if function is not None and not isinstance(function, _Recompute):
-                setattr(module, _FUNCTION, _Recompute(self.state, function))
+                setattr(module, _FUNCTION, _Recompute(self, function))
 
     @contextmanager
-    def again(self, reading: Reading | None, active: str | None) -> Iterator[None]:
-        """Run a part of a forward again with what it read (None: the bare model), whatever is chosen by now."""
-        if any(SLOT not in module._modules for module in self.state.layers.modules):
+    def recomputing(self, context: ForwardContext | None, active: str | None) -> Iterator[None]:
+        """Run a part of a forward again with what it read (None: the bare model), whatever is selected by now."""
+        if not self.slots.present():
             raise RuntimeError("fastprefix: the prefix was taken out between a checkpointed forward and its backward")
-        slots, on, beside = self.state.slots, self.state.configs.on, masks.running.beside
-        offset, self.state.query_scales.offset = self.state.query_scales.offset, reading.offset if reading else 0
-        outside = [(slot.active, slot.given, slot.overridden) for slot in slots]
-        self.state.switch(on=reading is not None)
-        masks.running.beside = slots[0].beside if reading is not None and reading.beside else None
-        for slot, kv in zip(slots, (reading and reading.layers) or [None] * len(slots), strict=True):
-            slot.active, slot.given = active, kv
-            slot.overridden = reading is None or reading.layers is not None
+        slots, on, implementation = list(self.slots), self.configs.on, masks.requested.implementation
+        offset, self.query_scaling.offset = self.query_scaling.offset, context.offset if context else 0
+        outside = [(slot.active, slot.override, slot.is_overridden) for slot in slots]
+        self.configs.switch(on=context is not None)
+        gated = context is not None and context.gated
+        masks.requested.implementation = slots[0].fallback_attention if gated else None
+        for slot, kv in zip(slots, (context and context.layers) or [None] * len(slots), strict=True):
+            slot.active, slot.override = active, kv
+            slot.is_overridden = context is None or context.layers is not None
         try:
             yield
         finally:
-            for slot, (name, kv, overridden) in zip(slots, outside, strict=True):
-                slot.active, slot.given, slot.overridden = name, kv, overridden
-            self.state.switch(on=on)
-            masks.running.beside = beside
-            self.state.query_scales.offset = offset
+            for slot, (name, kv, is_overridden) in zip(slots, outside, strict=True):
+                slot.active, slot.override, slot.is_overridden = name, kv, is_overridden
+            self.configs.switch(on=on)
+            masks.requested.implementation = implementation
+            self.query_scaling.offset = offset
 
     def remove(self) -> None:
         """Give the layers their own checkpointing functions back."""
@@ -118,10 +135,11 @@ class Checkpointing:
             if isinstance(function, _Recompute):
                 setattr(module, _FUNCTION, function.original)
 
-    def leave(self, reading: Reading) -> Reading:
-        """The reading with leaves in place of what has a graph, where reentrant checkpointing would run it twice."""
-        if reading.layers is None or not reading.tensors() or not torch.is_grad_enabled() or not self.reentrant():
-            return reading
+    def detach_prompt(self, context: ForwardContext) -> ForwardContext:
+        """Replace what has a graph by leaves, where reentrant checkpointing would run that graph twice."""
+        reentrant = gradient_checkpointing.is_reentrant(self.modules)
+        if context.layers is None or not context.tensors() or not torch.is_grad_enabled() or not reentrant:
+            return context
         leaves: dict[int, tuple[Tensor, Tensor]] = {}
 
         def leaf(x: Tensor | None) -> Tensor | None:
@@ -129,21 +147,22 @@ class Checkpointing:
                 return x
             return leaves.setdefault(id(x), (x.detach().requires_grad_(), x))[0]
 
-        layers = [kv if kv is None else LayerKV(*map(leaf, kv)) for kv in reading.layers]  # type: ignore[arg-type]
-        return replace(reading, layers=layers, leaves=list(leaves.values()))
+        layers = [kv if kv is None else LayerKV(*map(leaf, kv)) for kv in context.layers]  # type: ignore[arg-type]
+        return replace(context, layers=layers, leaves=list(leaves.values()))
 
-    def enter(self, reading: Reading, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    def require_gradient(self, context: ForwardContext, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """A layer's inputs, the first asking for a gradient: reentrant checkpointing drops the prefix's otherwise."""
-        if not torch.is_grad_enabled() or not self.reentrant():
+        if not torch.is_grad_enabled() or not gradient_checkpointing.is_reentrant(self.modules):
             return args
         if not args:
             raise fail("use_reentrant", True, "False: this model's layers have no input to return gradients through")
-        if self.state.layers.sources != tuple(range(len(self.state.layers.modules))):
+        layers = self.facts.layers
+        if layers.kv_sources != tuple(range(len(layers.modules))):
             expected = "False: layers of this model read another's keys and values, whose gradients would be lost"
             raise fail("use_reentrant", True, expected)
         hidden, *rest = args  # [B, S, d], ...
-        if reading.leaves:
-            leaves, originals = zip(*reading.leaves, strict=True)
-            reading.leaves = []
+        if context.leaves:
+            leaves, originals = zip(*context.leaves, strict=True)
+            context.leaves = []
             hidden = Bridge.apply(hidden, list(leaves), *originals)
         return (hidden if hidden.requires_grad else hidden.detach().requires_grad_(), *rest)

@@ -1,62 +1,69 @@
-"""A prompt in front of every row as embeddings, where sharing it would not be exact."""
+"""Puts a prompt in front of every row as embeddings, where sharing it would not be exact."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastprefix.hf.attention import masks
-from fastprefix.hf.runtime.prefix_reader import Reading, batch_size
+from fastprefix.hf.model.facts import ModelFacts
+from fastprefix.hf.runtime.forward_context import ForwardContext
 from fastprefix.validation import fail
 
-if TYPE_CHECKING:
-    from fastprefix.hf.adapters.installation import Installation
 
+def prepend(
+    facts: ModelFacts, context: ForwardContext, kwargs: dict[str, Any], first: int, outer_made_masks: bool
+) -> None:
+    """Put a context's embeddings in front of the rows of a forward whose position ids are set already.
 
-def prepend(state: Installation, reading: Reading, kwargs: dict[str, Any]) -> None:
-    """Put the reading's embeddings in front of the rows of a forward whose position ids are set already."""
-    assert reading.concatenated is not None
-    batch = batch_size(state, kwargs)
+    Args:
+        facts: about the model.
+        context: has the embeddings.
+        kwargs: the forward's keyword arguments, which are changed.
+        first: position of a text's first token in this model.
+        outer_made_masks: whether finished masks among the arguments are an outer module's, made by our mask function.
+    """
+    assert context.concatenated is not None
+    batch = facts.layers.batch_size(kwargs)
     ids, embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
     if embeds is None:
-        embeds = state.model.get_input_embeddings()(ids)
-    prompt = reading.concatenated.to(embeds.dtype).expand(batch, -1, -1)
+        embeds = facts.model.get_input_embeddings()(ids)
+    prompt = context.concatenated.to(embeds.dtype).expand(batch, -1, -1)
     tokens = prompt.shape[1]
-    prompt_mask = reading.concatenated_mask
+    prompt_mask = context.concatenated_mask
     prompt_mask = None if prompt_mask is None else prompt_mask.expand(batch, -1)
     mask = kwargs.get("attention_mask")
-    if masks.running.boundary is not None:
+    if masks.requested.boundary is not None:
         raise fail(
             "position_ids", "packed documents (they jump)", "one document a row: the prompt is concatenated here"
         )
     if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
         # What an outer module had our mask function make is of a known form; a caller's own may be anything.
-        if prompt_mask is not None or state.layers.main.causal or not state.outer.makes_masks or not _is_bool(mask):
+        if prompt_mask is not None or facts.layers.main.causal or not outer_made_masks or not _is_bool(mask):
             raise fail("attention_mask", "a mask made in advance", "[B, S] padding: the prompt is concatenated here")
         kwargs["attention_mask"] = _in_front(mask, tokens)
     elif mask is not None or prompt_mask is not None:
         mask = embeds.new_ones(batch, embeds.shape[1], dtype=torch.long) if mask is None else mask
         prompt_mask = mask.new_ones(batch, tokens) if prompt_mask is None else prompt_mask.to(mask.dtype)
         kwargs["attention_mask"] = torch.cat([prompt_mask, mask], 1)
-    if ids is not None and reading.concatenated_ids is not None:  # some layers read them beside their embeddings
-        kwargs["input_ids"] = torch.cat([reading.concatenated_ids.to(ids.device).expand(batch, -1), ids], 1)
+    if ids is not None and context.concatenated_ids is not None:  # some layers read them beside their embeddings
+        kwargs["input_ids"] = torch.cat([context.concatenated_ids.to(ids.device).expand(batch, -1), ids], 1)
     else:
         kwargs["input_ids"], kwargs["inputs_embeds"] = None, torch.cat([prompt, embeds], 1)
     positions = kwargs["position_ids"]  # [B or 1, S], or [axes, B or 1, S]
     positions = positions.expand(*positions.shape[:-2], batch, -1)
-    first = _first_position(state)
     if prompt_mask is None:
         own = torch.arange(tokens, device=positions.device).expand(batch, -1)
     else:
         own = (prompt_mask.long().cumsum(1) - 1).clamp(min=0)
-    own = (own + first + reading.concatenated_from).expand(*positions.shape[:-1], -1)
+    own = (own + first + context.concatenated_from).expand(*positions.shape[:-1], -1)
     kwargs["position_ids"] = torch.cat([own, positions], -1)
     if kwargs.get("token_type_ids") is not None:
         types = kwargs["token_type_ids"]
         kwargs["token_type_ids"] = torch.cat([types.new_zeros(batch, tokens), types], 1)
-    if "use_cache" in state.layers.main.owner_arguments:
+    if "use_cache" in facts.layers.main.owner_arguments:
         kwargs["use_cache"] = False  # the prompt would be content in it ever after
 
 
@@ -88,15 +95,8 @@ def _in_front(mask: Any, tokens: int) -> Any:
     return torch.cat([top, torch.nn.functional.pad(mask, (tokens, 0), value=True)], 2)
 
 
-def _first_position(state: Installation) -> int:
-    """RoBERTa's positions count from behind its padding index, PaliGemma's from 1."""
-    table = state.hooks[-1].table
-    behind = 0 if table is None or table.padding_idx is None else table.padding_idx + 1
-    return behind + state.first_position
-
-
 def cut(output: Any, tokens: int, keep: int) -> Any:
-    """A forward's output without its first tokens, but for the last ``keep`` of them: hidden states of the rows."""
+    """Drop the first ``tokens`` positions of a forward's output, except the last ``keep`` of them."""
 
     def rest(x: Any, kept: int) -> Any:
         return x[:, tokens - kept :] if isinstance(x, Tensor) and x.dim() == 3 else x

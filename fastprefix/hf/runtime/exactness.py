@@ -1,42 +1,46 @@
-"""Where a prompt computed once is not what it would be in front of every row: it has to be concatenated there.
+"""Whether a prompt may be computed once for all rows, or has to be concatenated to each of them to be exact.
 
-Sharing needs that a prompt's keys and values depend on the prompt alone: not on what follows it, nor on how long that
-is, nor on chance.
+Sharing is exact where a prompt's keys and values depend on the prompt alone: not on the text that follows it, nor on
+the length of that text, nor on chance.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from fastprefix.hf.adapters.installation import Installation
+from fastprefix.hf.model.facts import ModelFacts
 
 
-def inexact(state: Installation, tokens: int, kwargs: dict[str, Any], embedded: bool = True) -> str | None:
+def why_not_shareable(
+    facts: ModelFacts, tokens: int, kwargs: dict[str, Any], embedded: bool = True
+) -> str | None:
     """Why a prompt of so many tokens must be concatenated in a forward to be exact; None where it may be shared.
 
-    ``embedded``: whether it is embeddings, and no tokens with ids.
+    Args:
+        facts: about the model.
+        tokens: of the prompt.
+        kwargs: the forward's keyword arguments.
+        embedded: whether the prompt is embeddings, without token ids.
     """
-    main = state.layers.main
+    main = facts.layers.main
     if not main.causal:
         return f"{type(main.owner).__name__} is bidirectional: its prompt sees the row"
-    if embedded and state.reads_token_ids:
+    if embedded and facts.reads_token_ids:
         return "its layers read token ids beside their embeddings, which a prompt has not"
     if (name := _active_dropout(main.owner)) is not None:
         return f"dropout is active in the model ({name}): every row draws its own"
-    return outgrown(state, tokens + _row_tokens(kwargs), tokens + _last_position(state, kwargs))
+    return why_too_long(facts, tokens + _row_tokens(kwargs), tokens + _last_position(facts, kwargs))
 
 
-def outgrown(state: Installation, tokens: int, last_position: int = 0) -> str | None:
+def why_too_long(facts: ModelFacts, tokens: int, last_position: int = 0) -> str | None:
     """Why a text of so many tokens, its prompt included, is too long for a shared prompt; None where it is not."""
-    window = state.layers.window
+    window = facts.layers.window
     if window is not None and tokens > window:
         return f"a layer has a window of {window} tokens: rows outgrow it, and a prompt in their place would too"
-    for kind, limit in state.rotary_limits:
+    for kind, limit in facts.rope_limits:
         if max(tokens, last_position) >= limit:
             first = "its first ones included"
             return f"the model's rotary frequencies ({kind}) change for a whole text of {limit} tokens, {first}"
@@ -50,31 +54,11 @@ def _row_tokens(kwargs: dict[str, Any]) -> int:
     return (0 if source is None else int(source.shape[1])) + (0 if past is None else int(past.get_seq_length()))
 
 
-def _last_position(state: Installation, kwargs: dict[str, Any]) -> int:
+def _last_position(facts: ModelFacts, kwargs: dict[str, Any]) -> int:
     """One more than the greatest of a forward's own position ids; 0 where they are not asked for."""
     ids = kwargs.get("position_ids")
-    asked = state.rotary_limits and not torch.compiler.is_compiling()
+    asked = facts.rope_limits and not torch.compiler.is_compiling()
     return int(ids.max()) + 1 if asked and isinstance(ids, Tensor) and ids.numel() else 0
-
-
-def rotary_limits(owner: nn.Module) -> Iterator[tuple[str, int]]:
-    """Kinds of rotary frequencies that depend on a text's length (transformers' ``dynamic_rope_update``), from where.
-
-    Dynamic NTK scaling changes them beyond the length that the model was trained on, LongRoPE beyond the original one;
-    a model may have a kind for each type of its layers.
-    """
-    for module in owner.modules():
-        kinds = getattr(module, "rope_type", None)
-        named = kinds if isinstance(kinds, dict) else {None: kinds}
-        for layer_type, kind in named.items():
-            if not isinstance(kind, str) or not ("dynamic" in kind or kind == "longrope"):
-                continue
-            longest = getattr(module, "original_max_seq_len", None)
-            if kind == "longrope":
-                parameters = getattr(module.config, "rope_parameters", None) or {}
-                parameters = parameters if layer_type is None else parameters.get(layer_type, {})
-                longest = parameters.get("original_max_position_embeddings", longest)
-            yield kind, int(longest or 0)
 
 
 def _active_dropout(owner: nn.Module) -> str | None:

@@ -2,35 +2,66 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastprefix.hf.attention import masks
-from fastprefix.hf.attention import position_ids as positions
-from fastprefix.hf.model import position_embeddings as tables
-from fastprefix.hf.model.layers import Stack
+from fastprefix.hf.attention import masks, position_ids
+from fastprefix.hf.attention.config_copies import ConfigCopies
+from fastprefix.hf.attention.position_embeddings import ShiftedTable
+from fastprefix.hf.attention.query_scaling import QueryScaling
+from fastprefix.hf.model.facts import ModelFacts
+from fastprefix.hf.model.layers import AttentionStack
+from fastprefix.hf.model.offload import AttachedParameters
+from fastprefix.hf.model.outer_modules import OuterCall
 from fastprefix.hf.runtime import cache_origin, concatenation
-from fastprefix.hf.runtime.prefix_reader import Reading, batch_size
+from fastprefix.hf.runtime.checkpointing import Checkpointing
+from fastprefix.hf.runtime.forward_context import ForwardContext, ForwardState
+from fastprefix.hf.runtime.forward_lock import ForwardLock
+from fastprefix.hf.runtime.lm_head_hooks import LMHeadHooks
+from fastprefix.hf.runtime.pooled_head import PooledHead
+from fastprefix.hf.runtime.prefix_reader import PrefixReader
+from fastprefix.hf.runtime.slots import AttentionSlots
 from fastprefix.validation import fail
-
-if TYPE_CHECKING:
-    from fastprefix.hf.adapters.installation import Installation
 
 
 class ForwardHooks:
-    """Hooks on the module that makes a stack's positions and masks."""
+    """Hooks on the module that makes a stack's position ids and masks.
 
-    def __init__(self, state: Installation, stack: Stack, table: nn.Module | None) -> None:
-        self.state = state
-        self.stack = stack
-        self.checked = False
-        self.origin: cache_origin.Origin | None = None  # of a cache that the forward that runs makes
-        self.alone = False  # whether a decoder runs without an encoder's states, which its cross-attention then skips
+    They ask the reader for the forward's context, hand it to the layers' slots, and drop it when the forward ends.
+    """
+
+    def __init__(
+        self,
+        stack: AttentionStack,
+        table: nn.Module | None,
+        *,
+        facts: ModelFacts,
+        configs: ConfigCopies,
+        slots: AttentionSlots,
+        reader: PrefixReader,
+        forward: ForwardState,
+        lock: ForwardLock,
+        origins: cache_origin.CacheOrigins,
+        parameters: AttachedParameters,
+        checkpointing: Checkpointing,
+        head: LMHeadHooks,
+        pooled: PooledHead,
+        outer: OuterCall,
+        query_scaling: QueryScaling,
+    ) -> None:
+        self.stack, self.facts, self.configs, self.slots = stack, facts, configs, slots
+        self.reader, self.selection, self.forward, self.lock = reader, reader.selection, forward, lock
+        self.origins, self.parameters, self.checkpointing = origins, parameters, checkpointing
+        self.head, self.pooled, self.outer, self.query_scaling = head, pooled, outer, query_scaling
+        self.checked = False  # whether every layer was seen to read its prefix
+        self.origin: cache_origin.Origin | None = None  # of a cache that the running forward makes
+        # Whether a decoder runs without an encoder's states, whose cross-attention is skipped then.
+        self.without_encoder = False
         owner = stack.owner
-        self.table = positions.learned_table(owner)
-        self.shift = None if table is None else tables.Table(table)
+        self.table = position_ids.learned_table(owner)
+        self.shifted_table = None if table is None else ShiftedTable(table)
         self.handles = [
             owner.register_forward_pre_hook(self.before, with_kwargs=True),
             owner.register_forward_hook(self.after, always_call=True),
@@ -40,100 +71,119 @@ class ForwardHooks:
         """Take the hooks off."""
         for handle in self.handles:
             handle.remove()
-        if self.shift is not None:
-            self.shift.handle.remove()
+        if self.shifted_table is not None:
+            self.shifted_table.handle.remove()
+
+    def is_idle(self) -> bool:
+        """Whether a forward is the bare model's, and nothing has to be switched off for it."""
+        selection = self.selection
+        busy = self.configs.on or self.forward.nested is not None or selection.shared is not None
+        return not busy and selection.current() is None
+
+    @property
+    def first_position(self) -> int:
+        """Position of a row's first token in the running forward."""
+        return self.outer.first_position if self.outer.given else self.facts.default_positions.first
 
     def before(self, owner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Find what the layers read, shift positions behind it and refuse what cannot be right."""
-        state = self.state
-        if state.paused:
+        """Find what the layers read, shift the content's positions and refuse what cannot be right."""
+        forward = self.forward
+        if forward.bypassed:
             return None
         kwargs = {**dict(zip(self.stack.owner_arguments, args, strict=False)), **kwargs}
-        if state.nested is None and not torch.compiler.is_compiling():
+        if forward.nested is None and not torch.compiler.is_compiling():
             self.reset()  # an interrupt may have kept the last forward from it
             if "past_key_values" in self.stack.owner_arguments:
-                cache_origin.check(state, kwargs)
-                self.origin = cache_origin.of(state, kwargs)
-        if state.idle():
+                self.origins.check(kwargs)
+                self.origin = self.origins.of(kwargs)
+        if self.is_idle():
             return None
         if not torch.compiler.is_compiling():
-            state.home.bring_back(state.model)
-            state.home.check_trained()
-        reading = state.nested.reading if state.nested is not None else state.read(kwargs)
-        if reading is None and state.nested is None:
-            state.switch(on=False)
+            self.parameters.bring_back(self.facts.model)
+            self.parameters.check_trained()
+        context = forward.nested.context if forward.nested is not None else self.reader.read(kwargs)
+        if context is None and forward.nested is None:
+            self.configs.switch(on=False)
             return None
-        state.switch(on=True)
-        self.alone = kwargs.get("encoder_hidden_states") is None
+        self.configs.switch(on=True)
+        self.without_encoder = kwargs.get("encoder_hidden_states") is None
         self.refuse(kwargs)
-        if reading is not None and reading.beside:
-            masks.running.beside = state.slots[0].beside
-            return self.start(reading, kwargs)
-        masks.running.spelt_out, masks.running.always = not self.stack.causal, state.configs.ran_eager
-        if "attention_mask" in kwargs and not state.outer.makes_masks:
+        if context is not None and context.gated:
+            masks.requested.implementation = self.slots[0].fallback_attention
+            return self.start(context, kwargs)
+        masks.requested.explicit_causal = not self.stack.causal
+        masks.requested.even_without_padding = self.configs.ran_eager
+        if "attention_mask" in kwargs and not self.outer.makes_masks:
             kwargs["attention_mask"] = _whole_mask(kwargs)
         self.separate_documents(owner, kwargs)
-        reading = Reading(layers=[None] * len(state.slots)) if reading is None else reading
-        self.place(reading, kwargs)
-        return self.start(reading, kwargs)
+        context = ForwardContext(layers=[None] * len(self.slots)) if context is None else context
+        self.set_positions(context, kwargs)
+        return self.start(context, kwargs)
 
-    def start(self, reading: Reading, kwargs: dict[str, Any]) -> Any:
-        """Hand the reading to the layers."""
-        state = self.state
-        reading = state.checkpointing.leave(reading)
-        state.running = reading
-        state.query_scales.offset = reading.offset
-        if reading.layers is not None:
-            state.give(reading, self.stack)
-        if reading.concatenated is not None:
-            concatenation.prepend(state, reading, kwargs)
-        if state.checkpointing.active():
-            state.checkpointing.remember_reading()
-        elif reading.layers is None:
-            state.share_encoder(self.stack)
+    def start(self, context: ForwardContext, kwargs: dict[str, Any]) -> Any:
+        """Hand the context to the layers."""
+        context = self.checkpointing.detach_prompt(context)
+        self.forward.context = context
+        self.query_scaling.offset = context.offset
+        if context.layers is not None:
+            self.slots.set_overrides(context.layers, self.stack)
+        if context.concatenated is not None:
+            padding_idx = None if self.table is None else self.table.padding_idx
+            # RoBERTa's positions count from behind its padding index, PaliGemma's from 1.
+            first = self.first_position + (0 if padding_idx is None else padding_idx + 1)
+            concatenation.prepend(self.facts, context, kwargs, first, self.outer.makes_masks)
+        if self.checkpointing.active():
+            self.checkpointing.wrap_functions()
+        elif context.layers is None and (encoder := self.selection.active_encoder()) is not None:
+            # The MLP of all of the stack's layers runs at once.
+            encoder.share([self.facts.layers.parts[i] for i in self.stack.layers])
         return (), kwargs
 
     def reset(self) -> None:
         """Nothing of an earlier forward is left."""
-        state = self.state
-        state.running, self.origin = None, None
-        state.query_scales.offset = 0
-        state.take_back()
-        state.unshare_encoder()
-        masks.running.forget()
-        if self.shift is not None:
-            self.shift.offset = 0
+        self.forward.context, self.origin = None, None
+        self.query_scaling.offset = 0
+        self.slots.clear_overrides()
+        self.unshare_encoder()
+        masks.requested.clear()
+        if self.shifted_table is not None:
+            self.shifted_table.offset = 0
 
-    def place(self, reading: Reading, kwargs: dict[str, Any]) -> None:
-        """Give the content the positions behind it."""
-        state, causal = self.state, self.stack.causal
-        if state.layers.main is not self.stack:
+    def unshare_encoder(self) -> None:
+        """Drop what the active prefix's MLP computed for this forward."""
+        if (encoder := self.selection.active_encoder()) is not None:
+            encoder.unshare()
+
+    def set_positions(self, context: ForwardContext, kwargs: dict[str, Any]) -> None:
+        """Give the content the positions after the prefix."""
+        facts, causal = self.facts, self.stack.causal
+        if facts.layers.main is not self.stack:
             return  # an encoder in front of a decoder keeps its positions, as in Li & Liang 2021
-        if self.shift is not None:
-            self.shift.offset = reading.offset
+        if self.shifted_table is not None:
+            self.shifted_table.offset = context.offset
             return
         mask, ids = kwargs.get("attention_mask"), kwargs.get("position_ids")
-        if state.nested is None or state.nested.outermost:
-            mask, ids = state.outer.own_arguments(kwargs)
-        counts = causal or state.outer.outer.makes_positions
-        shifted = isinstance(reading.offset, Tensor) or reading.offset > 0
+        if self.forward.nested is None or self.forward.nested.outermost:
+            mask, ids = self.outer.own_arguments(kwargs)
+        counts = causal or facts.outer.makes_positions
+        shifted = isinstance(context.offset, Tensor) or context.offset > 0
         if self.stack.takes_positions and (shifted or (counts and ids is None)):
-            given, first = {**kwargs, "attention_mask": mask, "position_ids": ids}, state.first_position
-            ids = positions.content_positions(given, reading.offset, counts, self.table, first)
-            if state.counting.first:  # whoever counts so reads a position for every row
-                ids = ids.expand(batch_size(state, kwargs), -1).contiguous()
+            given, first = {**kwargs, "attention_mask": mask, "position_ids": ids}, self.first_position
+            ids = position_ids.content_positions(given, context.offset, counts, self.table, first)
+            if facts.default_positions.first:  # such a model reads a position for every row
+                ids = ids.expand(facts.layers.batch_size(kwargs), -1).contiguous()
             kwargs["position_ids"] = ids
-        if state.heads.wanted and isinstance(mask, Tensor) and mask.dim() == 2:
-            reading.padding = (mask.cumsum(1) == 0).sum(1)
-            prompted = state.prompted_rows(len(mask))
+        if self.head.active and isinstance(mask, Tensor) and mask.dim() == 2:
+            context.padding = (mask.cumsum(1) == 0).sum(1)
+            prompted = self.selection.prompted_rows(len(mask))
             if prompted is not None:  # a row without a prompt keeps what it has
-                reading.padding = reading.padding * prompted.to(mask.device)
+                context.padding = context.padding * prompted.to(mask.device)
 
     def refuse(self, kwargs: dict[str, Any]) -> None:
         """Raise where the prefix would be ignored or cannot be right."""
-        if kwargs.get("output_attentions") or getattr(self.state.model.config, "output_attentions", False):
+        if kwargs.get("output_attentions") or getattr(self.facts.model.config, "output_attentions", False):
             raise fail("output_attentions", True, "False: fused attention never materialises its weights")
-        if other := self.state.configs.changed():
+        if other := self.configs.changed():
             got = f"{other!r}, set while a prefix is attached"
             raise fail("attn_implementation", got, "fastprefix: detach first, or the prefix would be ignored")
 
@@ -142,79 +192,81 @@ class ForwardHooks:
         if not self.stack.causal:
             return
         takes_cache = "use_cache" in self.stack.owner_arguments
+        model, hybrid = type(self.facts.model).__name__, self.facts.layers.hybrid_layer_types
         if torch.compiler.is_compiling():
             # The ids cannot be read. In training those that come without a mask may be packed, and need no cache.
             may_be = kwargs.get("position_ids") is not None and kwargs.get("attention_mask") is None
-            if may_be and self.state.layers.kinds and kwargs.get("past_key_values") is None:
+            if may_be and hybrid and kwargs.get("past_key_values") is None:
                 got = "ids that may be those of packed documents, which torch.compile cannot read"
-                expected = f"an attention_mask beside them: layers of {type(self.state.model).__name__} carry a state"
-                raise fail("position_ids", got, f"{expected} past a document's end")
+                expected = f"an attention_mask beside them: layers of {model} carry a state past a document's end"
+                raise fail("position_ids", got, expected)
             if owner.training and takes_cache and may_be and not kwargs.get("use_cache"):
                 kwargs["use_cache"] = False
             return
-        boundary = positions.documents(kwargs)
-        if boundary is not None and self.state.layers.kinds:
-            got, model = "packed documents (they jump)", type(self.state.model).__name__
-            raise fail("position_ids", got, f"one document a row: layers of {model} carry a state past its end")
-        masks.running.boundary = boundary
+        boundary = position_ids.documents(kwargs)
+        if boundary is not None and hybrid:
+            expected = f"one document a row: layers of {model} carry a state past its end"
+            raise fail("position_ids", "packed documents (they jump)", expected)
+        masks.requested.boundary = boundary
         if boundary is not None and takes_cache:
             kwargs["use_cache"] = False
 
     def after(self, owner: nn.Module, args: Any, output: Any) -> Any:
-        """Forget what belongs to this forward; after the first one, check that no layer passed the prefix by."""
-        state, reading, heads = self.state, self.state.running, self.state.heads
-        if state.paused or not state.turns.mine():
+        """Drop what belongs to this forward; after the first one, check that every layer read the prefix."""
+        forward, head = self.forward, self.head
+        context = forward.context
+        if forward.bypassed or not self.lock.held_by_me():
             return None
-        if self.shift is not None:
-            self.shift.offset = 0
-        state.query_scales.offset = 0
+        if self.shifted_table is not None:
+            self.shifted_table.offset = 0
+        self.query_scaling.offset = 0
         if not torch.compiler.is_compiling():
-            masks.running.forget()
-            if self.origin is not None and output is not None and state.nested is None:
+            masks.requested.clear()
+            if self.origin is not None and output is not None and forward.nested is None:
                 cache_origin.keep(output, self.origin)
-        if reading is None:
+        if context is None:
             return None
-        state.running = None
-        if reading.layers is not None:
-            state.take_back()
+        forward.context = None
+        if context.layers is not None:
+            self.slots.clear_overrides()
         else:
-            state.unshare_encoder()
+            self.unshare_encoder()
         if output is None:
             return None
-        if state.nested is not None:
-            state.nested.hidden = output[0]
+        if forward.nested is not None:
+            forward.nested.hidden = output[0]
             return None
         if not torch.compiler.is_compiling() and not self.checked:
             self.check(owner)
-        if reading.concatenated is not None and state.pooled:
-            state.pooled.tokens, state.pooled.length = reading.concatenated.shape[1], output[0].shape[1]
+        if context.concatenated is not None and self.pooled:
+            self.pooled.tokens, self.pooled.length = context.concatenated.shape[1], output[0].shape[1]
             return None
-        if reading.concatenated is not None:
-            output = concatenation.cut(output, reading.concatenated.shape[1], int(heads.wanted))
-            return heads.behind_padding(output, reading) if heads.wanted else output
-        if reading.leaves:
+        if context.concatenated is not None:
+            output = concatenation.cut(output, context.concatenated.shape[1], int(head.active))
+            return head.move_past_left_padding(output, context) if head.active else output
+        if context.leaves:
             raise RuntimeError("fastprefix: no checkpointed layer ran, which would have passed on the gradients")
-        if heads.wanted and reading.last is not None:
-            return heads.behind_padding(heads.widen(output, reading.last), reading)
+        if head.active and context.last is not None:
+            return head.move_past_left_padding(head.prepend_hidden(output, context.last), context)
         return None
 
     def check(self, owner: nn.Module) -> None:
-        """Raise if a layer's attention went past our function."""
-        state = self.state
-        alone = {"cross"} if self.alone else set()
-        missed = [i for i in self.stack.layers if not state.slots[i].ran and state.layers.parts[i] not in alone]
-        drops = [getattr(state.model.config, f"{part}layerdrop", 0.0) for part in ("", "encoder_", "decoder_")]
+        """Raise if a layer's attention did not call the attention function."""
+        parts, config = self.facts.layers.parts, self.facts.model.config
+        skipped = {"cross"} if self.without_encoder else set()
+        missed = [i for i in self.stack.layers if not self.slots[i].ran and parts[i] not in skipped]
+        drops = [getattr(config, f"{part}layerdrop", 0.0) for part in ("", "encoder_", "decoder_")]
         skips_layers = owner.training and any(drop > 0.0 for drop in drops)
         if missed and not skips_layers:
-            name = type(state.model).__name__
+            name = type(self.facts.model).__name__
             raise RuntimeError(
                 f"fastprefix: {name} ran without the attention hook of layers {missed}: the prefix was ignored there"
             )
-        self.checked = not alone or "cross" not in state.layers.parts
+        self.checked = not skipped or "cross" not in parts
 
 
 def _whole_mask(kwargs: dict[str, Any]) -> Any:
-    """A 4-D mask of the caller's own says everything: spell its rows out, so that it is not taken for padding."""
+    """Expand a 4-D mask of the caller's own over the rows, so that it is not taken for padding."""
     mask = kwargs.get("attention_mask")
     source = kwargs.get("input_ids") if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
     if isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape[2] == 1 and source is not None:

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastprefix.hf.model import layers as probe
-from fastprefix.hf.runtime.lm_head_hooks import replace_first
+from fastprefix.hf.model import layers as model_layers
+from fastprefix.hf.model import probing
+from fastprefix.hf.runtime.lm_head_hooks import replace_hidden
 
 _STATES = ("last_hidden_state", "start_logits", "end_logits")  # by token, beside what is pooled
 
@@ -20,11 +21,11 @@ _STATES = ("last_hidden_state", "start_logits", "end_logits")  # by token, besid
 class PooledHead:
     """A hook on a model whose head pools; none on others."""
 
-    def __init__(self, model: nn.Module, stack: probe.Stack) -> None:
+    def __init__(self, model: nn.Module, stack: model_layers.AttentionStack) -> None:
         self.tokens = 0  # of the prompt in the forward that runs
         self.length = 0  # P + S, of the prompt and the rows
         self.handles: list[Any] = []
-        if not stack.causal and stack.owner is not model and not stack.beside and pools(model, stack):
+        if not stack.causal and stack.owner is not model and not stack.extra_inputs and pools(model, stack):
             self.handles.append(model.register_forward_hook(self.after, always_call=True))
 
     def __bool__(self) -> bool:
@@ -53,14 +54,14 @@ def _behind(output: Any, tokens: int, length: int) -> Any:
     return output
 
 
-def reads_each_token(model: Any, stack: probe.Stack) -> bool:
+def reads_each_token(model: Any, stack: model_layers.AttentionStack) -> bool:
     """Whether what a head says of a token is told by that token's hidden state: the first one's can be cut off then."""
-    embeddings = model.get_input_embeddings()(stack.example(tokens=4)["input_ids"])
+    embeddings = model.get_input_embeddings()(stack.dummy_inputs(tokens=4)["input_ids"])
 
     def cut(module: nn.Module, args: Any, output: Any) -> Any:
-        return replace_first(output, output[0][:, 1:])
+        return replace_hidden(output, output[0][:, 1:])
 
-    with probe.evaluating(model):
+    with probing.evaluating(model):
         whole = model(inputs_embeds=embeddings)
         handle = stack.owner.register_forward_hook(cut)
         try:
@@ -71,14 +72,14 @@ def reads_each_token(model: Any, stack: probe.Stack) -> bool:
     return all(torch.equal(x[:, 1:], y) or torch.allclose(x[:, 1:], y, rtol=1e-3, atol=1e-3) for x, y in pairs)
 
 
-def pools(model: Any, stack: probe.Stack) -> bool:
+def pools(model: Any, stack: model_layers.AttentionStack) -> bool:
     """Whether a model's own output has something of one place of its text, and no logits of every token."""
     if stack.main_input != "input_ids":
         return False
     shapes = []
     for tokens in (3, 4):
-        with probe.evaluating(model):
-            output = model(**stack.example(tokens))
+        with probing.evaluating(model):
+            output = model(**stack.dummy_inputs(tokens))
         if not hasattr(output, "items"):
             return False
         shapes.append({name: list(x.shape) for name, x in output.items() if isinstance(x, Tensor)})

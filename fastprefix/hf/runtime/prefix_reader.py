@@ -1,175 +1,169 @@
-"""What the attention layers read beside their content in one forward, and from where."""
+"""Turns the names that a forward selects into what its layers read."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastprefix.hf.model import dtensor as sharded
-from fastprefix.hf.runtime import exactness
-from fastprefix.hf.runtime import prompt_prefill as sharing
-from fastprefix.hf.runtime.prompt_prefill import KeyValues
-from fastprefix.prefixes.prefix import LayerKV
+from fastprefix.hf.model import dtensor
+from fastprefix.hf.model.facts import ModelFacts
+from fastprefix.hf.runtime.exactness import why_not_shareable
+from fastprefix.hf.runtime.forward_context import (
+    AdapterSelection,
+    ForwardContext,
+    ForwardState,
+    KeyValues,
+    Name,
+    PrefixBank,
+    ResolvedPrefix,
+)
+from fastprefix.hf.runtime.prompt_kv_cache import PromptKVCache
+from fastprefix.hf.runtime.prompt_prefill import PromptPrefill, refuse_cache
+from fastprefix.hf.runtime.selection import Selection
+from fastprefix.hf.runtime.warn_once import WarnOnce
+from fastprefix.prefixes.prefix import LayerKV, Prefix
 from fastprefix.validation import fail
 
-if TYPE_CHECKING:
-    from fastprefix.hf.adapters.installation import Installation
 
-Name = Hashable
+class PrefixReader:
+    """Reads the selected prefixes of one model and runs its soft prompts."""
 
+    def __init__(
+        self, facts: ModelFacts, selection: Selection, forward: ForwardState, prefill: PromptPrefill, warn: WarnOnce
+    ) -> None:
+        self.facts, self.selection, self.forward, self.prefill, self.warn = facts, selection, forward, prefill, warn
+        self.cache = PromptKVCache()
 
-class Entry(NamedTuple):
-    """One prefix (``key_values``) or soft prompt (``prompt``)."""
+    def read(self, kwargs: dict[str, Any]) -> ForwardContext | None:
+        """What a forward with these keyword arguments reads; None for the bare model."""
+        current = self.selection.current()
+        if self.selection.shared is not None:
+            return self.selection.shared.read(current, kwargs)
+        return None if current is None else self.read_names(current, kwargs)
 
-    kind: str  # in words
-    tokens: int  # P
-    offset: int  # positions that content behind it is shifted by
-    parameters: tuple[Tensor, ...]  # what it is computed from
-    key_values: Callable[[], KeyValues] | None = None
-    prompt: Callable[[], Tensor] | None = None  # [P, d]
-    layers: int | None = None  # how many have a prefix
+    def read_names(self, selected: AdapterSelection, kwargs: dict[str, Any]) -> ForwardContext | None:
+        """What a selection of names means in a forward; runs soft prompts through the model."""
+        active, prefixes = self.selection.active, self.selection.prefixes
+        if len(selected.names) == 1 and selected.names[0] == active and active in prefixes:
+            prefix = prefixes[active]
+            if isinstance(prefix, Prefix):
+                return ForwardContext(prefix.offset)
+        names = selected.distinct()
+        if not names:
+            return None
+        resolved = [self.selection.provider.resolve(name) for name in names]
+        prompts = [prefix for prefix in resolved if prefix.prompt is not None]
+        if prompts:
+            reason = why_not_shareable(self.facts, max(prefix.tokens for prefix in prompts), kwargs)
+            if reason is not None:
+                return self._concatenate(selected, names, resolved, kwargs, reason)
+        if self.forward.prepared is not None:
+            return self.choose(self.forward.prepared, selected, kwargs)
+        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+            return self.choose(self.make_bank(names, resolved)[0], selected, kwargs)
+        version = tuple((prefix.offset, *map(_version, prefix.parameters)) for prefix in resolved)
+        bank = self.cache.get(kwargs, tuple(names), version)
+        if not isinstance(bank, PrefixBank):
+            bank, _ = self.make_bank(names, resolved)
+            self.cache.put(kwargs, tuple(names), version, bank)
+        return self.choose(bank, selected, kwargs)
 
+    def make_bank(
+        self,
+        names: Sequence[Name],
+        resolved: Sequence[ResolvedPrefix],
+        module: nn.Module | None = None,
+        options: dict[str, Any] | None = None,
+    ) -> tuple[PrefixBank, Any]:
+        """Compute the keys and values of these prefixes.
 
-class Source(Protocol):
-    """Where names lead to: what was attached, or a PEFT model's adapters."""
+        Args:
+            names: of the prefixes.
+            resolved: the prefixes themselves.
+            module: what soft prompts run through; default the part of the model around all layers.
+            options: keyword arguments of its forward.
 
-    beside: bool
+        Returns:
+            The bank, and the output of the module that soft prompts ran through (None without any).
+        """
+        embeddings = [prefix.prompt() for prefix in resolved if prefix.prompt is not None]
+        output = None
+        dtensor.refuse_bank(p for prefix in resolved if prefix.prompt is None for p in prefix.parameters)
+        prefilled: Iterator[tuple[KeyValues, Tensor]] = iter([])
+        if embeddings:
+            result = self.prefill.run(embeddings, module=module, options=options)
+            output = result.output
+            prefilled = iter(zip(result.key_values, result.last, strict=True))
+        found: list[KeyValues] = []
+        last: list[Tensor | None] = []
+        for prefix in resolved:
+            if prefix.key_values is not None:
+                found.append(prefix.key_values())
+                last.append(None)
+            else:
+                key_values, hidden = next(prefilled)
+                found.append(key_values)
+                last.append(hidden)
+        layers = [pack([pairs[i] for pairs in found]) for i in range(len(self.facts.layers.modules))]
+        return PrefixBank(list(names), [prefix.offset for prefix in resolved], layers, last), output
 
-    def names(self) -> list[str]: ...
+    def choose(self, bank: PrefixBank, selected: AdapterSelection, kwargs: dict[str, Any]) -> ForwardContext:
+        """Let each row of a forward read its own prefix of a bank."""
+        if not set(selected.distinct()) <= set(bank.names):
+            raise AssertionError(f"a bank of {bank.names} for rows of {selected.distinct()}")
+        batch = self.facts.layers.batch_size(kwargs)
+        if len(bank.names) == 1 and None not in selected.names:
+            last = bank.last[0]
+            selected.rows(batch)
+            gated = self.selection.provider.gated
+            return ForwardContext(bank.offsets[0], bank.layers, None if last is None else last[None], gated=gated)
+        if any(kv is not None and kv.gate is not None for kv in bank.layers):
+            raise fail("names", "a mixed batch of gated prompts", "one for all rows")
+        index = {name: i for i, name in enumerate(bank.names)}
+        rows = [-1 if name is None else index[name] for name in selected.rows(batch)]
+        ids: dict[torch.device, Tensor] = {}
+        layers: KeyValues = []
+        for kv in bank.layers:
+            if kv is not None:
+                device = kv.k.device
+                ids.setdefault(device, torch.tensor(rows, device=device))
+                lens = torch.tensor([kv.k.shape[1]], device=device) if kv.lens is None else kv.lens
+                kv = kv._replace(ids=ids[device], lens=lens)
+            layers.append(kv)
+        context = ForwardContext(torch.tensor([[0 if i < 0 else bank.offsets[i]] for i in rows]), layers)
+        hidden = [None if i < 0 else bank.last[i] for i in rows]
+        some = next((x for x in hidden if x is not None), None)
+        if some is not None:
+            context.last = torch.stack([torch.zeros_like(some) if x is None else x for x in hidden])
+        return context
 
-    def resident(self) -> list[str]: ...
-
-    def active(self) -> Choice | None: ...
-
-    def enabled(self) -> bool: ...
-
-    def entry(self, name: Name) -> Entry: ...
-
-    def held(self, choice: Choice) -> AbstractContextManager[None]: ...
-
-
-class Choice(NamedTuple):
-    """Which names a batch reads: one for all rows, or one for each (None: the bare model)."""
-
-    names: tuple[Name | None, ...]
-
-    def distinct(self) -> list[Name]:
-        """Without repetitions, in order."""
-        return list(dict.fromkeys(name for name in self.names if name is not None))
-
-    def rows(self, batch: int) -> list[Name | None]:
-        """A name for each row of a batch; beams and returned sequences lie behind one another."""
-        if batch % len(self.names):
-            expected = f"one for each of the batch's {batch} rows"
-            raise fail("names", f"{len(self.names)} names", expected)
-        return [name for name in self.names for _ in range(batch // len(self.names))]
-
-
-@dataclass
-class Bank:
-    """Prefixes that a batch chooses from, layer by layer, and what stands behind each."""
-
-    names: list[Name]
-    offsets: list[int]
-    layers: list[LayerKV | None]  # packed: [H_kv, sum of P, D] with lens [N]; of a single prefix without
-    last: list[Tensor | None]  # [d], hidden state of a prompt's last token
-
-
-@dataclass
-class Reading:
-    """What one forward reads."""
-
-    offset: int | Tensor = 0  # of content positions; [B, 1]
-    layers: list[LayerKV | None] | None = None  # None: every layer asks for the active prefix
-    last: Tensor | None = None  # [B or 1, d], hidden state behind each row's prompt
-    concatenated: Tensor | None = None  # [B or 1, P, d], embeddings in front of every row instead
-    concatenated_ids: Tensor | None = None  # [B or 1, P], where they are tokens
-    concatenated_mask: Tensor | None = None  # [B or 1, P]
-    concatenated_from: int = 0  # the position of their first
-    beside: bool = False  # the model's own attention, masks and positions stay; a gated prompt is added
-    padding: Tensor | None = None  # [B], places in front of a row's first token
-    leaves: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # see checkpointing.Bridge
-
-    def tensors(self) -> list[Tensor]:
-        """Keys and values that want a gradient."""
-        given = [kv for kv in self.layers or () if kv is not None]
-        return [x for kv in given for x in (kv.k, kv.v, kv.gate) if x is not None and x.requires_grad]
-
-
-def batch_size(state: Installation, kwargs: dict[str, Any]) -> int:
-    """Rows of a forward."""
-    names = [*(stack.main_input for stack in state.layers.stacks), "inputs_embeds"]
-    given = [kwargs[name] for name in names if kwargs.get(name) is not None]
-    if not given:
-        raise fail(names[-2], f"neither {names[-2]} nor inputs_embeds", "one of them")
-    return int(given[0].shape[0])
-
-
-def read(state: Installation, choice: Choice, kwargs: dict[str, Any]) -> Reading | None:
-    """What a choice of names means in a forward; runs soft prompts through the model."""
-    names = choice.distinct()
-    if not names:
-        return None
-    entries = [state.source.entry(name) for name in names]
-    prompts = [entry for entry in entries if entry.prompt is not None]
-    if prompts:
-        reason = exactness.inexact(state, max(entry.tokens for entry in prompts), kwargs)
-        if reason is not None:
-            return _concatenate(state, choice, names, entries, kwargs, reason)
-    if state.prepared is not None:
-        return choose(state, state.prepared, choice, kwargs)
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return choose(state, make_bank(state, names, entries)[0], choice, kwargs)
-    key = tuple((entry.offset, *map(_stamp, entry.parameters)) for entry in entries)
-    bank = state.memo.recall(kwargs, tuple(names), key)
-    if not isinstance(bank, Bank):
-        bank, _ = make_bank(state, names, entries)
-        state.memo.remember(kwargs, tuple(names), key, bank)
-    return choose(state, bank, choice, kwargs)
-
-
-def _stamp(x: Tensor) -> tuple[int, int]:
-    """What changes when a parameter's numbers do."""
-    return x.data_ptr(), 0 if x.is_inference() else x._version
-
-
-def make_bank(
-    state: Installation,
-    names: Sequence[Name],
-    entries: Sequence[Entry],
-    module: nn.Module | None = None,
-    options: dict[str, Any] | None = None,
-) -> tuple[Bank, Any]:
-    """Keys and values of these names, computed; and what came of the module that soft prompts ran through, if any."""
-    embeds = [entry.prompt() for entry in entries if entry.prompt is not None]
-    output = None
-    sharded.refuse_bank(p for entry in entries if entry.prompt is None for p in entry.parameters)
-    made: Iterator[tuple[KeyValues, Tensor]] = iter([])
-    if embeds:
-        run = sharing.run(state, embeds, module=module, options=options)
-        output = run.output
-        made = iter(zip(run.key_values, run.last, strict=True))
-    found: list[KeyValues] = []
-    last: list[Tensor | None] = []
-    for entry in entries:
-        if entry.key_values is not None:
-            found.append(entry.key_values())
-            last.append(None)
-        else:
-            key_values, hidden = next(made)
-            found.append(key_values)
-            last.append(hidden)
-    layers = [pack([pairs[i] for pairs in found]) for i in range(len(state.slots))]
-    return Bank(list(names), [entry.offset for entry in entries], layers, last), output
+    def _concatenate(
+        self,
+        selected: AdapterSelection,
+        names: Sequence[Name],
+        resolved: Sequence[ResolvedPrefix],
+        kwargs: dict[str, Any],
+        reason: str,
+    ) -> ForwardContext:
+        """A context that puts embeddings in front of every row, as sharing them would not be exact."""
+        tokens = resolved[0].tokens
+        if None in selected.names or any(prefix.prompt is None or prefix.tokens != tokens for prefix in resolved):
+            got = f"a mixed batch with soft prompts that have to be concatenated ({reason})"
+            raise fail("names", got, "soft prompts of one length in every row, and nothing else")
+        refuse_cache(kwargs, reason)
+        self.warn.concatenation(reason)
+        prompts = torch.stack([prefix.prompt() for prefix in resolved if prefix.prompt is not None])  # [N, P, d]
+        if len(names) > 1:
+            rows = [list(names).index(name) for name in selected.rows(self.facts.layers.batch_size(kwargs))]
+            prompts = prompts[torch.tensor(rows, device=prompts.device)]
+        return ForwardContext(tokens, [None] * len(self.facts.layers.modules), concatenated=prompts)
 
 
 def pack(pairs: Sequence[LayerKV | None]) -> LayerKV | None:
-    """One layer's keys and values behind one another: as much memory as they take, and nothing for padding."""
+    """One layer's keys and values of several prefixes in one tensor, one after the other, without padding."""
     present = [kv for kv in pairs if kv is not None]
     if not present:
         return None
@@ -179,52 +173,6 @@ def pack(pairs: Sequence[LayerKV | None]) -> LayerKV | None:
     return LayerKV(torch.cat([kv.k for kv in present], 1), torch.cat([kv.v for kv in present], 1), lens=lens)
 
 
-def choose(state: Installation, bank: Bank, choice: Choice, kwargs: dict[str, Any]) -> Reading:
-    """Each row's prefix of a bank."""
-    if not set(choice.distinct()) <= set(bank.names):
-        raise AssertionError(f"a bank of {bank.names} for rows of {choice.distinct()}")
-    if len(bank.names) == 1 and None not in choice.names:
-        last = bank.last[0]
-        choice.rows(batch_size(state, kwargs))
-        return Reading(bank.offsets[0], bank.layers, None if last is None else last[None], beside=state.source.beside)
-    if any(kv is not None and kv.gate is not None for kv in bank.layers):
-        raise fail("names", "a mixed batch of gated prompts", "one for all rows")
-    index = {name: i for i, name in enumerate(bank.names)}
-    rows = [-1 if name is None else index[name] for name in choice.rows(batch_size(state, kwargs))]
-    ids: dict[torch.device, Tensor] = {}
-    layers: list[LayerKV | None] = []
-    for kv in bank.layers:
-        if kv is not None:
-            device = kv.k.device
-            ids.setdefault(device, torch.tensor(rows, device=device))
-            lens = torch.tensor([kv.k.shape[1]], device=device) if kv.lens is None else kv.lens
-            kv = kv._replace(ids=ids[device], lens=lens)
-        layers.append(kv)
-    reading = Reading(torch.tensor([[0 if i < 0 else bank.offsets[i]] for i in rows]), layers)
-    hidden = [None if i < 0 else bank.last[i] for i in rows]
-    some = next((x for x in hidden if x is not None), None)
-    if some is not None:
-        reading.last = torch.stack([torch.zeros_like(some) if x is None else x for x in hidden])
-    return reading
-
-
-def _concatenate(
-    state: Installation,
-    choice: Choice,
-    names: Sequence[Name],
-    entries: Sequence[Entry],
-    kwargs: dict[str, Any],
-    reason: str,
-) -> Reading:
-    """A reading that puts embeddings in front of every row, as sharing them would not be exact."""
-    tokens = entries[0].tokens
-    if None in choice.names or any(entry.prompt is None or entry.tokens != tokens for entry in entries):
-        got = f"a mixed batch with soft prompts that have to be concatenated ({reason})"
-        raise fail("names", got, "soft prompts of one length in every row, and nothing else")
-    sharing.refuse_cache(kwargs, reason)
-    sharing.say(state, reason)
-    prompts = torch.stack([entry.prompt() for entry in entries if entry.prompt is not None])  # [N, P, d]
-    if len(names) > 1:
-        rows = [list(names).index(name) for name in choice.rows(batch_size(state, kwargs))]
-        prompts = prompts[torch.tensor(rows, device=prompts.device)]
-    return Reading(tokens, [None] * len(state.slots), concatenated=prompts)
+def _version(x: Tensor) -> tuple[int, int]:
+    """A pair that changes when a parameter's numbers do."""
+    return x.data_ptr(), 0 if x.is_inference() else x._version

@@ -4,7 +4,7 @@
     .fastprefix-save/commit.json    what the folder holds from now on: with its appearance the new files are the adapter
 
 After the commit the files are moved out to where PEFT reads them. A save that is killed meanwhile is finished by the
-next save or load; until then :func:`read_together` finds each file where it lies. PEFT, which looks into the folder
+next save or load; until then :func:`read_consistently` finds each file where it lies. PEFT, which looks into the folder
 alone, reads the old files or the new ones: where their key file (``adapter_config.json``) differs it is taken away
 first and put in last, so that in between PEFT finds no adapter instead of a mixture.
 """
@@ -41,7 +41,7 @@ class Commit(NamedTuple):
     without: tuple[str, ...]
 
 
-def replace_together(folder: Path, files: Mapping[str, Callable[[str], Any]], without: Sequence[str] = ()) -> None:
+def write_atomically(folder: Path, files: Mapping[str, Callable[[str], Any]], without: Sequence[str] = ()) -> None:
     """Write files, all of them or none.
 
     Args:
@@ -82,7 +82,7 @@ def replace_together(folder: Path, files: Mapping[str, Callable[[str], Any]], wi
         _finish(folder)
 
 
-def finish(folder: Path) -> None:
+def complete_interrupted_save(folder: Path) -> None:
     """Move what a killed save has committed into place, unless somebody is at it or the folder cannot be written."""
     if committed(folder) is not None:
         with suppress(OSError), _locked(folder, wait=False):
@@ -111,18 +111,18 @@ def _written_since(folder: Path, commit: Commit) -> bool:
     return key is not None and made is not None and key[1] > made[1]
 
 
-def read_together(folder: Path, names: Iterable[str], read: Callable[[Callable[[str], Path]], T]) -> T:
+def read_consistently(folder: Path, names: Iterable[str], read: Callable[[Callable[[str], Path]], T]) -> T:
     """What ``read`` makes of files of one save; it is given where each name's file lies, and runs again if a save came.
 
     Raises:
         ValueError: saves follow one another faster than the files can be read.
     """
-    finish(folder)
+    complete_interrupted_save(folder)
     names = tuple(names)
     for attempt in range(_ATTEMPTS):
         before = _stamp(folder, names)
         try:
-            result = read(lambda name: where(folder, name))
+            result = read(lambda name: resolve_path(folder, name))
         except Exception:
             if _stamp(folder, names) == before:
                 raise
@@ -133,7 +133,7 @@ def read_together(folder: Path, names: Iterable[str], read: Callable[[Callable[[
     raise fail("dir", f"{folder}, which is written again and again", "a folder at rest for the time of reading it")
 
 
-def where(folder: Path, name: str) -> Path:
+def resolve_path(folder: Path, name: str) -> Path:
     """Where a file of a folder lies."""
     commit = committed(folder)
     staged = folder / STAGING / name

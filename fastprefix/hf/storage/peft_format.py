@@ -60,7 +60,7 @@ def unpack(embeddings: Tensor, prefix: Prefix) -> tuple[list[Tensor], list[Tenso
 def is_peft(prefix: Prefix, layers: Layers) -> bool:
     """Whether PEFT can represent, and would compute, what this prefix of a model with these layers is."""
     shapes = set(prefix.shapes)
-    if any(part is not None for part in prefix.parts) or layers.again or layers.kinds:
+    if any(part is not None for part in prefix.parts) or layers.reuses_modules or layers.hybrid_layer_types:
         return False
     uniform = len(shapes) == 1 and prefix.shapes[0].head_dim == prefix.shapes[0].value_dim
     moves = layers.main.takes_positions and prefix.config.position_offset == "after_prefix"

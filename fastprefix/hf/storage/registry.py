@@ -7,25 +7,23 @@ from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from fastprefix.hf.adapters.attach import check_name, found, own_installation, uninstall
-from fastprefix.hf.adapters.attached_prefixes import Attached
-from fastprefix.hf.runtime.prefix_reader import Name
-from fastprefix.hf.storage.atomic_folder import where
+from fastprefix.hf.adapters.attach import check_name
+from fastprefix.hf.adapters.installation import Installation
+from fastprefix.hf.adapters.lookup import find_installation, get_or_install, require_not_patched, uninstall
+from fastprefix.hf.runtime.forward_context import Name
+from fastprefix.hf.storage.atomic_folder import resolve_path
 from fastprefix.hf.storage.peft_format import CONFIG
-from fastprefix.hf.storage.saved_adapter import Stored
+from fastprefix.hf.storage.saved_adapter import SavedAdapter
 from fastprefix.prefixes.prefix import Prefix
 from fastprefix.prefixes.prompt import SoftPrompt
 from fastprefix.validation import fail
 
-if TYPE_CHECKING:
-    from fastprefix.hf.adapters.installation import Installation
 
-
-class Shelf:
+class PrefixRegistry:
     """Saved prefixes by name; those used last are in memory."""
 
     def __init__(self, state: Installation, max_resident: int) -> None:
@@ -36,10 +34,10 @@ class Shelf:
         self.pinned: set[str] = set()
 
     @torch.inference_mode(False)
-    def take(self, name: str) -> Prefix | SoftPrompt:
+    def get(self, name: str) -> Prefix | SoftPrompt:
         """A prefix, read from disk unless it is in memory; the one unused for longest makes room."""
         if name not in self.resident:
-            prefix = Stored(self.paths[name]).make(self.state)
+            prefix = SavedAdapter(self.paths[name]).make(self.state)
             prefix.requires_grad_(False)
             self.resident[name] = prefix
         self.resident.move_to_end(name)
@@ -49,7 +47,7 @@ class Shelf:
         return self.resident[name]
 
     @contextmanager
-    def held(self, names: Sequence[Name]) -> Iterator[None]:
+    def pin(self, names: Sequence[Name]) -> Iterator[None]:
         """Keep these in memory for a block."""
         wanted = self.pinned | {str(name) for name in names if name in self.paths}
         if len(wanted) > self.max_resident:
@@ -78,16 +76,16 @@ def register(model: Any, dirs: Mapping[str, str | os.PathLike[str]], max_residen
     """
     if not isinstance(max_resident, int) or max_resident < 1:
         raise fail("max_resident", repr(max_resident), "an int of at least 1")
-    fresh = found(model) is None
-    state = own_installation(model)
-    assert isinstance(state.source, Attached)
+    fresh = find_installation(model) is None
+    state = get_or_install(model)
+    provider = require_not_patched(state)
     try:
         paths = {name: Path(path) for name, path in dirs.items()}
         for name, path in paths.items():
             check_name(name)
-            if name in state.source.names():
+            if name in provider.names():
                 raise fail("dirs", f"{name!r}, which is taken", "new names")
-            if not where(path, CONFIG).is_file():
+            if not resolve_path(path, CONFIG).is_file():
                 raise fail("dirs", f"{path} for {name!r}", f"a folder with {CONFIG}")
     except BaseException:
         if fresh:
@@ -96,7 +94,8 @@ def register(model: Any, dirs: Mapping[str, str | os.PathLike[str]], max_residen
     state.freeze()
     if fresh:
         state.activate(None)
-    if state.source.shelf is None:
-        state.source.shelf = Shelf(state, max_resident)
-    state.source.shelf.max_resident = max_resident
-    state.source.shelf.paths.update(paths)
+    registry = provider.registry
+    if not isinstance(registry, PrefixRegistry):
+        registry = provider.registry = PrefixRegistry(state, max_resident)
+    registry.max_resident = max_resident
+    registry.paths.update(paths)

@@ -25,13 +25,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastprefix.hf.adapters.attach import attach_made, own
+from fastprefix.hf.adapters.attach import attach_made
 from fastprefix.hf.adapters.installation import Installation
-from fastprefix.hf.adapters.lookup import installation
+from fastprefix.hf.adapters.lookup import require_installation, require_not_patched
 from fastprefix.hf.model import wrappers
 from fastprefix.hf.model.dtensor import gathered
 from fastprefix.hf.storage import saved_modules
-from fastprefix.hf.storage.atomic_folder import replace_together
+from fastprefix.hf.storage.atomic_folder import write_atomically
 from fastprefix.hf.storage.peft_format import (
     CONFIG,
     EMBEDDINGS,
@@ -46,7 +46,7 @@ from fastprefix.hf.storage.peft_format import (
     pack,
     peft_config,
 )
-from fastprefix.hf.storage.saved_adapter import Stored
+from fastprefix.hf.storage.saved_adapter import SavedAdapter
 from fastprefix.hf.storage.validated_files import write_json, write_tensors
 from fastprefix.prefixes.prefix import Prefix
 from fastprefix.prefixes.prompt import SoftPrompt
@@ -74,8 +74,9 @@ def save(model: Any, dir: str | os.PathLike[str], name: str = "default") -> None
         ValueError: no prefix of this name is attached, or it holds numbers that are not finite, which ``load`` refuses.
         OSError: the files cannot be written.
     """
-    state = own(installation(wrappers.unwrapped(model, but=wrappers.SAVING)))
-    prefix = state.named(name)
+    state = require_installation(wrappers.unwrapped(model, but=wrappers.SAVING))
+    require_not_patched(state)
+    prefix = state.selection.named(name)
     wrappers.refuse_flat(state.model, prefix)
     modules = saved_modules.saved_with(state, prefix)
     saved_modules.warn_of_left_out(state, stacklevel=3)
@@ -110,7 +111,7 @@ def _write(
     files[WEIGHTS] = functools.partial(write_tensors, tensors)
     files[OWN_CONFIG] = functools.partial(write_json, fields)
     files[CONFIG] = functools.partial(write_json, config)
-    replace_together(folder, files, without=() if ENCODER in files else (ENCODER,))
+    write_atomically(folder, files, without=() if ENCODER in files else (ENCODER,))
 
 
 @torch.no_grad()
@@ -122,7 +123,7 @@ def contents(
     if isinstance(prefix, SoftPrompt):
         return config, {EMBEDDINGS: prefix.embedding.detach().cpu().contiguous(), **beside}
     pairs = [(k.detach().cpu().contiguous(), v.detach().cpu().contiguous()) for k, v in prefix.key_values()]
-    if is_peft(prefix, state.layers):
+    if is_peft(prefix, state.facts.layers):
         return config, {EMBEDDINGS: pack([k for k, _ in pairs], [v for _, v in pairs]), **beside}
     tensors = {
         f"layers.{i}.{n}": x
@@ -153,4 +154,4 @@ def load(model: Any, dir: str | os.PathLike[str], name: str = "default") -> Pref
         ValueError: a file is missing or malformed (a pickle, numbers that are not finite or no floats, tensors or
             fields of no known meaning), or does not fit the model; path and field are named. Nothing is attached then.
     """
-    return attach_made(model, name, Stored(dir).make)
+    return attach_made(model, name, SavedAdapter(dir).make)

@@ -7,14 +7,15 @@ import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastprefix.hf.adapters.build import build, empty_prefix, new_encoder, prompt_dim
+from fastprefix.hf.adapters.installation import Installation
 from fastprefix.hf.storage import saved_modules
-from fastprefix.hf.storage.atomic_folder import read_together
+from fastprefix.hf.storage.atomic_folder import read_consistently
 from fastprefix.hf.storage.peft_format import (
     CONFIG,
     EMBEDDINGS,
@@ -38,13 +39,10 @@ from fastprefix.prefixes.prefix import Prefix
 from fastprefix.prefixes.prompt import PromptConfig, SoftPrompt
 from fastprefix.validation import fail
 
-if TYPE_CHECKING:
-    from fastprefix.hf.adapters.installation import Installation
-
 FILES = (CONFIG, WEIGHTS, OWN_CONFIG, ENCODER)
 
 
-class Stored:
+class SavedAdapter:
     """Configuration and numbers of one save; ValueError naming path and field when they are none."""
 
     peft: dict[str, Any]
@@ -56,7 +54,7 @@ class Stored:
 
     def __init__(self, dir: str | os.PathLike[str]) -> None:
         self.folder = Path(dir)
-        read_together(self.folder, FILES, self._read)
+        read_consistently(self.folder, FILES, self._read)
 
     def _read(self, where: Callable[[str], Path]) -> None:
         self.paths = {name: where(name) for name in FILES}
@@ -97,7 +95,7 @@ class Stored:
             with torch.device("meta"):
                 self.check_encoder(new_encoder(state, empty))
         self.check_whole()
-        if self.own is None and self.config.parts is not None and state.layers.main.biased:
+        if self.own is None and self.config.parts is not None and state.facts.layers.main.has_position_bias:
             name = type(state.model).__name__
             warnings.warn(
                 f"fastprefix: PEFT adds {name}'s biases of relative positions to the scores of prefix tokens too; here "

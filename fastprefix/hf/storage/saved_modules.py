@@ -10,21 +10,19 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fastprefix.hf.adapters.installation import Installation
 from fastprefix.hf.adapters.modules_to_save import is_pefts, is_plain
-from fastprefix.hf.model import offload as offloaded
+from fastprefix.hf.model import offload
 from fastprefix.hf.storage.peft_format import check_finite, task
 from fastprefix.hf.storage.validated_files import field, shown
 from fastprefix.prefixes.prefix import Prefix
 from fastprefix.prefixes.prompt import SoftPrompt
 from fastprefix.validation import fail
-
-if TYPE_CHECKING:
-    from fastprefix.hf.adapters.installation import Installation
 
 BASE = "base_model."
 FROZEN = "frozen_modules"  # saved, and not to be trained when they are loaded
@@ -60,7 +58,7 @@ def tensors(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
     return {
         f"{BASE}{path}.{name}": x.detach().cpu().clone(memory_format=torch.contiguous_format)
         for path, module in modules.items()
-        for name, x in offloaded.values(module).items()
+        for name, x in offload.state_dict(module).items()
     }
 
 
@@ -104,8 +102,8 @@ def names(data: dict[str, Any], name: str, path: Path) -> list[str]:
 
 def left_out(state: Installation) -> list[str]:
     """Names of parameters that are trained and that no file of a prefix holds."""
-    kept = {id(p) for prefix in state.prefixes.values() for p in prefix.parameters()}
-    for prefix in state.prefixes.values():
+    kept = {id(p) for prefix in state.selection.prefixes.values() for p in prefix.parameters()}
+    for prefix in state.selection.prefixes.values():
         kept |= {id(p) for module in saved_with(state, prefix).values() for p in module.parameters()}
     return [name for name, p in state.model.named_parameters() if p.requires_grad and id(p) not in kept]
 

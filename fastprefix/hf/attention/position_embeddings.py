@@ -1,4 +1,4 @@
-"""Decoders that take no position ids look their positions up in a table: there they are moved behind the prefix."""
+"""Decoders without position ids look positions up in an embedding table: its module is hooked to look further on."""
 
 from __future__ import annotations
 
@@ -9,42 +9,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastprefix.hf.model.layers import Stack
 from fastprefix.validation import fail
 
 _PAST = "past_key_values_length"
 
 
-def find(owner: nn.Module) -> nn.Module | None:
+def find_table(owner: nn.Module) -> nn.Module | None:
     """The module that turns a decoder's places into positions; None where there is none."""
     found = [m for m in owner.modules() if m is not owner and _PAST in inspect.signature(m.forward).parameters]
     return found[0] if len(found) == 1 else None
 
 
-def has_positions(owner: nn.Module) -> bool:
+def has_position_embeddings(owner: nn.Module) -> bool:
     """Whether a module inside looks like a table of absolute positions."""
     names = ("embed_positions", "position_embeddings", "position_embedding", "wpe")
     return any(name.rsplit(".", 1)[-1] in names for name, _ in owner.named_modules())
 
 
-def table(model: nn.Module, stack: Stack, is_decoder: bool) -> nn.Module | None:
-    """The table that moves a decoder without position ids; None where there is nothing to move.
-
-    Raises:
-        ValueError: its positions are absolute and cannot be moved.
-    """
-    if not is_decoder or not stack.causal or stack.takes_positions:
-        return None
-    module = find(stack.owner)
-    if module is None and has_positions(stack.owner):
-        owner = type(stack.owner).__name__
-        got = f"{type(model).__name__}, whose positions cannot be moved: {owner} takes no position_ids"
-        raise fail("model", got, "a decoder that does, or one of relative positions")
-    return module
-
-
-class Table:
-    """A hook on such a module; ``offset`` is what the forward that runs moves its rows by."""
+class ShiftedTable:
+    """A hook on such a module that moves the rows of the running forward by ``offset`` positions."""
 
     def __init__(self, module: nn.Module) -> None:
         self.offset: int | Tensor = 0  # or [B, 1]
@@ -52,7 +35,7 @@ class Table:
         self.handle = module.register_forward_hook(self.after, with_kwargs=True)
 
     def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
-        """Look up again, further on."""
+        """Replace the embeddings that were looked up by those ``offset`` positions later."""
         if isinstance(self.offset, int):
             return self.look_up(module, args, kwargs, self.offset) if self.offset else None
         rows = self.offset.flatten().tolist()
@@ -61,7 +44,7 @@ class Table:
         return torch.stack([each[n][i] for i, n in enumerate(rows)])
 
     def look_up(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], offset: int) -> Tensor:
-        """The rows ``offset`` positions behind those asked for."""
+        """The embeddings ``offset`` positions after those that were asked for."""
         asked = self.signature.bind(*args, **kwargs).arguments
         if asked.get("position_ids") is not None:
             asked["position_ids"] = asked["position_ids"] + offset

@@ -1,0 +1,45 @@
+"""Records what each layer hands to the operator, so that a forward can tell what a model's layers are."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+
+class AttentionCall(NamedTuple):
+    """What one layer handed to the operator."""
+
+    module: nn.Module
+    tensors: dict[str, Tensor]  # q, k, v, prefix_k, prefix_v
+    options: dict[str, Any]
+
+
+class _Recorders(threading.local):
+    """Of this thread: another may run another model."""
+
+    def __init__(self) -> None:
+        self.open: list[list[AttentionCall]] = []
+
+
+_recorders = _Recorders()
+
+
+@contextmanager
+def recording() -> Iterator[list[AttentionCall]]:
+    """Collect every call of the attention function inside the block, in order."""
+    calls: list[AttentionCall] = []
+    _recorders.open.append(calls)
+    try:
+        yield calls
+    finally:
+        _recorders.open.pop()
+
+
+def record(call: AttentionCall) -> None:
+    """Add a call to the innermost open recording of this thread, if there is one."""
+    if _recorders.open:
+        _recorders.open[-1].append(call)

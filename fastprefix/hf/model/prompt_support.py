@@ -1,0 +1,47 @@
+"""Which models a prompt - soft or of tokens - can be read in front of the rows of."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastprefix.hf.model.facts import ModelFacts
+from fastprefix.validation import fail
+
+
+def check_tokens(model: Any) -> None:
+    """Raise ValueError unless a model reads tokens, as prompts are."""
+    if model.main_input_name != "input_ids":
+        got = f"{type(model).__name__}, which reads {model.main_input_name}"
+        raise fail("model", got, "a model of input_ids: prompts are tokens")
+    if getattr(model.config, "is_encoder_decoder", False):
+        expected = "a decoder or an encoder (an encoder-decoder: attach with a PrefixConfig, or load what PEFT saved)"
+        raise fail("model", f"{type(model).__name__}, an encoder-decoder", expected)
+
+
+def check_prompts(facts: ModelFacts) -> None:
+    """Raise ValueError unless a prompt can stand in front of a model's rows."""
+    check_tokens(facts.model)
+    check_images(facts)
+    if facts.layers.reuses_modules:
+        got = f"{type(facts.model).__name__}, whose layers share an attention module"
+        raise fail("model", got, "one module a layer: a prompt has keys of its own in each")
+    if facts.layers.hybrid_layer_types:
+        got = f"{type(facts.model).__name__}, some of whose layers have no attention"
+        raise fail("model", got, "attention in every layer: others would not see the prompt")
+    if not facts.layers.main.takes_positions:
+        got = f"{type(facts.model).__name__}, whose forward takes no position_ids"
+        if facts.layers.main.ignores_position_ids:
+            got = f"{type(facts.model).__name__}, whose position_ids move nothing"
+        raise fail("model", got, "one that does: rows are moved behind a prompt")
+
+
+def check_images(facts: ModelFacts) -> None:
+    """Raise ValueError for a model whose images stand at places of their own, which must not move with the text.
+
+    HunYuan-VL counts an image's tokens by their column, their row and the image's number, from 0 wherever it stands in
+    the text; its positions do not tell which tokens are an image's.
+    """
+    name = type(facts.layers.main.owner).__name__
+    if name.startswith("HunYuanVL"):
+        got = f"{type(facts.model).__name__}, whose images have absolute positions beside a text that is moved"
+        raise fail("model", got, "a PrefixConfig with position_offset='none', which moves nothing")

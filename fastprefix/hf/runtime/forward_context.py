@@ -1,0 +1,151 @@
+"""What one forward reads besides its content, and the records that lead from a prefix's name to it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
+
+from torch import Tensor
+
+from fastprefix.prefixes.prefix import LayerKV
+from fastprefix.validation import fail
+
+Name = Hashable  # of a prefix; PEFT's multitask prompts are (name, task)
+KeyValues = list[LayerKV | None]  # of every attention layer
+
+
+class AdapterSelection(NamedTuple):
+    """Which prefixes a batch reads: one name for all rows, or one for each row (None: the bare model)."""
+
+    names: tuple[Name | None, ...]
+
+    def distinct(self) -> list[Name]:
+        """The names without repetitions, in order."""
+        return list(dict.fromkeys(name for name in self.names if name is not None))
+
+    def rows(self, batch: int) -> list[Name | None]:
+        """A name for each row of a batch; beams and returned sequences of a row are neighbours.
+
+        Raises:
+            ValueError: the batch is not a multiple of the names.
+        """
+        if batch % len(self.names):
+            expected = f"one for each of the batch's {batch} rows"
+            raise fail("names", f"{len(self.names)} names", expected)
+        return [name for name in self.names for _ in range(batch // len(self.names))]
+
+
+class ResolvedPrefix(NamedTuple):
+    """One prefix (``key_values``) or soft prompt (``prompt``), as a provider gives it for a name."""
+
+    kind: str  # in words
+    tokens: int  # P
+    offset: int  # positions that content after it is shifted by
+    parameters: tuple[Tensor, ...]  # what it is computed from
+    key_values: Callable[[], KeyValues] | None = None
+    prompt: Callable[[], Tensor] | None = None  # [P, d]
+    layers: int | None = None  # how many layers have a prefix
+
+
+class PrefixProvider(Protocol):
+    """Leads from names to prefixes: attached ones, PEFT's adapters, or PEFT's gated prompts."""
+
+    gated: bool  # whether prompts are added through a gate, and the content keeps the model's own attention
+
+    def names(self) -> list[str]:
+        """Every name that can be selected."""
+        ...
+
+    def resident(self) -> list[str]:
+        """Those whose parameters are in memory."""
+        ...
+
+    def active(self) -> AdapterSelection | None:
+        """What every row reads when no block selects for it."""
+        ...
+
+    def enabled(self) -> bool:
+        """Whether a block's selection is read, or adapters are disabled."""
+        ...
+
+    def resolve(self, name: Name) -> ResolvedPrefix:
+        """The prefix of a name; raises ValueError where there is none."""
+        ...
+
+    def held(self, selection: AdapterSelection) -> AbstractContextManager[None]:
+        """Keep what a block selects in memory, with its modules in place."""
+        ...
+
+
+@dataclass
+class PrefixBank:
+    """The prefixes that a batch chooses from, layer by layer, and what follows from each."""
+
+    names: list[Name]
+    offsets: list[int]
+    layers: KeyValues  # packed: [H_kv, sum of P, D] with lens [N]; of a single prefix without lens
+    last: list[Tensor | None]  # [d], hidden state of each prompt's last token
+
+
+@dataclass
+class ForwardContext:
+    """What one forward reads: made before the layers run, handed to them, and dropped afterwards."""
+
+    offset: int | Tensor = 0  # positions that content is shifted by; [B, 1]
+    layers: KeyValues | None = None  # None: every layer asks for the active prefix
+    last: Tensor | None = None  # [B or 1, d], hidden state of the last token of each row's prompt
+    concatenated: Tensor | None = None  # [B or 1, P, d], embeddings that are put in front of every row instead
+    concatenated_ids: Tensor | None = None  # [B or 1, P], where they are tokens
+    concatenated_mask: Tensor | None = None  # [B or 1, P]
+    concatenated_from: int = 0  # the position of the first of them
+    gated: bool = False  # the model's own attention, masks and positions stay; a gated prompt is added
+    padding: Tensor | None = None  # [B], places in front of a row's first token
+    leaves: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # see checkpointing.Bridge
+
+    def tensors(self) -> list[Tensor]:
+        """Keys, values and gates that want a gradient."""
+        given = [kv for kv in self.layers or () if kv is not None]
+        return [x for kv in given for x in (kv.k, kv.v, kv.gate) if x is not None and x.requires_grad]
+
+
+class NestedForward:
+    """A forward over prompts that runs inside a forward over rows."""
+
+    def __init__(self, context: ForwardContext | None, outermost: bool) -> None:
+        self.context = context  # what the prompts themselves have in front of them
+        self.outermost = outermost  # whether the prompts run through the whole model, as a caller's rows do
+        self.hidden: Tensor | None = None  # [N, P, d]
+
+
+class ForwardState:
+    """The forward that one model runs now; the model's lock keeps other threads away from it."""
+
+    def __init__(self) -> None:
+        self.context: ForwardContext | None = None
+        self.nested: NestedForward | None = None
+        self.prepared: PrefixBank | None = None  # computed for the next forward already
+        self.bypassed = False  # whether the model runs as if nothing were attached
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy that is made during a forward runs none.
+        return {**self.__dict__, "context": None, "nested": None, "prepared": None}
+
+    @contextmanager
+    def bypass(self) -> Iterator[None]:
+        """Run the model inside the block as if nothing were attached."""
+        self.bypassed = True
+        try:
+            yield
+        finally:
+            self.bypassed = False
+
+    @contextmanager
+    def preparing(self, bank: PrefixBank) -> Iterator[None]:
+        """Let the forward inside the block read a bank that was computed already."""
+        self.prepared = bank
+        try:
+            yield
+        finally:
+            self.prepared = None

@@ -1,0 +1,74 @@
+"""Which of a model's prefixes the next forward reads: the active one, or what a block selects for its rows."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from fastprefix.hf.runtime.forward_context import AdapterSelection, ForwardContext, PrefixProvider
+from fastprefix.prefixes.kv import PartEncoders, PrefixEncoder
+from fastprefix.prefixes.prefix import Prefix
+from fastprefix.prefixes.prompt import SoftPrompt
+from fastprefix.validation import fail
+
+
+class PromptBlock(Protocol):
+    """An open block of :func:`fastprefix.shared_prompt`."""
+
+    number: int
+    next_logits: Tensor | None
+
+    def read(self, selection: AdapterSelection | None, kwargs: dict[str, Any]) -> ForwardContext:
+        """What a forward inside the block reads."""
+        ...
+
+
+class Selection:
+    """The prefixes attached to one model, and which of them are read."""
+
+    provider: PrefixProvider
+
+    def __init__(self) -> None:
+        self.prefixes: dict[str, Prefix | SoftPrompt] = {}
+        self.active: str | None = None
+        self.chosen: AdapterSelection | None = None  # by a block that names a prefix for each row
+        self.shared: PromptBlock | None = None  # by a block of shared_prompt
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy made inside a block is outside of it.
+        return {**self.__dict__, "chosen": None, "shared": None}
+
+    def named(self, name: str) -> Prefix | SoftPrompt:
+        """The prefix of a name; raises ValueError when none is attached under it."""
+        if name not in self.prefixes:
+            raise fail("name", repr(name), f"one of {sorted(self.prefixes)}")
+        return self.prefixes[name]
+
+    def current(self) -> AdapterSelection | None:
+        """What the next forward's rows read; None for the bare model."""
+        if self.chosen is None:
+            return self.provider.active()
+        return self.chosen if self.provider.enabled() else None
+
+    def active_encoder(self) -> PrefixEncoder | PartEncoders | None:
+        """The MLP of the active prefix, if it has one."""
+        prefix = self.prefixes.get(self.active) if self.active is not None else None
+        return prefix.encoder if isinstance(prefix, Prefix) else None
+
+    def has_prompts(self) -> bool:
+        """Whether a row of the next forward has a soft or shared prompt in front of it."""
+        selection = self.current()
+        if self.shared is not None or selection is None:
+            return self.shared is not None
+        return any(self.provider.resolve(name).prompt is not None for name in selection.distinct())
+
+    def prompted_rows(self, batch: int) -> Tensor | None:
+        """``[B]`` bool, the rows that have one; None where all have."""
+        selection = self.current()
+        if self.shared is not None or selection is None:
+            return None
+        has_prompt = {name: self.provider.resolve(name).prompt is not None for name in selection.distinct()}
+        found = [name is not None and has_prompt[name] for name in selection.rows(batch)]
+        return None if all(found) else torch.tensor(found)

@@ -1,0 +1,57 @@
+"""The slots that a model's attention modules hold their prefixes in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from torch import nn
+
+from fastprefix.hf.attention.function import SLOT
+from fastprefix.hf.model.layers import AttentionStack
+from fastprefix.hf.runtime.forward_context import KeyValues
+from fastprefix.prefixes.prefix import LayerSlot
+
+
+class AttentionSlots:
+    """A :class:`LayerSlot` in every attention module of a model, in the layers' order."""
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        self.modules = tuple(modules)
+        for module in self.modules:
+            module.add_module(SLOT, LayerSlot())
+
+    def __len__(self) -> int:
+        return len(self.modules)
+
+    def __getitem__(self, layer: int) -> LayerSlot:
+        # Looked up each time: what walks a model (a copy, a wrapper) may have put another object there.
+        slot = getattr(self.modules[layer], SLOT)
+        assert isinstance(slot, LayerSlot)
+        return slot
+
+    def __iter__(self) -> Iterator[LayerSlot]:
+        return iter([self[i] for i in range(len(self.modules))])
+
+    def present(self) -> bool:
+        """Whether they are in the model still."""
+        return all(SLOT in module._modules for module in self.modules)
+
+    def activate(self, name: str | None) -> None:
+        """Let every layer read the prefix of a name, or none."""
+        for slot in self:
+            slot.active = name
+
+    def set_overrides(self, layers: KeyValues, stack: AttentionStack) -> None:
+        """Let the layers of one stack read these instead of the active prefix."""
+        for i in stack.layers:
+            self[i].set_override(layers[i])
+
+    def clear_overrides(self) -> None:
+        """Let every layer read the active prefix again."""
+        for slot in self:
+            slot.clear_override()
+
+    def remove(self) -> None:
+        """Take them out of the model."""
+        for module in self.modules:
+            del module._modules[SLOT]
