@@ -6,16 +6,12 @@ from types import ModuleType
 
 from fastprefix import reference
 from fastprefix.backends import aten, triton
+from fastprefix.errors import UnsupportedError, fail
 from fastprefix.types import BACKENDS, AttentionArgs, BackendName
-from fastprefix.validation import fail
 
 # Only what has run on such a device stands in its order. `aten` has not run on a GPU: ask for it by name there.
 AUTO_ORDER: dict[str, tuple[BackendName, ...]] = {"cpu": ("aten", "reference")}
 DEFAULT_ORDER: tuple[BackendName, ...] = ("reference",)
-
-
-class UnsupportedError(ValueError):
-    """A backend asked for by name cannot take the call; the message lists its reasons."""
 
 
 def module(name: BackendName) -> ModuleType:

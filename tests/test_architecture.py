@@ -14,6 +14,7 @@ import fastprefix
 ROOT = Path(fastprefix.__file__).parent
 # A module imports from its own floor's package or from lower floors only.
 FLOORS = (
+    ("errors",),
     ("types",),
     ("masks", "validation"),
     ("reference", "backends"),

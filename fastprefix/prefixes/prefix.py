@@ -8,10 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fastprefix.errors import fail
 from fastprefix.prefixes.config import LayerShape, Part, PrefixConfig
 from fastprefix.prefixes.kv import DirectKV, PartEncoders, PrefixEncoder, ProjectedKV
 from fastprefix.prefixes.modules import Modules
-from fastprefix.validation import fail
 
 
 class Prefix(nn.Module):

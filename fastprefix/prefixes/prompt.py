@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastprefix.errors import fail
 from fastprefix.prefixes.config import check_tokens, checked_modules
 from fastprefix.prefixes.init import Init, take_length, vocabulary
 from fastprefix.prefixes.modules import Modules
-from fastprefix.validation import fail
 
 
 @dataclass
