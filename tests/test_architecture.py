@@ -14,7 +14,7 @@ import fastprefix
 ROOT = Path(fastprefix.__file__).parent
 # A module imports from its own floor's package or from lower floors only.
 FLOORS = (
-    ("errors",),
+    ("_triton", "errors"),
     ("types",),
     ("masks", "validation"),
     ("reference", "backends"),

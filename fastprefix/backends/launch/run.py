@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from triton.runtime.interpreter import InterpretedFunction
 
-from fastprefix._triton import primitives
+from fastprefix._triton.primitives import dot
 from fastprefix.backends.launch.tiles import Tile
 
 Launch = Callable[[Any, int, tuple[Any, ...], dict[str, Any]], object]
@@ -19,7 +19,7 @@ Launch = Callable[[Any, int, tuple[Any, ...], dict[str, Any]], object]
 _observer: Launch | None = None
 _assumed: tuple[int, str] | None = None
 
-INTERPRETED = isinstance(primitives.dot, InterpretedFunction)
+INTERPRETED = isinstance(dot, InterpretedFunction)
 
 
 @contextmanager
