@@ -97,10 +97,28 @@ def prefix_attention(  # type: ignore[misc]  # the overloads tell the return typ
         ValueError: an argument does not fit; the message names it, what came and what was expected.
         UnsupportedError: the backend asked for by name has reasons against the call.
     """
-    named = dict(locals())
-    backend, gate, return_lse = _default_backend(named.pop("backend")), named.pop("gate"), named.pop("return_lse")
     validation.check_flag("return_lse", return_lse)
-    args = _validated(gate=gate, **named)
+    args = _checked_args(
+        q,
+        k,
+        v,
+        prefix_k,
+        prefix_v,
+        causal=causal,
+        scale=scale,
+        key_padding_mask=key_padding_mask,
+        segment_ids=segment_ids,
+        q_start=q_start,
+        window=window,
+        softcap=softcap,
+        sinks=sinks,
+        bias=bias,
+        gate=gate,
+        prefix_ids=prefix_ids,
+        prefix_lens=prefix_lens,
+        dropout_p=dropout_p,
+    )
+    backend = _default_backend(backend)
     dispatch.check_name(backend)
     if gate is None:
         o, lse = _call(args, backend)
@@ -109,31 +127,60 @@ def prefix_attention(  # type: ignore[misc]  # the overloads tell the return typ
     return (o, lse.detach()) if return_lse else o
 
 
-def _validated(*, gate: Tensor | None, **named: Any) -> AttentionArgs:
-    """Check everything, apply autocast, fill in the defaults."""
-    q, k, v = (_autocast(named[x]) for x in ("q", "k", "v"))
-    prefix_k, prefix_v, scale, bias = named["prefix_k"], named["prefix_v"], named["scale"], named["bias"]
+def _checked_args(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prefix_k: Tensor,
+    prefix_v: Tensor,
+    *,
+    causal: bool = True,
+    scale: float | None = None,
+    key_padding_mask: Tensor | None = None,
+    segment_ids: Tensor | None = None,
+    q_start: int | Tensor | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    bias: Tensor | None = None,
+    gate: Tensor | None = None,
+    prefix_ids: Tensor | None = None,
+    prefix_lens: Tensor | None = None,
+    dropout_p: float = 0.0,
+) -> AttentionArgs:
+    """Check everything, apply autocast, fill in the defaults. ``gate`` is checked only: it is applied outside."""
+    q, k, v = _autocast(q), _autocast(k), _autocast(v)
     validation.check_content(q, k, v)
-    validation.check_prefix(q, v, prefix_k, prefix_v, named["prefix_ids"], named["prefix_lens"])
-    validation.check_masks(
-        q, k, *(named[x] for x in ("causal", "key_padding_mask", "segment_ids", "q_start", "window"))
-    )
-    validation.check_extras(q, k, named["sinks"], bias, gate, named["softcap"])
-    validation.check_bank(q, prefix_k, named["prefix_ids"], named["prefix_lens"])
-    validation.check_scalars(scale, named["dropout_p"])
+    validation.check_prefix(q, v, prefix_k, prefix_v, prefix_ids, prefix_lens)
+    validation.check_masks(q, k, causal, key_padding_mask, segment_ids, q_start, window)
+    validation.check_extras(q, k, sinks, bias, gate, softcap)
+    validation.check_bank(q, prefix_k, prefix_ids, prefix_lens)
+    validation.check_scalars(scale, dropout_p)
     seed = None
-    if named["dropout_p"] > 0.0:
+    if dropout_p > 0.0:
         # Drawn from torch's generator, so that recomputation under checkpointing draws the same.
         seed = torch.randint(2**62, (), device=q.device)
-    named.update(
+    return AttentionArgs(
         q=q,
         k=k,
         v=v,
+        prefix_k=prefix_k,
+        prefix_v=prefix_v,
         scale=1.0 / math.sqrt(q.shape[3]) if scale is None else float(scale),
-        dropout_seed=seed,
+        causal=causal,
+        key_padding_mask=key_padding_mask,
+        segment_ids=segment_ids,
+        q_start=q_start,
+        window=window,
+        softcap=softcap,
+        sinks=sinks,
+        bias=bias,
         bias_grad=bias is not None and bias.requires_grad and torch.is_grad_enabled(),
+        prefix_ids=prefix_ids,
+        prefix_lens=prefix_lens,
+        dropout_p=dropout_p,
+        dropout_seed=seed,
     )
-    return AttentionArgs(**named)
 
 
 def _autocast(x: Any) -> Any:
@@ -147,13 +194,8 @@ def _autocast(x: Any) -> Any:
 
 
 def _call(args: AttentionArgs, backend: str) -> tuple[Tensor, Tensor]:
-    start = args.q_start if isinstance(args.q_start, Tensor) else None
-    tensors = (args.q, args.k, args.v, args.prefix_k, args.prefix_v, args.sinks, args.bias, args.key_padding_mask)
-    more = (args.segment_ids, start, args.prefix_ids, args.prefix_lens, args.dropout_seed)
-    number = None if start is not None else args.q_start
-    scalars = (args.causal, args.scale, args.window, args.softcap, args.dropout_p, args.bias_grad, backend)
     call = transforms.Transformed.apply if transforms.active() else ops.prefix_attn_fwd
-    o, lse = call(*tensors, *more, number, *scalars)
+    o, lse = call(*ops.to_op_inputs(args, backend))
     return o, lse
 
 
@@ -181,17 +223,13 @@ def _gated(args: AttentionArgs, gate: Tensor, backend: str) -> tuple[Tensor, Ten
     return o_content + gate.to(o_prefix.dtype)[:, None, None] * o_prefix, lse
 
 
-def explain(q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor, **kwargs: Any) -> str:
+def explain(q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor, **options: Any) -> str:
     """What every backend says to a call of :func:`prefix_attention` with these arguments, a line each."""
-    defaults = dict.fromkeys(
-        ("scale", "key_padding_mask", "segment_ids", "q_start", "window", "softcap", "sinks", "bias", "gate")
-    )
-    named: dict[str, Any] = {**defaults, "prefix_ids": None, "prefix_lens": None, "causal": True, "dropout_p": 0.0}
-    kwargs.pop("return_lse", None)
-    backend = kwargs.pop("backend", "auto")
-    unknown = set(kwargs) - set(named)
+    options.pop("return_lse", None)
+    backend = options.pop("backend", "auto")
+    unknown = options.keys() - (_checked_args.__kwdefaults__ or {}).keys()
     if unknown:
         raise TypeError(f"explain: unknown arguments {sorted(unknown)}")
-    args = _validated(**{**named, **kwargs, "q": q, "k": k, "v": v, "prefix_k": prefix_k, "prefix_v": prefix_v})
+    args = _checked_args(q, k, v, prefix_k, prefix_v, **options)
     dispatch.check_name(backend)
     return dispatch.explain(args)

@@ -6,7 +6,7 @@ q, k and v lie in [B, S, H, D] storage, as models hold them; ``lse`` and the gra
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,29 +16,42 @@ from torch.autograd import forward_ad as fwad
 from fastprefix import dispatch, reference
 from fastprefix.types import AttentionArgs, Grads, Needs, lse_dtype
 
-# q_start comes as a number or as a tensor; neither means T - S.
-_INPUTS = (
+# The inputs of both operators; no other line of the package gives their order. ``q_start`` is a number or a tensor and
+# has an input for each; neither means T - S.
+_SCHEMA = (
     "Tensor q, Tensor k, Tensor v, Tensor prefix_k, Tensor prefix_v, Tensor? sinks, Tensor? bias, "
     "Tensor? key_padding_mask, Tensor? segment_ids, Tensor? q_start_tensor, Tensor? prefix_ids, Tensor? prefix_lens, "
     "Tensor? dropout_seed, SymInt? q_start, bool causal, float scale, SymInt? window, float? softcap, "
     "float dropout_p, bool bias_grad, str backend"
 )
-_NAMES = tuple(part.split()[-1] for part in _INPUTS.split(", "))
-TENSORS = 13  # of these inputs come first and are tensors
+_NAMES = tuple(part.split()[-1] for part in _SCHEMA.split(", "))
+# The field of AttentionArgs that each input holds; the last input, the backend's name, is no field.
+_FIELDS = tuple("q_start" if name == "q_start_tensor" else name for name in _NAMES[:-1])
+_START_TENSOR, _START_NUMBER = (i for i, field in enumerate(_FIELDS) if field == "q_start")
+TENSORS = _NAMES.index("q_start")  # so many inputs, the first, are tensors; the others are numbers, bools and a name
 NEEDED = (*range(5), _NAMES.index("bias"), _NAMES.index("sinks"))  # in the order of the op's needs
 
 library = torch.library.Library("fastprefix", "DEF")
-library.define(f"prefix_attn_fwd({_INPUTS}) -> (Tensor o, Tensor lse)")
+library.define(f"prefix_attn_fwd({_SCHEMA}) -> (Tensor o, Tensor lse)")
 # One tensor for each True in needs, which has the order of Needs, and at last sinks.
-library.define(f"prefix_attn_bwd({_INPUTS}, Tensor o, Tensor lse, Tensor do, bool[] needs) -> Tensor[]")
+library.define(f"prefix_attn_bwd({_SCHEMA}, Tensor o, Tensor lse, Tensor do, bool[] needs) -> Tensor[]")
 
 
-def _args(values: tuple[Any, ...]) -> tuple[AttentionArgs, str]:
-    named = dict(zip(_NAMES, values, strict=True))
-    backend = named.pop("backend")
-    start = named.pop("q_start_tensor")
-    named["q_start"] = named["q_start"] if start is None else start
-    return AttentionArgs(**named), backend
+def to_op_inputs(args: AttentionArgs, backend: str) -> list[Any]:
+    """The operators' inputs, in the schema's order, of a call on a backend (a name, or ``auto``)."""
+    values = [getattr(args, field) for field in _FIELDS]
+    values[_START_NUMBER if isinstance(args.q_start, Tensor) else _START_TENSOR] = None
+    values.append(backend)
+    return values
+
+
+def from_op_inputs(values: Sequence[Any]) -> tuple[AttentionArgs, str]:
+    """The call and its backend: the inverse of :func:`to_op_inputs`."""
+    *values, backend = values
+    fields = dict(zip(_FIELDS, values, strict=True))  # of q_start's two inputs, the number: it comes last
+    if values[_START_TENSOR] is not None:
+        fields["q_start"] = values[_START_TENSOR]
+    return AttentionArgs(**fields), backend
 
 
 def _bshd(x: Tensor) -> Tensor:
@@ -47,14 +60,14 @@ def _bshd(x: Tensor) -> Tensor:
 
 
 def _fwd(*values: Any) -> tuple[Tensor, Tensor]:
-    args, backend = _args(values)
+    args, backend = from_op_inputs(values)
     o, lse = dispatch.choose(args, backend).fwd(args)
     return _bshd(o), lse.contiguous()
 
 
 def _bwd(*values: Any) -> list[Tensor]:
     *inputs, o, lse, do, needs = values
-    args, backend = _args(tuple(inputs))
+    args, backend = from_op_inputs(inputs)
     *needs, sinks = needs
     found: list[Tensor] = []
     if any(needs):
@@ -175,7 +188,7 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
     """
 
     def plain(*values: Any) -> tuple[Tensor, Tensor]:
-        args, _ = _args(values)
+        args, _ = from_op_inputs(values)
         o, lse = reference.fwd(args)
         return _bshd(o), lse.contiguous()
 
