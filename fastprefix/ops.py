@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd import forward_ad as fwad
 
 from fastprefix import dispatch, reference
-from fastprefix.types import AttentionArgs, Grads, Needs, lse_dtype
+from fastprefix.types import AttentionArgs, Grads, Needs, lse_dtype, to_bshd
 
 # The inputs of both operators; no other line of the package gives their order. ``q_start`` is a number or a tensor and
 # has an input for each; neither means T - S.
@@ -54,15 +54,10 @@ def from_op_inputs(values: Sequence[Any]) -> tuple[AttentionArgs, str]:
     return AttentionArgs(**fields), backend
 
 
-def _bshd(x: Tensor) -> Tensor:
-    """``[B, H, S, D]`` in [B, S, H, D] storage; free when it already is."""
-    return x.transpose(1, 2).contiguous().transpose(1, 2)
-
-
 def _fwd(*values: Any) -> tuple[Tensor, Tensor]:
     args, backend = from_op_inputs(values)
     o, lse = dispatch.choose(args, backend).fwd(args)
-    return _bshd(o), lse.contiguous()
+    return to_bshd(o), lse.contiguous()
 
 
 def _bwd(*values: Any) -> list[Tensor]:
@@ -74,7 +69,7 @@ def _bwd(*values: Any) -> list[Tensor]:
         grads: Grads = dispatch.choose(args, backend).bwd(args, o, lse, do, Needs(*needs))
         found = [grad for grad, need in zip(grads, needs, strict=True) if need and grad is not None]
     content = sum(needs[:3])  # q, k and v come first
-    found = [_bshd(grad) if i < content else grad.contiguous() for i, grad in enumerate(found)]
+    found = [to_bshd(grad) if i < content else grad.contiguous() for i, grad in enumerate(found)]
     return [*found, _sinks_grad(args, o, lse, do)] if sinks else found
 
 
@@ -190,6 +185,6 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
     def plain(*values: Any) -> tuple[Tensor, Tensor]:
         args, _ = from_op_inputs(values)
         o, lse = reference.fwd(args)
-        return _bshd(o), lse.contiguous()
+        return to_bshd(o), lse.contiguous()
 
     return {prefix_attn_fwd.default: plain}

@@ -1,7 +1,7 @@
 """The oracle: concatenate prefix and content, one softmax in fp32 (fp64 for fp64). Takes every argument.
 
 ``attention`` is plain differentiable torch: in fp64 it is the truth that every backend is judged by. ``fwd`` and
-``bwd`` make a backend of it, with the backward written out (DESIGN: dS = A * (dA - delta), delta = rowsum(do * o)).
+``bwd`` make a backend of it, with the backward written out (dS = A * (dA - delta), delta = rowsum(do * o)).
 """
 
 from __future__ import annotations

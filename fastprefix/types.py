@@ -106,3 +106,8 @@ class Grads(NamedTuple):
 def lse_dtype(dtype: torch.dtype) -> torch.dtype:
     """The log-sum-exp is kept in fp32, in fp64 for fp64 inputs."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def to_bshd(x: Tensor) -> Tensor:
+    """``[B, H, S, X]`` in [B, S, H, X] storage, as models hold it; free when it already is."""
+    return x.transpose(1, 2).contiguous().transpose(1, 2)

@@ -3,9 +3,9 @@
 import triton
 import triton.language as tl
 
+from .kv_splits import split_range, store_state
 from .prefix_attn_fwd import attend_content
 from .primitives import key_range, load_rows, packed_rows, query_start, segment_ids, segment_range
-from .splits import split_range, store_state
 
 
 @triton.jit(do_not_specialize=["q_start", "S", "T", "rows", "splits", "first_split"])

@@ -7,10 +7,10 @@ One token of each of 256 samples with their own copies of a prefix reads it 256 
 import triton
 import triton.language as tl
 
+from .flat_rows import count_rows, flat_rows
+from .kv_splits import split_range, store_state
 from .prefix_attn_fwd import attend_content
 from .primitives import load_rows, prefix_length
-from .rows import count_rows, flat_rows
-from .splits import split_range, store_state
 
 
 @triton.jit

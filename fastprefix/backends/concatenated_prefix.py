@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastprefix.backends import vendor
-from fastprefix.backends.parts import dense_mask
+from fastprefix.backends import aten_ops
+from fastprefix.backends.content_blocks import dense_mask
 from fastprefix.types import AttentionArgs
 
 # Forward + backward on two cores, fp32, B8 H9/3 D64 P16: one call takes 0.85 of the time of two at S64, 0.96 at S256,
@@ -18,7 +18,7 @@ ROWS = (17, 512)
 
 
 def possible(args: AttentionArgs) -> bool:
-    """Whether there is one prefix, and content, to be joined on a CPU."""
+    """Whether there is one prefix, and content, to be concatenated on a CPU."""
     return (
         args.q.device.type == "cpu" and args.prefix_ids is None and 0 not in (args.num_prefix_tokens, args.k.shape[2])
     )
@@ -45,13 +45,13 @@ def _inputs(args: AttentionArgs) -> tuple[Tensor, Tensor, Tensor | None]:
 def fwd(args: AttentionArgs) -> tuple[Tensor, Tensor]:
     """``o [B, H, S, D_v]`` and ``lse [B, H, S]``, without sinks."""
     keys, values, mask = _inputs(args)
-    return vendor.fwd(args.q, keys, values, False, mask, args.scale)
+    return aten_ops.fwd(args.q, keys, values, False, mask, args.scale)
 
 
 def bwd(args: AttentionArgs, o: Tensor, lse: Tensor, do: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """dq, dk, dv, dprefix_k and dprefix_v."""
     prefix = args.num_prefix_tokens
     keys, values, mask = _inputs(args)
-    dq, dk, dv = vendor.bwd(do, args.q, keys, values, o, lse, False, mask, args.scale)
+    dq, dk, dv = aten_ops.bwd(do, args.q, keys, values, o, lse, False, mask, args.scale)
     dprefix_k, dprefix_v = (grad[:, :, :prefix].sum(0, dtype=lse.dtype).to(args.prefix_k.dtype) for grad in (dk, dv))
     return dq, dk[:, :, prefix:], dv[:, :, prefix:], dprefix_k, dprefix_v

@@ -2,7 +2,7 @@
 
 A prefix's rows are its units in turn, each unit's tokens, each token's query heads of the group:
 ``r = (unit * tokens + token) * G + g``. A unit is a sample (``S`` tokens) or, where rows have prefixes of their own,
-a token. Without an :class:`~.views.Order` there is one prefix, and unit ``i`` is sample ``i``.
+a token. Without an :class:`~.kernel_structs.Order` there is one prefix, and unit ``i`` is sample ``i``.
 """
 
 import triton
