@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from types import ModuleType
 
-from fastprefix import reference
-from fastprefix.backends import aten, triton
-from fastprefix.errors import UnsupportedError, fail
-from fastprefix.types import BACKENDS, AttentionArgs, BackendName
+from . import reference
+from .backends import aten, triton
+from .errors import UnsupportedError, fail
+from .types import BACKENDS, AttentionArgs, BackendName
 
 # Only what has run on such a device stands in its order. `aten` has not run on a GPU: ask for it by name there.
 AUTO_ORDER: dict[str, tuple[BackendName, ...]] = {"cpu": ("aten", "reference")}

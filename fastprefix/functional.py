@@ -10,8 +10,8 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from fastprefix import dispatch, ops, transforms, validation
-from fastprefix.types import AttentionArgs
+from . import dispatch, ops, transforms, validation
+from .types import AttentionArgs
 
 
 def _default_backend(backend: str) -> str:

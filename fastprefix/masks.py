@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastprefix.types import MASKED_BIAS, AttentionArgs
+from .types import MASKED_BIAS, AttentionArgs
 
 
 def query_positions(args: AttentionArgs) -> Tensor:

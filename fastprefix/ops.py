@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad as fwad
 
-from fastprefix import dispatch, reference
-from fastprefix.types import AttentionArgs, Grads, Needs, lse_dtype, to_bshd
+from . import dispatch, reference
+from ._ops import add_op_namespace_prefix, ops
+from .types import AttentionArgs, Grads, Needs, lse_dtype, to_bshd
 
 # The inputs of both operators; no other line of the package gives their order. ``q_start`` is a number or a tensor and
 # has an input for each; neither means T - S.
@@ -31,7 +32,7 @@ _START_TENSOR, _START_NUMBER = (i for i, field in enumerate(_FIELDS) if field ==
 TENSORS = _NAMES.index("q_start")  # so many inputs, the first, are tensors; the others are numbers, bools and a name
 NEEDED = (*range(5), _NAMES.index("bias"), _NAMES.index("sinks"))  # in the order of the op's needs
 
-library = torch.library.Library("fastprefix", "DEF")
+library = torch.library.Library(add_op_namespace_prefix("").removesuffix("::"), "DEF")
 library.define(f"prefix_attn_fwd({_SCHEMA}) -> (Tensor o, Tensor lse)")
 # One tensor for each True in needs, which has the order of Needs, and at last sinks.
 library.define(f"prefix_attn_bwd({_SCHEMA}, Tensor o, Tensor lse, Tensor do, bool[] needs) -> Tensor[]")
@@ -101,7 +102,7 @@ class _PrefixAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
-        o, lse = _below_autograd(torch.ops.fastprefix.prefix_attn_fwd.default, *inputs)
+        o, lse = _below_autograd(ops.prefix_attn_fwd.default, *inputs)
         ctx.save_for_backward(*inputs[:TENSORS], o, lse)
         ctx.scalars = inputs[TENSORS:]
         ctx.mark_non_differentiable(lse)
@@ -116,7 +117,7 @@ class _PrefixAttention(torch.autograd.Function):
             return tuple(grads)
         needs = [bool(ctx.needs_input_grad[i]) for i in NEEDED]
         if any(needs):
-            found = torch.ops.fastprefix.prefix_attn_bwd(*tensors, *ctx.scalars, o, lse, do, needs)
+            found = ops.prefix_attn_bwd(*tensors, *ctx.scalars, o, lse, do, needs)
             for i, grad in zip([i for i, need in zip(NEEDED, needs, strict=True) if need], found, strict=True):
                 grads[i] = grad
         return tuple(grads)
@@ -125,7 +126,7 @@ class _PrefixAttention(torch.autograd.Function):
 class _NoSecondDerivative(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
-        return tuple(_below_autograd(torch.ops.fastprefix.prefix_attn_bwd.default, *inputs))
+        return tuple(_below_autograd(ops.prefix_attn_bwd.default, *inputs))
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
@@ -154,13 +155,13 @@ def _autograd_fwd(*inputs: Any) -> tuple[Tensor, Tensor]:
     _refuse_forward_mode(inputs)
     if _differentiated(inputs):
         return _PrefixAttention.apply(*inputs)
-    return _below_autograd(torch.ops.fastprefix.prefix_attn_fwd.default, *inputs)
+    return _below_autograd(ops.prefix_attn_fwd.default, *inputs)
 
 
 def _autograd_bwd(*inputs: Any) -> list[Tensor]:
     if _differentiated(inputs):
         return list(_NoSecondDerivative.apply(*inputs))
-    return _below_autograd(torch.ops.fastprefix.prefix_attn_bwd.default, *inputs)
+    return _below_autograd(ops.prefix_attn_bwd.default, *inputs)
 
 
 # Functions of our own at the autograd key: torch.library.register_autograd costs 100 us more a call.
@@ -170,9 +171,9 @@ for _name, _impl, _fake, _autograd in (
 ):
     library.impl(_name, _impl, "CompositeExplicitAutograd")
     library.impl(_name, _autograd, "Autograd")
-    torch.library.register_fake(f"fastprefix::{_name}", _fake, lib=library)
+    torch.library.register_fake(add_op_namespace_prefix(_name), _fake, lib=library)
 
-prefix_attn_fwd = torch.ops.fastprefix.prefix_attn_fwd
+prefix_attn_fwd = ops.prefix_attn_fwd
 
 
 def decompositions() -> dict[Any, Callable[..., Any]]:

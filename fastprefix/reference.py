@@ -11,8 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastprefix.masks import additive_bias, prefix_owner, visible_keys
-from fastprefix.types import AttentionArgs, Grads, Needs, lse_dtype
+from .masks import additive_bias, prefix_owner, visible_keys
+from .types import AttentionArgs, Grads, Needs, lse_dtype
 
 
 class _Dense(NamedTuple):

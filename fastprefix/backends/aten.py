@@ -14,11 +14,11 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from fastprefix.backends import aten_ops, concatenated_prefix
-from fastprefix.backends.content_blocks import content_blocks, has_rows_outside_keys, int_start, mask_dtype
-from fastprefix.backends.fold_batch import PrefixRows, fold, prefix_rows, unfold, unit_rows
-from fastprefix.backends.merge_states import add_sink, merge_lse, merge_state, mix_outputs
-from fastprefix.types import AttentionArgs, Grads, Needs, to_bshd
+from ..types import AttentionArgs, Grads, Needs, to_bshd
+from . import aten_ops, concatenated_prefix
+from .content_blocks import content_blocks, has_rows_outside_keys, int_start, mask_dtype
+from .fold_batch import PrefixRows, fold, prefix_rows, unfold, unit_rows
+from .merge_states import add_sink, merge_lse, merge_state, mix_outputs
 
 # Prefix tokens up to which one more pass over q and o beats a vendor call on the folded prefix, which writes o, and the
 # backward q's gradient, a second time. An estimate: not run on a GPU.
@@ -128,7 +128,7 @@ def _short(args: AttentionArgs) -> ModuleType | None:
 def _kernels() -> ModuleType | None:
     if importlib.util.find_spec("triton") is None:
         return None
-    from fastprefix.backends.launch import epilogue
+    from .launch import epilogue
 
     return epilogue
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastprefix.backends import aten_ops_cuda
+from . import aten_ops_cuda
 
 aten = torch.ops.aten
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastprefix.types import AttentionArgs
+from ..types import AttentionArgs
 
 
 class PrefixGroup(NamedTuple):

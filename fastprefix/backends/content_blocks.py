@@ -11,9 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastprefix.backends import aten_ops
-from fastprefix.masks import additive_bias, visible_keys
-from fastprefix.types import AttentionArgs
+from ..masks import additive_bias, visible_keys
+from ..types import AttentionArgs
+from . import aten_ops
 
 
 class ContentBlock(NamedTuple):

@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastprefix.backends.bank_views import PrefixGroup, prefix_groups
-from fastprefix.types import AttentionArgs
+from ..types import AttentionArgs
+from .bank_views import PrefixGroup, prefix_groups
 
 # Below this many query tokens a group's heads are folded into the rows as well, so that decoding reads each prefix
 # tile once per key/value head; above it the copy of q that this takes costs more than it saves.

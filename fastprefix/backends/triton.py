@@ -11,7 +11,7 @@ import importlib.util
 import torch
 from torch import Tensor
 
-from fastprefix.types import AttentionArgs, Grads, Needs
+from ..types import AttentionArgs, Grads, Needs
 
 LARGEST_HEAD_DIM = 256
 # Three tf32 products for one keep so much in registers that larger heads spill.
@@ -22,7 +22,7 @@ def unsupported(args: AttentionArgs) -> list[str]:
     """Why this backend cannot take the call; empty when it can."""
     if not _installed():
         return ["triton is not installed"]
-    from fastprefix.backends.launch import launcher
+    from .launch import launcher
 
     reasons = []
     device = args.q.device
@@ -57,7 +57,7 @@ def _installed() -> bool:
 
 def fwd(args: AttentionArgs) -> tuple[Tensor, Tensor]:
     """``o [B, H, S, D_v]`` and ``lse [B, H, S]`` of the merged softmax."""
-    from fastprefix.backends.launch import forward, prefix_bank
+    from .launch import forward, prefix_bank
 
     return forward.fwd(prefix_bank.to_padded(args))
 
@@ -67,7 +67,7 @@ def fwd_with_mass(args: AttentionArgs) -> tuple[Tensor, Tensor, Tensor]:
 
     ``m = exp(lse_prefix - lse)``: a prefix adds ``m * o_prefix`` and scales the rest by ``1 - m`` (Petrov et al. 2024).
     """
-    from fastprefix.backends.launch import forward, prefix_bank
+    from .launch import forward, prefix_bank
 
     prefix_lse = args.q.new_empty(args.q.shape[:3], dtype=torch.float32)
     o, lse = forward.fwd(prefix_bank.to_padded(args), prefix_lse)
@@ -76,7 +76,7 @@ def fwd_with_mass(args: AttentionArgs) -> tuple[Tensor, Tensor, Tensor]:
 
 def bwd(args: AttentionArgs, o: Tensor, lse: Tensor, do: Tensor, needs: Needs) -> Grads:
     """Gradients of :func:`fwd`; a part that nothing needs is not launched."""
-    from fastprefix.backends.launch import backward, prefix_bank
+    from .launch import backward, prefix_bank
 
     grads = backward.fused(prefix_bank.to_padded(args), o, lse, do, needs)
     prefix_k, prefix_v = (prefix_bank.to_packed(grad, args) for grad in (grads.prefix_k, grads.prefix_v))

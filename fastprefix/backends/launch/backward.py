@@ -7,16 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastprefix._triton.prefix_attn_bwd_delta import _prefix_attn_bwd_delta_kernel
-from fastprefix._triton.prefix_attn_bwd_dkdv import _prefix_attn_bwd_dkdv_kernel
-from fastprefix._triton.prefix_attn_bwd_dprefix import _prefix_attn_bwd_dprefix_kernel
-from fastprefix._triton.prefix_attn_bwd_dq import _prefix_attn_bwd_dq_kernel
-from fastprefix.backends.launch import kernel_args, launcher
-from fastprefix.backends.launch.kernel_args import constants, empty_bshd, key_sources, row_sources, row_tiles, tile_for
-from fastprefix.backends.launch.prefix_bank import rows_by_prefix, unit_is_token
-from fastprefix.backends.launch.split_reduce import Partials
-from fastprefix.backends.launch.tile_config import Tile
-from fastprefix.types import AttentionArgs, Grads, Needs
+from ..._triton.prefix_attn_bwd_delta import _prefix_attn_bwd_delta_kernel
+from ..._triton.prefix_attn_bwd_dkdv import _prefix_attn_bwd_dkdv_kernel
+from ..._triton.prefix_attn_bwd_dprefix import _prefix_attn_bwd_dprefix_kernel
+from ..._triton.prefix_attn_bwd_dq import _prefix_attn_bwd_dq_kernel
+from ...types import AttentionArgs, Grads, Needs
+from . import kernel_args, launcher
+from .kernel_args import constants, empty_bshd, key_sources, row_sources, row_tiles, tile_for
+from .prefix_bank import rows_by_prefix, unit_is_token
+from .split_reduce import Partials
+from .tile_config import Tile
 
 # A prefix of one or two tiles reads o itself; above, a pass for delta costs less than reading o again for each tile.
 DELTA_INSIDE_UP_TO = 2

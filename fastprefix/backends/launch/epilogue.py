@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastprefix._triton.epilogue_bwd import _prefix_attn_epilogue_bwd_kernel
-from fastprefix._triton.epilogue_fwd import _prefix_attn_epilogue_fwd_kernel
-from fastprefix.backends.launch import kernel_args, launcher
-from fastprefix.backends.launch.kernel_args import constants, empty_bshd, tile_for
-from fastprefix.backends.launch.split_reduce import Partials
-from fastprefix.backends.launch.tile_config import Tile
-from fastprefix.types import AttentionArgs, Needs
+from ..._triton.epilogue_bwd import _prefix_attn_epilogue_bwd_kernel
+from ..._triton.epilogue_fwd import _prefix_attn_epilogue_fwd_kernel
+from ...types import AttentionArgs, Needs
+from . import kernel_args, launcher
+from .kernel_args import constants, empty_bshd, tile_for
+from .split_reduce import Partials
+from .tile_config import Tile
 
 LARGEST_HEAD_DIM = 256
 LARGEST_FP32_HEAD_DIM = 64  # above, products in three parts do not fit the registers

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastprefix._triton.prefix_attn_fwd import _prefix_attn_fwd_kernel
-from fastprefix.backends.launch import kernel_args, launcher, split_kv_decode
-from fastprefix.backends.launch.kernel_args import constants, empty_bshd, key_sources, row_tiles
-from fastprefix.types import AttentionArgs
+from ..._triton.prefix_attn_fwd import _prefix_attn_fwd_kernel
+from ...types import AttentionArgs
+from . import kernel_args, launcher, split_kv_decode
+from .kernel_args import constants, empty_bshd, key_sources, row_tiles
 
 
 def fwd(args: AttentionArgs, prefix_lse: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fastprefix._triton.kernel_structs import Bank, Mask, Strided
-from fastprefix.backends.launch import launcher, tile_config
-from fastprefix.backends.launch.tile_config import Tile
-from fastprefix.types import AttentionArgs
+from ..._triton.kernel_structs import Bank, Mask, Strided
+from ...types import AttentionArgs
+from . import launcher, tile_config
+from .tile_config import Tile
 
 
 def block_width(dim: int) -> int:

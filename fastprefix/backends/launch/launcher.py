@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from triton.runtime.interpreter import InterpretedFunction
 
-from fastprefix._triton.primitives import dot
-from fastprefix.backends.launch.tile_config import Tile
+from ..._triton.primitives import dot
+from .tile_config import Tile
 
 Launch = Callable[[Any, int, tuple[Any, ...], dict[str, Any]], object]
 

@@ -10,9 +10,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from fastprefix._triton.kernel_structs import Order
-from fastprefix.masks import prefix_owner
-from fastprefix.types import AttentionArgs
+from ..._triton.kernel_structs import Order
+from ...masks import prefix_owner
+from ...types import AttentionArgs
 
 # Up to so many bytes every prefix gets room for all tokens of the bank: an H100 writes that in the 10 to 20 us that it
 # takes to read the longest length back, which would also hold up the host and cannot be captured in a graph. Kernels

@@ -7,15 +7,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastprefix._triton.decode_combine import _prefix_attn_decode_combine_kernel
-from fastprefix._triton.decode_content import _prefix_attn_decode_content_kernel
-from fastprefix._triton.decode_prefix import _prefix_attn_decode_prefix_kernel
-from fastprefix._triton.kernel_structs import Mask
-from fastprefix.backends.launch import kernel_args, launcher, tile_config
-from fastprefix.backends.launch.kernel_args import block_width, constants, empty_bshd, is_common_case
-from fastprefix.backends.launch.prefix_bank import rows_by_prefix, unit_is_token
-from fastprefix.backends.launch.tile_config import Tile
-from fastprefix.types import AttentionArgs
+from ..._triton.decode_combine import _prefix_attn_decode_combine_kernel
+from ..._triton.decode_content import _prefix_attn_decode_content_kernel
+from ..._triton.decode_prefix import _prefix_attn_decode_prefix_kernel
+from ..._triton.kernel_structs import Mask
+from ...types import AttentionArgs
+from . import kernel_args, launcher, tile_config
+from .kernel_args import block_width, constants, empty_bshd, is_common_case
+from .prefix_bank import rows_by_prefix, unit_is_token
+from .tile_config import Tile
 
 LARGEST_SEQ = 16
 # Rows of a sample and key/value head: of the fused forward's tile, and up to which it is at least half padding, so

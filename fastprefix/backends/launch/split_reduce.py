@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastprefix._triton.prefix_attn_bwd_reduce import _prefix_attn_bwd_reduce_kernel
-from fastprefix.backends.launch import launcher
-from fastprefix.backends.launch.tile_config import Tile
+from ..._triton.prefix_attn_bwd_reduce import _prefix_attn_bwd_reduce_kernel
+from . import launcher
+from .tile_config import Tile
 
 BLOCK = 1024
 
