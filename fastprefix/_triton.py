@@ -1,4 +1,4 @@
-"""``fastprefix._triton`` in a checkout: the kernels of the folder ``kernels/triton`` beside this very package.
+"""``fastprefix._triton`` in a checkout: the kernels of the folder ``kernels/triton`` of the same checkout.
 
 Python looks for ``fastprefix._triton.<name>`` in this module's ``__path__``. Without this file an editable install of
 another checkout would answer, and its kernels would run under the launch code of this one. A wheel holds the kernels

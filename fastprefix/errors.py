@@ -1,4 +1,4 @@
-"""What the package raises when an argument does not fit, and when a backend cannot take a call."""
+"""The errors that the package raises: an argument that does not fit, a backend that cannot take a call."""
 
 from __future__ import annotations
 

@@ -65,15 +65,14 @@ def prefix_attention(  # type: ignore[misc]  # the overloads tell the return typ
         q: ``[B, H, S, D]`` fp16, bf16, fp32 or fp64, any strides.
         k, v: ``[B, H_kv, T, D]`` and ``[B, H_kv, T, D_v]`` in q's dtype; ``H % H_kv == 0``, never repeated.
         prefix_k, prefix_v: ``[H_kv, P, D]`` and ``[H_kv, P, D_v]``, always visible; with ``prefix_ids`` a bank
-            ``[N, H_kv, P, D]`` or, with ``prefix_lens`` too, a packed one ``[H_kv, P, D]``: its prefixes one behind
+            ``[N, H_kv, P, D]`` or, with ``prefix_lens`` too, a packed one ``[H_kv, P, D]``: its prefixes one after
             the other, P the sum of their lengths. Any float dtype: they are read in q's and their gradients return
             in their own.
         causal: query row i sees content key j only if ``j <= q_start + i``.
         scale: multiplies ``q k^T``; default ``1 / sqrt(D)``.
         key_padding_mask: ``[B, T]`` bool, True = attend. A row without any visible key gives o = 0, lse = -inf.
-            What lies behind it must be finite: a key or value of nan gets the weight 0, and whether 0 times nan is
-            added is the backend's (the README's table of arguments says so of each).
-            Hidden keys and values must be finite numbers, here and under every other mask.
+            Keys and values that a mask hides, this one or any other, must be finite. A hidden nan gets the weight 0,
+            and it depends on the backend whether 0 times nan is added (see the README's table of arguments).
         segment_ids: ``[B, T]`` int, packed documents: content sees its own segment, everything sees the prefix.
         q_start: content position of the first query row; default ``T - S``. An int tensor ``[]`` or ``[B]`` serves
             static caches, where T is the capacity.
@@ -224,7 +223,7 @@ def _gated(args: AttentionArgs, gate: Tensor, backend: str) -> tuple[Tensor, Ten
 
 
 def explain(q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor, **options: Any) -> str:
-    """What every backend says to a call of :func:`prefix_attention` with these arguments, a line each."""
+    """A line for each backend: whether it takes a call of :func:`prefix_attention` with these arguments, or why not."""
     options.pop("return_lse", None)
     backend = options.pop("backend", "auto")
     unknown = options.keys() - (_checked_args.__kwdefaults__ or {}).keys()

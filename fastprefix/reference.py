@@ -175,7 +175,7 @@ def bwd(args: AttentionArgs, o: Tensor, lse: Tensor, do: Tensor, needs: Needs) -
         if args.prefix_ids is None:
             return dx.sum(0).to(like.dtype)
         ids, visible = _bank_rows(args)
-        if args.packed:  # what is wrong with a row must not reach the prefixes that it does not read
+        if args.packed:  # a nan in a row must not reach the prefixes that the row does not read
             return dx.masked_fill(~visible.unsqueeze(-1), 0.0).sum(0).to(like.dtype)
         return dx.new_zeros(like.shape).index_add_(0, ids, dx).to(like.dtype)
 

@@ -44,7 +44,7 @@ class Transformed(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        """What the backward pass reads."""
+        """Keep the inputs and outputs that the backward pass reads."""
         ctx.save_for_backward(*inputs[:TENSORS], *output)
         ctx.scalars = inputs[TENSORS:]
         ctx.mark_non_differentiable(output[1])

@@ -47,7 +47,7 @@ def add_op_namespace_prefix(op_name: str) -> str:
 
 
 def sources() -> dict[str, Path]:
-    """What a build holds, by path in it: the operator, its backends and kernels, and the Hub's own ``__init__``."""
+    """The files of a build, by path in it: the operator, its backends and kernels, and the Hub's own ``__init__``."""
     found = {f"{name}.py": ROOT / NAME / f"{name}.py" for name in MODULES}
     trees = ((HUB / "package", ""), (ROOT / NAME / "backends", "backends/"), (ROOT / "kernels" / "triton", "_triton/"))
     for folder, prefix in trees:
@@ -79,7 +79,7 @@ def _build_setting(name: str) -> str:
 
 
 def _metadata(folder: Path, namespace: str, backend: str) -> dict[str, object]:
-    """What the loader reads of a build: who it is, and the digest of each file."""
+    """The content of ``metadata.json``: the build's id, version and backend, and the digest of each file."""
     digests = {
         path.relative_to(folder).as_posix(): base64.b64encode(hashlib.sha256(path.read_bytes()).digest()).decode()
         for path in sorted(folder.rglob("*"))

@@ -1,8 +1,8 @@
 """Vendor attention on the content and, the batch folded into the rows, on the prefix; merged by log-sum-exp.
 
-On CUDA a short prefix is no call of its own: kernels of ours add it, in place, to what the vendor's have left. Each
-part's backward is the ordinary flash backward given the merged ``o`` and ``lse`` (FlashAttention-2, Dao 2023, applied
-per part), so nothing else is saved.
+On CUDA a short prefix is not a vendor call of its own: our epilogue kernels add it in place to the vendor's result.
+Each part's backward is the ordinary flash backward given the merged ``o`` and ``lse`` (FlashAttention-2, Dao 2023,
+applied per part), so nothing else is saved.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ def _kernels() -> ModuleType | None:
 
 
 def _nothing(args: AttentionArgs) -> tuple[Tensor, Tensor]:
-    """What rows get that see no key."""
+    """The output and log-sum-exp of rows that see no key: 0 and -inf."""
     batch, num_heads, seq = args.q.shape[:3]
     o = args.q.new_zeros(batch, seq, num_heads, args.v.shape[-1]).transpose(1, 2)
     return o, args.q.new_full((batch, num_heads, seq), float("-inf"), dtype=mask_dtype(args))
@@ -222,7 +222,7 @@ def _prefix_bwd(
 
 
 def _with_rows(dq: Tensor | None, args: AttentionArgs, prefix: PrefixRows, part: Tensor) -> Tensor:
-    """dq with what the prefix adds to the units that read it."""
+    """dq plus the prefix's share of it, for the units that read the prefix."""
     if dq is None and prefix.whole:
         return part.transpose(1, 2)
     dq = to_bshd(torch.zeros_like(args.q) if dq is None else dq)

@@ -1,4 +1,4 @@
-"""Vendor attention ops of aten, behind one pair of functions that hands out and takes a natural-log ``lse``.
+"""aten's vendor attention ops as one pair of functions, with ``lse`` as a natural logarithm.
 
 They share no contract between devices: the CPU's flash kernel takes an fp32 mask of any broadcast shape together with
 its (top-left) causal flag; CUDA's takes none. Callers ask for square causal blocks only, where every alignment agrees.

@@ -30,7 +30,7 @@ class PrefixGroup(NamedTuple):
         return x.index_select(0, self.units) if isinstance(self.units, Tensor) else x[self.units]
 
     def keys_of(self, bank: Tensor) -> Tensor:
-        """The prefixes' keys, ``[U, H_kv, length, D]``: a view of what is shaped like the bank or the one prefix."""
+        """The prefixes' keys, ``[U, H_kv, length, D]``: a view of ``bank``, the call's bank or its one prefix."""
         last = self.first + (self.prefixes - 1) * self.step
         if bank.dim() == 4:
             return bank[self.first : last + 1 : self.step, :, : self.length]
@@ -41,7 +41,7 @@ class PrefixGroup(NamedTuple):
 
 
 def prefix_groups(args: AttentionArgs) -> Iterator[PrefixGroup]:
-    """One group for the call's one prefix; for a bank few that hold what somebody reads, each prefix in one of them."""
+    """One group for a call's one prefix; for a bank few groups, with each prefix that some row reads in one of them."""
     if args.prefix_ids is None:
         if args.num_prefix_tokens:
             batch = args.q.shape[0]

@@ -1,6 +1,6 @@
 """One vendor call over ``[prefix ; content]``, where on a CPU a second call costs more than a copy of K and V.
 
-The concatenation lives for the call only: the backward makes it again, so that what is saved stays q, k, v, o, lse.
+The concatenation lives for the call only. The backward makes it again, so that only q, k, v, o and lse are saved.
 """
 
 from __future__ import annotations

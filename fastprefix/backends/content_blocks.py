@@ -1,4 +1,4 @@
-"""How content is cut so that a vendor kernel takes it without a dense mask wherever that can be.
+"""Content keys as blocks that vendor kernels take, without a dense mask wherever that is possible.
 
 Under a causal mask with a cache, the past (no mask) and the present (square causal) are two blocks.
 """
@@ -39,7 +39,7 @@ def int_start(args: AttentionArgs) -> int | None:
 
 
 def has_rows_outside_keys(args: AttentionArgs) -> bool:
-    """Whether some query position lies before the first or behind the last key."""
+    """Whether some query position lies before the first or after the last key."""
     start = int_start(args)
     return start is None or start < 0 or start + args.q.shape[2] > args.k.shape[2]
 

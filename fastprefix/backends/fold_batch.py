@@ -32,7 +32,7 @@ class PrefixRows(NamedTuple):
     chunks: int  # C, blocks of rows that vendor kernels run side by side: one a prefix, or several of the one prefix
 
     def keys_values(self, args: AttentionArgs) -> tuple[Tensor, Tensor]:
-        """What every chunk reads, ``[C, H_kv, P, D]`` and ``[C, H_kv, P, D_v]``: views where the dtype is q's."""
+        """Keys ``[C, H_kv, P, D]`` and values ``[C, H_kv, P, D_v]`` of the chunks: views where the dtype is q's."""
         found = (self.group.keys_of(x.detach()).to(args.q.dtype) for x in (args.prefix_k, args.prefix_v))
         k, v = (x if len(x) == self.chunks else x.expand(self.chunks, -1, -1, -1) for x in found)
         return k, v

@@ -24,7 +24,7 @@ def merge_lse(lse_a: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def mix_outputs(o_a: Tensor, o_b: Tensor, mass_b: Tensor) -> Tensor:
-    """``o_a``, overwritten with what is left of it beside b's share of ``o_b``."""
+    """``(1 - mass_b) * o_a + mass_b * o_b``, written to ``o_a``."""
     if o_a.dtype == mass_b.dtype:
         return o_a.lerp_(o_b, mass_b)
     return o_a.copy_(torch.lerp(o_a.to(mass_b.dtype), o_b.to(mass_b.dtype), mass_b))

@@ -1,4 +1,4 @@
-"""``PrefixConfig``: what a user decides about a prefix."""
+"""``PrefixConfig``: the user's choices about a prefix."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ def _prefix_attn_decode_content_kernel(
         low, high = segment_range(low, high, 0, least, most, b, T, mask)
         low = low // BLOCK_N * BLOCK_N
         full = low
-    # To these rows the keys end at `high`: what a cache holds beyond it, perhaps never written, is not even read.
+    # The keys of these rows end at `high`. A cache's slots after it may never have been written and are not read.
     keys = high
     low, full, high = split_range(low, full, high, split, splits, BLOCK_N)
 

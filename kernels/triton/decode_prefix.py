@@ -1,7 +1,7 @@
 """Decoding, the prefix's part: each tile of the prefix is read once for the rows of the whole batch.
 
 One token of each of 256 samples with their own copies of a prefix reads it 256 times; here it is a matrix product with
-256 * G rows (Juravsky et al. 2024, Hydragen). What is left over of the machine is filled by splits of the prefix.
+256 * G rows (Juravsky et al. 2024, Hydragen). Splits of the prefix fill the rest of the machine.
 """
 
 import triton

@@ -1,4 +1,4 @@
-"""Launches of the backward: what nothing needs is not launched."""
+"""Launches of the backward. A kernel whose gradients are not needed is not launched."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Launches for a short prefix beside a vendor kernel that has done the content: forward and backward, both in place."""
+"""Launches that add a short prefix, in place, to the result of a vendor kernel on the content: forward and backward."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What kernels are handed, made of the operator's arguments: tiles, tensors, masks, banks and compile-time sizes."""
+"""From the operator's arguments to those of kernels: tiles, tensors, masks, banks and compile-time sizes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def block_width(dim: int) -> int:
 
 
 def constants(args: AttentionArgs) -> dict[str, Any]:
-    """What every kernel is compiled for: G, D, D_V, BLOCK_D, BLOCK_DV."""
+    """Compile-time sizes of every kernel: G, D, D_V, BLOCK_D, BLOCK_DV."""
     head_dim, width = args.q.shape[3], args.v.shape[3]
     return {
         "G": args.groups,
@@ -41,7 +41,7 @@ def tile_for(args: AttentionArgs, kernel: str, general: bool = False) -> Tile:
 
 
 def is_common_case(args: AttentionArgs) -> bool:
-    """Whether the call has only what every model has: causality, padding, a window, one prefix a sample."""
+    """Whether the call has no rare argument: causality, padding, a window and one prefix a sample are common."""
     per_row = args.prefix_ids is not None and args.prefix_ids.dim() == 2
     rare = (args.softcap, args.segment_ids, args.bias, args.prefix_lens)
     return not per_row and all(x is None for x in rare)
@@ -117,7 +117,7 @@ def key_boxes(args: AttentionArgs, tile: Tile, block_d: int, block_dv: int) -> l
     if args.prefix_lens is not None:
         return []
     prefix_k, prefix_v = prefix(args)
-    # What is empty is never read, but its descriptor has to be one.
+    # An empty tensor is never read, but its descriptor has to be a valid one.
     k, v = (args.k, args.v) if args.k.numel() else (prefix_k, prefix_v)
     prefix_k, prefix_v = (prefix_k, prefix_v) if prefix_k.numel() else (k, v)
     keys, tokens = [1, 1, tile.BLOCK_N], [1, 1, prefix_block(args.num_prefix_tokens, tile.BLOCK_P)]

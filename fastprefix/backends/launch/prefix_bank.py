@@ -16,7 +16,7 @@ from ...types import AttentionArgs
 
 # Up to so many bytes every prefix gets room for all tokens of the bank: an H100 writes that in the 10 to 20 us that it
 # takes to read the longest length back, which would also hold up the host and cannot be captured in a graph. Kernels
-# stop at a prefix's own end, so that what is behind it costs no more than room. An estimate: not run on a GPU.
+# stop at a prefix's own end, so that the rest costs no more than memory. An estimate: not run on a GPU.
 ROOM_WITHOUT_ASKING = 32 * 1024 * 1024
 
 
