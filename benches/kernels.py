@@ -101,11 +101,11 @@ def launches(source: Source, device: Device) -> list[Launch]:
     Raises:
         ValueError: no tile table has a row for the call.
     """
-    from fastprefix.backends.launch import run
+    from fastprefix.backends.launch import launcher
 
     found: list[Launch] = []
     args = _args(source)
-    with run.observed(lambda kernel, grid, args, options: found.append(Launch(kernel, args, options)), *device):
+    with launcher.dry_run(lambda kernel, grid, args, options: found.append(Launch(kernel, args, options)), *device):
         if args is not None and source.beside:
             _epilogue(args, source.needs)
         elif args is not None:
@@ -117,13 +117,13 @@ def launches(source: Source, device: Device) -> list[Launch]:
 
 def _epilogue(args: AttentionArgs, needs: Needs | None) -> None:
     from fastprefix.backends.launch import epilogue
-    from fastprefix.backends.launch.shapes import token_major
+    from fastprefix.backends.launch.kernel_args import empty_bshd
 
     if not epilogue.reasons(args):
-        o, lse = token_major(args.q, args.v.shape[3]), args.q.new_empty(args.q.shape[:3], dtype=torch.float32)
+        o, lse = empty_bshd(args.q, args.v.shape[3]), args.q.new_empty(args.q.shape[:3], dtype=torch.float32)
         epilogue.fwd(args, o, lse)
         if needs is not None and not epilogue.bwd_reasons(args):
-            epilogue.bwd(args, o, lse, torch.empty_like(o), token_major(args.q) if needs.q else None, needs)
+            epilogue.bwd(args, o, lse, torch.empty_like(o), empty_bshd(args.q) if needs.q else None, needs)
 
 
 def distinct(calls: Iterable[Source], device: Device) -> tuple[list[tuple[Source, int]], list[str]]:

@@ -80,16 +80,16 @@ def kernels() -> set[str]:
 @contextmanager
 def counted() -> Iterator[dict[str, int]]:
     """How often each kernel is launched inside the block, kept up to date."""
-    from fastprefix.backends.launch import run
+    from fastprefix.backends.launch import launcher
 
     found: dict[str, int] = {}
-    launch = run.launch
+    launch = launcher.launch
 
     def count(kernel: Any, *args: Any, **options: Any) -> None:
         found[kernel.__name__] = found.get(kernel.__name__, 0) + 1
         launch(kernel, *args, **options)
 
-    with mock.patch.object(run, "launch", count):
+    with mock.patch.object(launcher, "launch", count):
         yield found
 
 
@@ -120,11 +120,11 @@ def _broken(backend: str, call: Call) -> str | None:
 
 def _split(call: Call) -> str | None:
     """Keys split over programs, which so few are not by themselves."""
-    from fastprefix.backends.launch import decode
+    from fastprefix.backends.launch import split_kv_decode
 
     leaves, options = call.build()
     inputs: dict[str, Any] = {name: x.detach() for name, x in leaves.inputs.items()}
-    o, lse = decode.fwd(AttentionArgs(**{"scale": call.problem.D**-0.5, **inputs, **options}))
+    o, lse = split_kv_decode.fwd(AttentionArgs(**{"scale": call.problem.D**-0.5, **inputs, **options}))
     return broken_rule(call.problem, leaves, {"o": o, "lse": lse}, options)
 
 

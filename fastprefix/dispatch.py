@@ -4,18 +4,14 @@ from __future__ import annotations
 
 from types import ModuleType
 
-from fastprefix import reference
-from fastprefix.backends import aten, triton
-from fastprefix.types import BACKENDS, AttentionArgs, BackendName
-from fastprefix.validation import fail
+from . import reference
+from .backends import aten, triton
+from .errors import UnsupportedError, fail
+from .types import BACKENDS, AttentionArgs, BackendName
 
 # Only what has run on such a device stands in its order. `aten` has not run on a GPU: ask for it by name there.
 AUTO_ORDER: dict[str, tuple[BackendName, ...]] = {"cpu": ("aten", "reference")}
 DEFAULT_ORDER: tuple[BackendName, ...] = ("reference",)
-
-
-class UnsupportedError(ValueError):
-    """A backend asked for by name cannot take the call; the message lists its reasons."""
 
 
 def module(name: BackendName) -> ModuleType:

@@ -10,8 +10,8 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from fastprefix import dispatch, ops, transforms, validation
-from fastprefix.types import AttentionArgs
+from . import dispatch, ops, transforms, validation
+from .types import AttentionArgs
 
 
 def _default_backend(backend: str) -> str:
@@ -65,15 +65,14 @@ def prefix_attention(  # type: ignore[misc]  # the overloads tell the return typ
         q: ``[B, H, S, D]`` fp16, bf16, fp32 or fp64, any strides.
         k, v: ``[B, H_kv, T, D]`` and ``[B, H_kv, T, D_v]`` in q's dtype; ``H % H_kv == 0``, never repeated.
         prefix_k, prefix_v: ``[H_kv, P, D]`` and ``[H_kv, P, D_v]``, always visible; with ``prefix_ids`` a bank
-            ``[N, H_kv, P, D]`` or, with ``prefix_lens`` too, a packed one ``[H_kv, P, D]``: its prefixes one behind
+            ``[N, H_kv, P, D]`` or, with ``prefix_lens`` too, a packed one ``[H_kv, P, D]``: its prefixes one after
             the other, P the sum of their lengths. Any float dtype: they are read in q's and their gradients return
             in their own.
         causal: query row i sees content key j only if ``j <= q_start + i``.
         scale: multiplies ``q k^T``; default ``1 / sqrt(D)``.
         key_padding_mask: ``[B, T]`` bool, True = attend. A row without any visible key gives o = 0, lse = -inf.
-            What lies behind it must be finite: a key or value of nan gets the weight 0, and whether 0 times nan is
-            added is the backend's (the README's table of arguments says so of each).
-            Hidden keys and values must be finite numbers, here and under every other mask.
+            Keys and values that a mask hides, this one or any other, must be finite. A hidden nan gets the weight 0,
+            and it depends on the backend whether 0 times nan is added (see the README's table of arguments).
         segment_ids: ``[B, T]`` int, packed documents: content sees its own segment, everything sees the prefix.
         q_start: content position of the first query row; default ``T - S``. An int tensor ``[]`` or ``[B]`` serves
             static caches, where T is the capacity.
@@ -97,10 +96,28 @@ def prefix_attention(  # type: ignore[misc]  # the overloads tell the return typ
         ValueError: an argument does not fit; the message names it, what came and what was expected.
         UnsupportedError: the backend asked for by name has reasons against the call.
     """
-    named = dict(locals())
-    backend, gate, return_lse = _default_backend(named.pop("backend")), named.pop("gate"), named.pop("return_lse")
     validation.check_flag("return_lse", return_lse)
-    args = _validated(gate=gate, **named)
+    args = _checked_args(
+        q,
+        k,
+        v,
+        prefix_k,
+        prefix_v,
+        causal=causal,
+        scale=scale,
+        key_padding_mask=key_padding_mask,
+        segment_ids=segment_ids,
+        q_start=q_start,
+        window=window,
+        softcap=softcap,
+        sinks=sinks,
+        bias=bias,
+        gate=gate,
+        prefix_ids=prefix_ids,
+        prefix_lens=prefix_lens,
+        dropout_p=dropout_p,
+    )
+    backend = _default_backend(backend)
     dispatch.check_name(backend)
     if gate is None:
         o, lse = _call(args, backend)
@@ -109,31 +126,60 @@ def prefix_attention(  # type: ignore[misc]  # the overloads tell the return typ
     return (o, lse.detach()) if return_lse else o
 
 
-def _validated(*, gate: Tensor | None, **named: Any) -> AttentionArgs:
-    """Check everything, apply autocast, fill in the defaults."""
-    q, k, v = (_autocast(named[x]) for x in ("q", "k", "v"))
-    prefix_k, prefix_v, scale, bias = named["prefix_k"], named["prefix_v"], named["scale"], named["bias"]
+def _checked_args(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prefix_k: Tensor,
+    prefix_v: Tensor,
+    *,
+    causal: bool = True,
+    scale: float | None = None,
+    key_padding_mask: Tensor | None = None,
+    segment_ids: Tensor | None = None,
+    q_start: int | Tensor | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    bias: Tensor | None = None,
+    gate: Tensor | None = None,
+    prefix_ids: Tensor | None = None,
+    prefix_lens: Tensor | None = None,
+    dropout_p: float = 0.0,
+) -> AttentionArgs:
+    """Check everything, apply autocast, fill in the defaults. ``gate`` is checked only: it is applied outside."""
+    q, k, v = _autocast(q), _autocast(k), _autocast(v)
     validation.check_content(q, k, v)
-    validation.check_prefix(q, v, prefix_k, prefix_v, named["prefix_ids"], named["prefix_lens"])
-    validation.check_masks(
-        q, k, *(named[x] for x in ("causal", "key_padding_mask", "segment_ids", "q_start", "window"))
-    )
-    validation.check_extras(q, k, named["sinks"], bias, gate, named["softcap"])
-    validation.check_bank(q, prefix_k, named["prefix_ids"], named["prefix_lens"])
-    validation.check_scalars(scale, named["dropout_p"])
+    validation.check_prefix(q, v, prefix_k, prefix_v, prefix_ids, prefix_lens)
+    validation.check_masks(q, k, causal, key_padding_mask, segment_ids, q_start, window)
+    validation.check_extras(q, k, sinks, bias, gate, softcap)
+    validation.check_bank(q, prefix_k, prefix_ids, prefix_lens)
+    validation.check_scalars(scale, dropout_p)
     seed = None
-    if named["dropout_p"] > 0.0:
+    if dropout_p > 0.0:
         # Drawn from torch's generator, so that recomputation under checkpointing draws the same.
         seed = torch.randint(2**62, (), device=q.device)
-    named.update(
+    return AttentionArgs(
         q=q,
         k=k,
         v=v,
+        prefix_k=prefix_k,
+        prefix_v=prefix_v,
         scale=1.0 / math.sqrt(q.shape[3]) if scale is None else float(scale),
-        dropout_seed=seed,
+        causal=causal,
+        key_padding_mask=key_padding_mask,
+        segment_ids=segment_ids,
+        q_start=q_start,
+        window=window,
+        softcap=softcap,
+        sinks=sinks,
+        bias=bias,
         bias_grad=bias is not None and bias.requires_grad and torch.is_grad_enabled(),
+        prefix_ids=prefix_ids,
+        prefix_lens=prefix_lens,
+        dropout_p=dropout_p,
+        dropout_seed=seed,
     )
-    return AttentionArgs(**named)
 
 
 def _autocast(x: Any) -> Any:
@@ -147,13 +193,8 @@ def _autocast(x: Any) -> Any:
 
 
 def _call(args: AttentionArgs, backend: str) -> tuple[Tensor, Tensor]:
-    start = args.q_start if isinstance(args.q_start, Tensor) else None
-    tensors = (args.q, args.k, args.v, args.prefix_k, args.prefix_v, args.sinks, args.bias, args.key_padding_mask)
-    more = (args.segment_ids, start, args.prefix_ids, args.prefix_lens, args.dropout_seed)
-    number = None if start is not None else args.q_start
-    scalars = (args.causal, args.scale, args.window, args.softcap, args.dropout_p, args.bias_grad, backend)
     call = transforms.Transformed.apply if transforms.active() else ops.prefix_attn_fwd
-    o, lse = call(*tensors, *more, number, *scalars)
+    o, lse = call(*ops.to_op_inputs(args, backend))
     return o, lse
 
 
@@ -181,17 +222,13 @@ def _gated(args: AttentionArgs, gate: Tensor, backend: str) -> tuple[Tensor, Ten
     return o_content + gate.to(o_prefix.dtype)[:, None, None] * o_prefix, lse
 
 
-def explain(q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor, **kwargs: Any) -> str:
-    """What every backend says to a call of :func:`prefix_attention` with these arguments, a line each."""
-    defaults = dict.fromkeys(
-        ("scale", "key_padding_mask", "segment_ids", "q_start", "window", "softcap", "sinks", "bias", "gate")
-    )
-    named: dict[str, Any] = {**defaults, "prefix_ids": None, "prefix_lens": None, "causal": True, "dropout_p": 0.0}
-    kwargs.pop("return_lse", None)
-    backend = kwargs.pop("backend", "auto")
-    unknown = set(kwargs) - set(named)
+def explain(q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor, **options: Any) -> str:
+    """A line for each backend: whether it takes a call of :func:`prefix_attention` with these arguments, or why not."""
+    options.pop("return_lse", None)
+    backend = options.pop("backend", "auto")
+    unknown = options.keys() - (_checked_args.__kwdefaults__ or {}).keys()
     if unknown:
         raise TypeError(f"explain: unknown arguments {sorted(unknown)}")
-    args = _validated(**{**named, **kwargs, "q": q, "k": k, "v": v, "prefix_k": prefix_k, "prefix_v": prefix_v})
+    args = _checked_args(q, k, v, prefix_k, prefix_v, **options)
     dispatch.check_name(backend)
     return dispatch.explain(args)

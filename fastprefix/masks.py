@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastprefix.types import MASKED_BIAS, AttentionArgs
+from .types import MASKED_BIAS, AttentionArgs
 
 
 def query_positions(args: AttentionArgs) -> Tensor:
@@ -46,8 +46,8 @@ def visible_keys(args: AttentionArgs) -> Tensor | None:
 
 
 def prefix_owner(lens: Tensor, tokens: int) -> Tensor:
-    """The prefix that each token of a packed bank belongs to, ``[P]``; N behind the last. Nothing is read back."""
-    # The first prefix that ends behind the token: one of length 0 ends where it begins and owns none.
+    """The prefix of each token of a packed bank, ``[P]``; N after the last prefix. Nothing is read on the host."""
+    # The first prefix that ends after the token: one of length 0 ends where it begins and owns none.
     return torch.searchsorted(lens.cumsum(0), torch.arange(tokens, device=lens.device), right=True)
 
 

@@ -6,62 +6,71 @@ q, k and v lie in [B, S, H, D] storage, as models hold them; ``lse`` and the gra
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad as fwad
 
-from fastprefix import dispatch, reference
-from fastprefix.types import AttentionArgs, Grads, Needs, lse_dtype
+from . import dispatch, reference
+from ._ops import add_op_namespace_prefix, ops
+from .types import AttentionArgs, Grads, Needs, lse_dtype, to_bshd
 
-# q_start comes as a number or as a tensor; neither means T - S.
-_INPUTS = (
+# The inputs of both operators; no other line of the package gives their order. ``q_start`` is a number or a tensor and
+# has an input for each; neither means T - S.
+_SCHEMA = (
     "Tensor q, Tensor k, Tensor v, Tensor prefix_k, Tensor prefix_v, Tensor? sinks, Tensor? bias, "
     "Tensor? key_padding_mask, Tensor? segment_ids, Tensor? q_start_tensor, Tensor? prefix_ids, Tensor? prefix_lens, "
     "Tensor? dropout_seed, SymInt? q_start, bool causal, float scale, SymInt? window, float? softcap, "
     "float dropout_p, bool bias_grad, str backend"
 )
-_NAMES = tuple(part.split()[-1] for part in _INPUTS.split(", "))
-TENSORS = 13  # of these inputs come first and are tensors
+_NAMES = tuple(part.split()[-1] for part in _SCHEMA.split(", "))
+# The field of AttentionArgs that each input holds; the last input, the backend's name, is no field.
+_FIELDS = tuple("q_start" if name == "q_start_tensor" else name for name in _NAMES[:-1])
+_START_TENSOR, _START_NUMBER = (i for i, field in enumerate(_FIELDS) if field == "q_start")
+TENSORS = _NAMES.index("q_start")  # so many inputs, the first, are tensors; the others are numbers, bools and a name
 NEEDED = (*range(5), _NAMES.index("bias"), _NAMES.index("sinks"))  # in the order of the op's needs
 
-library = torch.library.Library("fastprefix", "DEF")
-library.define(f"prefix_attn_fwd({_INPUTS}) -> (Tensor o, Tensor lse)")
+library = torch.library.Library(add_op_namespace_prefix("").removesuffix("::"), "DEF")
+library.define(f"prefix_attn_fwd({_SCHEMA}) -> (Tensor o, Tensor lse)")
 # One tensor for each True in needs, which has the order of Needs, and at last sinks.
-library.define(f"prefix_attn_bwd({_INPUTS}, Tensor o, Tensor lse, Tensor do, bool[] needs) -> Tensor[]")
+library.define(f"prefix_attn_bwd({_SCHEMA}, Tensor o, Tensor lse, Tensor do, bool[] needs) -> Tensor[]")
 
 
-def _args(values: tuple[Any, ...]) -> tuple[AttentionArgs, str]:
-    named = dict(zip(_NAMES, values, strict=True))
-    backend = named.pop("backend")
-    start = named.pop("q_start_tensor")
-    named["q_start"] = named["q_start"] if start is None else start
-    return AttentionArgs(**named), backend
+def to_op_inputs(args: AttentionArgs, backend: str) -> list[Any]:
+    """The operators' inputs, in the schema's order, of a call on a backend (a name, or ``auto``)."""
+    values = [getattr(args, field) for field in _FIELDS]
+    values[_START_NUMBER if isinstance(args.q_start, Tensor) else _START_TENSOR] = None
+    values.append(backend)
+    return values
 
 
-def _bshd(x: Tensor) -> Tensor:
-    """``[B, H, S, D]`` in [B, S, H, D] storage; free when it already is."""
-    return x.transpose(1, 2).contiguous().transpose(1, 2)
+def from_op_inputs(values: Sequence[Any]) -> tuple[AttentionArgs, str]:
+    """The call and its backend: the inverse of :func:`to_op_inputs`."""
+    *values, backend = values
+    fields = dict(zip(_FIELDS, values, strict=True))  # of q_start's two inputs, the number: it comes last
+    if values[_START_TENSOR] is not None:
+        fields["q_start"] = values[_START_TENSOR]
+    return AttentionArgs(**fields), backend
 
 
 def _fwd(*values: Any) -> tuple[Tensor, Tensor]:
-    args, backend = _args(values)
+    args, backend = from_op_inputs(values)
     o, lse = dispatch.choose(args, backend).fwd(args)
-    return _bshd(o), lse.contiguous()
+    return to_bshd(o), lse.contiguous()
 
 
 def _bwd(*values: Any) -> list[Tensor]:
     *inputs, o, lse, do, needs = values
-    args, backend = _args(tuple(inputs))
+    args, backend = from_op_inputs(inputs)
     *needs, sinks = needs
     found: list[Tensor] = []
     if any(needs):
         grads: Grads = dispatch.choose(args, backend).bwd(args, o, lse, do, Needs(*needs))
         found = [grad for grad, need in zip(grads, needs, strict=True) if need and grad is not None]
     content = sum(needs[:3])  # q, k and v come first
-    found = [_bshd(grad) if i < content else grad.contiguous() for i, grad in enumerate(found)]
+    found = [to_bshd(grad) if i < content else grad.contiguous() for i, grad in enumerate(found)]
     return [*found, _sinks_grad(args, o, lse, do)] if sinks else found
 
 
@@ -93,7 +102,7 @@ class _PrefixAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
-        o, lse = _below_autograd(torch.ops.fastprefix.prefix_attn_fwd.default, *inputs)
+        o, lse = _below_autograd(ops.prefix_attn_fwd.default, *inputs)
         ctx.save_for_backward(*inputs[:TENSORS], o, lse)
         ctx.scalars = inputs[TENSORS:]
         ctx.mark_non_differentiable(lse)
@@ -108,7 +117,7 @@ class _PrefixAttention(torch.autograd.Function):
             return tuple(grads)
         needs = [bool(ctx.needs_input_grad[i]) for i in NEEDED]
         if any(needs):
-            found = torch.ops.fastprefix.prefix_attn_bwd(*tensors, *ctx.scalars, o, lse, do, needs)
+            found = ops.prefix_attn_bwd(*tensors, *ctx.scalars, o, lse, do, needs)
             for i, grad in zip([i for i, need in zip(NEEDED, needs, strict=True) if need], found, strict=True):
                 grads[i] = grad
         return tuple(grads)
@@ -117,7 +126,7 @@ class _PrefixAttention(torch.autograd.Function):
 class _NoSecondDerivative(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
-        return tuple(_below_autograd(torch.ops.fastprefix.prefix_attn_bwd.default, *inputs))
+        return tuple(_below_autograd(ops.prefix_attn_bwd.default, *inputs))
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
@@ -146,13 +155,13 @@ def _autograd_fwd(*inputs: Any) -> tuple[Tensor, Tensor]:
     _refuse_forward_mode(inputs)
     if _differentiated(inputs):
         return _PrefixAttention.apply(*inputs)
-    return _below_autograd(torch.ops.fastprefix.prefix_attn_fwd.default, *inputs)
+    return _below_autograd(ops.prefix_attn_fwd.default, *inputs)
 
 
 def _autograd_bwd(*inputs: Any) -> list[Tensor]:
     if _differentiated(inputs):
         return list(_NoSecondDerivative.apply(*inputs))
-    return _below_autograd(torch.ops.fastprefix.prefix_attn_bwd.default, *inputs)
+    return _below_autograd(ops.prefix_attn_bwd.default, *inputs)
 
 
 # Functions of our own at the autograd key: torch.library.register_autograd costs 100 us more a call.
@@ -162,9 +171,9 @@ for _name, _impl, _fake, _autograd in (
 ):
     library.impl(_name, _impl, "CompositeExplicitAutograd")
     library.impl(_name, _autograd, "Autograd")
-    torch.library.register_fake(f"fastprefix::{_name}", _fake, lib=library)
+    torch.library.register_fake(add_op_namespace_prefix(_name), _fake, lib=library)
 
-prefix_attn_fwd = torch.ops.fastprefix.prefix_attn_fwd
+prefix_attn_fwd = ops.prefix_attn_fwd
 
 
 def decompositions() -> dict[Any, Callable[..., Any]]:
@@ -175,8 +184,8 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
     """
 
     def plain(*values: Any) -> tuple[Tensor, Tensor]:
-        args, _ = _args(values)
+        args, _ = from_op_inputs(values)
         o, lse = reference.fwd(args)
-        return _bshd(o), lse.contiguous()
+        return to_bshd(o), lse.contiguous()
 
     return {prefix_attn_fwd.default: plain}

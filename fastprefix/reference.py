@@ -1,7 +1,7 @@
 """The oracle: concatenate prefix and content, one softmax in fp32 (fp64 for fp64). Takes every argument.
 
 ``attention`` is plain differentiable torch: in fp64 it is the truth that every backend is judged by. ``fwd`` and
-``bwd`` make a backend of it, with the backward written out (DESIGN: dS = A * (dA - delta), delta = rowsum(do * o)).
+``bwd`` make a backend of it, with the backward written out (dS = A * (dA - delta), delta = rowsum(do * o)).
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastprefix.masks import additive_bias, prefix_owner, visible_keys
-from fastprefix.types import AttentionArgs, Grads, Needs, lse_dtype
+from .masks import additive_bias, prefix_owner, visible_keys
+from .types import AttentionArgs, Grads, Needs, lse_dtype
 
 
 class _Dense(NamedTuple):
@@ -175,7 +175,7 @@ def bwd(args: AttentionArgs, o: Tensor, lse: Tensor, do: Tensor, needs: Needs) -
         if args.prefix_ids is None:
             return dx.sum(0).to(like.dtype)
         ids, visible = _bank_rows(args)
-        if args.packed:  # what is wrong with a row must not reach the prefixes that it does not read
+        if args.packed:  # a nan in a row must not reach the prefixes that the row does not read
             return dx.masked_fill(~visible.unsqueeze(-1), 0.0).sum(0).to(like.dtype)
         return dx.new_zeros(like.shape).index_add_(0, ids, dx).to(like.dtype)
 

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastprefix import ops
-from fastprefix.ops import NEEDED, TENSORS
+from . import ops
+from ._ops import ops as namespace
+from .ops import NEEDED, TENSORS
 
 
 def active() -> bool:
@@ -39,11 +40,11 @@ class Transformed(torch.autograd.Function):
     @staticmethod
     def forward(*inputs: Any) -> tuple[Tensor, Tensor]:
         """The operator."""
-        return torch.ops.fastprefix.prefix_attn_fwd(*inputs)
+        return namespace.prefix_attn_fwd(*inputs)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        """What the backward pass reads."""
+        """Keep the inputs and outputs that the backward pass reads."""
         ctx.save_for_backward(*inputs[:TENSORS], *output)
         ctx.scalars = inputs[TENSORS:]
         ctx.mark_non_differentiable(output[1])
@@ -75,7 +76,7 @@ class Once(torch.autograd.Function):
     def forward(needs: list[bool], *values: Any) -> tuple[Tensor, ...]:
         """The operator."""
         *inputs, o, lse, do = values[: TENSORS + 3]
-        return tuple(torch.ops.fastprefix.prefix_attn_bwd(*inputs, *values[TENSORS + 3 :], o, lse, do, needs))
+        return tuple(namespace.prefix_attn_bwd(*inputs, *values[TENSORS + 3 :], o, lse, do, needs))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -92,5 +93,5 @@ class Once(torch.autograd.Function):
         raise RuntimeError("fastprefix: prefix_attention has no forward-mode derivative of its gradient")
 
 
-for _op in (torch.ops.fastprefix.prefix_attn_fwd.default, torch.ops.fastprefix.prefix_attn_bwd.default):
+for _op in (namespace.prefix_attn_fwd.default, namespace.prefix_attn_bwd.default):
     torch.library.register_vmap(_op.name(), functools.partial(one_by_one, _op), lib=ops.library)

@@ -1,4 +1,4 @@
-"""What every floor above speaks of: the operator's arguments, its gradients and the names of the backends.
+"""The types that all other modules share: the operator's arguments, its gradients and the names of the backends.
 
 Dims: ``B`` batch, ``H`` query heads, ``H_kv`` key/value heads, ``G = H // H_kv``, ``S`` query tokens, ``T`` content
 keys, ``P`` prefix tokens, ``N`` prefixes in a bank, ``D`` head dim of q/k, ``D_v`` head dim of v.
@@ -54,7 +54,7 @@ class AttentionArgs:
 
     @property
     def packed(self) -> bool:
-        """Whether the prefixes of a bank lie one behind the other in one tensor."""
+        """Whether the prefixes of a bank lie one after the other in one tensor."""
         return self.prefix_ids is not None and self.prefix_k.dim() == 3
 
     @property
@@ -72,7 +72,7 @@ class AttentionArgs:
 
 
 class Needs(NamedTuple):
-    """Which gradients the backward has to produce. What is False is not computed."""
+    """Which gradients the backward has to produce. The others are not computed."""
 
     q: bool
     k: bool
@@ -106,3 +106,8 @@ class Grads(NamedTuple):
 def lse_dtype(dtype: torch.dtype) -> torch.dtype:
     """The log-sum-exp is kept in fp32, in fp64 for fp64 inputs."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def to_bshd(x: Tensor) -> Tensor:
+    """``[B, H, S, X]`` in [B, S, H, X] storage, as models hold it; free when it already is."""
+    return x.transpose(1, 2).contiguous().transpose(1, 2)

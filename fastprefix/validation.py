@@ -7,15 +7,12 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor
 
+from .errors import fail
+
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTS = (torch.int32, torch.int64)
 INFINITY = float("inf")
 FARTHEST = 2**62  # a position: sums and differences of two stay in int64
-
-
-def fail(name: str, got: object, expected: str) -> ValueError:
-    """The one form of every complaint: the argument, what came, what was expected."""
-    return ValueError(f"{name}: got {got}, expected {expected}")
 
 
 def is_int(x: object) -> TypeGuard[int]:

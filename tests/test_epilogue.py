@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastprefix import reference
-from fastprefix.backends import aten, joined, vendor_cuda
+from fastprefix.backends import aten, aten_ops_cuda, concatenated_prefix
 from fastprefix.types import AttentionArgs, Needs
 from tests.cases import CASES, EAGER
 from tests.helpers import Call, assert_close, assert_within_rule, make_call, truth
@@ -21,7 +21,7 @@ from tests.helpers import run as run_backend
 
 pytest.importorskip("triton")
 
-from fastprefix.backends.launch import epilogue, run
+from fastprefix.backends.launch import epilogue, launcher
 
 ALL = Needs(True, True, True, True, True)
 CONTENT = Needs(True, True, True, False, False)
@@ -122,7 +122,7 @@ def test_more_tokens_than_a_tile() -> None:
 
 @pytest.mark.parametrize("processors", [1, 4, 132])
 def test_however_the_rows_are_split(processors: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run, "processors", lambda x: processors)
+    monkeypatch.setattr(launcher, "num_sms", lambda x: processors)
     call = make_call(B=3, S=70, P=16, dtype=torch.float16)
     assert_within_rule(results(call), call)
 
@@ -262,7 +262,7 @@ class _Spy:
         for name in ("fwd", "bwd"):
             monkeypatch.setattr(epilogue, name, self._watched(name, getattr(epilogue, name)))
         monkeypatch.setattr(aten, "SHORT_ON", ("cpu",))
-        monkeypatch.setattr(joined, "preferred", lambda args: False)
+        monkeypatch.setattr(concatenated_prefix, "preferred", lambda args: False)
 
     def _watched(self, name: str, function: Any) -> Any:
         def call(*args: Any) -> Any:
@@ -343,7 +343,7 @@ def test_which_vendor_on_cuda(
 ) -> None:
     """Shapes and argument order of both, on meta tensors: all that can be checked without a device."""
     torch.use_deterministic_algorithms(False)
-    monkeypatch.setattr(vendor_cuda, "_has_cudnn", lambda device: True)
+    monkeypatch.setattr(aten_ops_cuda, "_has_cudnn", lambda device: True)
     monkeypatch.setattr(aten, "_prefix_bwd", lambda args, *rest: (None, args.prefix_k, args.prefix_v))
     call = make_call(P=16, dtype=dtype, **{"D": 64, **shape})
     leaves = {n: x.detach().to("meta") for n, x in call.leaves.items()}
@@ -359,11 +359,11 @@ def test_which_vendor_on_cuda(
 
 
 def test_flash_where_determinism_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vendor_cuda, "_has_cudnn", lambda device: True)
+    monkeypatch.setattr(aten_ops_cuda, "_has_cudnn", lambda device: True)
     q = torch.empty(1, 2, 8, 64, dtype=torch.float16, device="meta")
-    assert not vendor_cuda.takes_cudnn(q, q, 0.125)
+    assert not aten_ops_cuda.takes_cudnn(q, q, 0.125)
     torch.use_deterministic_algorithms(False)
-    assert vendor_cuda.takes_cudnn(q, q, 0.125)
-    assert not vendor_cuda.takes_cudnn(q, q[:, :, :1], 0.125)
+    assert aten_ops_cuda.takes_cudnn(q, q, 0.125)
+    assert not aten_ops_cuda.takes_cudnn(q, q[:, :, :1], 0.125)
     monkeypatch.setattr(torch.backends.cuda, "cudnn_sdp_enabled", lambda: False)
-    assert not vendor_cuda.takes_cudnn(q, q, 0.125)
+    assert not aten_ops_cuda.takes_cudnn(q, q, 0.125)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastprefix.backends import aten, fold
+from fastprefix.backends import aten, fold_batch
 from fastprefix.types import AttentionArgs, Needs
 from tests.helpers import Call, assert_close, make_call, run
 
@@ -18,10 +18,10 @@ from tests.helpers import Call, assert_close, make_call, run
 def test_unfold_inverts_fold(B: int, S: int, H: int, H_kv: int, lanes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: lanes)
     args = AttentionArgs(**make_call(B=B, S=S, H=H, H_kv=H_kv).leaves, scale=1.0)
-    (prefix,) = fold.prefixes(args)
-    folded = fold.fold(args.q, prefix)
+    (prefix,) = fold_batch.prefix_rows(args)
+    folded = fold_batch.fold(args.q, prefix)
     assert folded.shape[0] == prefix.chunks and folded.numel() == args.q.numel()
-    assert torch.equal(fold.unfold(folded, H, prefix).transpose(1, 2), args.q)
+    assert torch.equal(fold_batch.unfold(folded, H, prefix).transpose(1, 2), args.q)
     if prefix.heads == H:
         assert folded.data_ptr() == args.q.data_ptr(), "the promised view is a copy"
 
@@ -33,7 +33,7 @@ def test_unfold_inverts_fold(B: int, S: int, H: int, H_kv: int, lanes: int, monk
 def test_chunks_fill_the_lanes(B: int, H_kv: int, lanes: int, chunks: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: lanes)
     args = AttentionArgs(**make_call(B=B, S=20, H=2 * H_kv, H_kv=H_kv).leaves, scale=1.0)
-    assert next(fold.prefixes(args)).chunks == chunks
+    assert next(fold_batch.prefix_rows(args)).chunks == chunks
 
 
 @pytest.mark.parametrize("lanes", [2, 64])
@@ -69,20 +69,20 @@ def test_equal_neighbours_are_one_call_of_views(name: str, form: str) -> None:
     call = make_call(B=len(ids), S=33, prefix_ids=torch.tensor(ids), **shape)
     call.options["prefix_lens"] = torch.tensor(lens)
     args = _args(call)
-    found = list(fold.prefixes(args))
-    assert [(x.cell.prefixes, x.cell.length) for x in found] == want
+    found = list(fold_batch.prefix_rows(args))
+    assert [(x.group.prefixes, x.group.length) for x in found] == want
     banks = {x.untyped_storage().data_ptr() for x in (args.prefix_k, args.prefix_v)}
     for prefix in found:
         assert {x.untyped_storage().data_ptr() for x in prefix.keys_values(args)} <= banks
-        assert fold.fold(args.q, prefix).untyped_storage().data_ptr() == args.q.untyped_storage().data_ptr()
+        assert fold_batch.fold(args.q, prefix).untyped_storage().data_ptr() == args.q.untyped_storage().data_ptr()
 
 
 @pytest.mark.parametrize("ids", [[0, 1, 0, 1], [[0, 1, 1, 0], [1, 1, -1, 0]]])
 def test_what_lies_apart_is_gathered_once(ids: list[Any]) -> None:
     call = make_call(B=len(ids), S=4, packed=[3, 3], prefix_ids=torch.tensor(ids))
     args = _args(call)
-    assert sorted(x.cell.prefixes for x in fold.prefixes(args)) in ([2], [1, 1])
-    together = torch.cat([torch.as_tensor(x.cell.units) for x in fold.prefixes(args)])
+    assert sorted(x.group.prefixes for x in fold_batch.prefix_rows(args)) in ([2], [1, 1])
+    together = torch.cat([torch.as_tensor(x.group.units) for x in fold_batch.prefix_rows(args)])
     assert len(set(together.tolist())) == len(together) == (torch.tensor(ids) >= 0).sum()
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fastprefix import ops, prefix_attention
-from fastprefix.backends import vendor
+from fastprefix.backends import aten_ops
 from fastprefix.measure.saved import saved_bytes
 from tests.cases import CASES
 from tests.helpers import Call, make_call, run
@@ -153,8 +153,8 @@ def test_only_what_is_needed_is_returned(trained: tuple[str, ...], backend: str)
 def test_the_lowest_layer_launches_one_backward(monkeypatch: pytest.MonkeyPatch) -> None:
     """Only the prefix trains: the vendor's backward runs on the prefix part alone."""
     launched: list[int] = []
-    original = vendor.bwd
-    monkeypatch.setattr(vendor, "bwd", lambda *a: launched.append(a[2].shape[2]) or original(*a))
+    original = aten_ops.bwd
+    monkeypatch.setattr(aten_ops, "bwd", lambda *a: launched.append(a[2].shape[2]) or original(*a))
     for trained in (("prefix_k", "prefix_v"), ("q", "k", "v", "prefix_k", "prefix_v")):
         call = make_call(S=5, P=7)
         for name, x in call.leaves.items():

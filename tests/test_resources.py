@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from fastprefix import cli
-from fastprefix.backends.launch import run, tiles
+from fastprefix.backends.launch import launcher, tile_config
 from fastprefix.measure import resources
 from fastprefix.measure.configurations import Call, Job, plan, trace
 from fastprefix.measure.families import FAMILIES, HELPERS, SHORT
@@ -51,7 +51,7 @@ def check_survey(done: subprocess.CompletedProcess[str]) -> None:
     assert done.returncode == 0 and found, told + done.stderr
     assert all(row[-1] == "good" and row[11] == "0" for row in found)
     for target in TARGETS:
-        assert {tiles.launched(row[0]) for row in found if row[1] == target} == {*FAMILIES, *HELPERS}
+        assert {tile_config.launched(row[0]) for row in found if row[1] == target} == {*FAMILIES, *HELPERS}
 
 
 @tables_are_for_this_compiler
@@ -125,9 +125,9 @@ def test_a_kernel_that_does_not_compile_is_bad(monkeypatch: pytest.MonkeyPatch) 
     def breaks(*args: Any) -> Usage:
         raise RuntimeError("`ptxas` failed with error code 255")
 
-    monkeypatch.setattr(run, "INTERPRETED", False)
+    monkeypatch.setattr(launcher, "INTERPRETER", False)
     monkeypatch.setattr(resources, "usage_of", breaks)
-    with tiles.forced("fwd", tiles.Tile()):
+    with tile_config.forced("fwd", tile_config.Tile()):
         result = resources.compiled(Job([call], 0))
     assert result.usage is None and result.reasons == [
         "does not compile: RuntimeError: `ptxas` failed with error code 255"
@@ -145,7 +145,7 @@ def test_the_driver_is_put_back() -> None:
     assert driver._active is before
 
 
-@pytest.mark.skipif(not run.INTERPRETED, reason="kernels are not interpreted here")
+@pytest.mark.skipif(not launcher.INTERPRETER, reason="kernels are not interpreted here")
 def test_the_interpreter_has_nothing_to_compile(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["bench", "--resources"]) == cli.USER_ERROR
     assert "got TRITON_INTERPRET=" in capsys.readouterr().err
@@ -154,7 +154,7 @@ def test_the_interpreter_has_nothing_to_compile(capsys: pytest.CaptureFixture[st
 def test_without_triton_or_its_tools_there_is_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(run, "INTERPRETED", False)
+    monkeypatch.setattr(launcher, "INTERPRETER", False)
     monkeypatch.setattr(resources.Path, "exists", lambda path: False)
     monkeypatch.setenv("PATH", "/nowhere")
     assert cli.main(["bench", "--resources"]) == cli.USER_ERROR
@@ -172,8 +172,8 @@ ROWS: dict[str, Any] = {kernel: [BF16, FP32] for kernel in FAMILIES}
 @pytest.fixture
 def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Write]:
     """Writes a table, by name, into a folder that stands in the place of the shipped one."""
-    monkeypatch.setattr(tiles, "FOLDER", tmp_path)
-    monkeypatch.setattr(run, "INTERPRETED", False)  # nothing is launched, and the rows of a GPU are asked for
+    monkeypatch.setattr(tile_config, "FOLDER", tmp_path)
+    monkeypatch.setattr(launcher, "INTERPRETER", False)  # nothing is launched, and the rows of a GPU are asked for
     monkeypatch.delenv("FASTPREFIX_TILES", raising=False)
 
     def table(name: str, **kernels: Any) -> Path:
@@ -181,9 +181,9 @@ def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Write]:
         path.write_text(json.dumps(kernels))
         return path
 
-    tiles.forget()
+    tile_config.forget()
     yield table
-    tiles.forget()
+    tile_config.forget()
 
 
 def planned(jobs: list[Job]) -> set[tuple[str, int, str]]:

@@ -13,8 +13,8 @@ import torch
 pytest.importorskip("triton")
 
 from fastprefix import prefix_attention
-from fastprefix.backends.launch import tiles
-from fastprefix.backends.launch.tiles import Tile
+from fastprefix.backends.launch import tile_config
+from fastprefix.backends.launch.tile_config import Tile
 from fastprefix.measure import Leaves, Problem, Timing
 from fastprefix.measure import tune as tune_module
 from fastprefix.measure.check import broken_rule
@@ -31,7 +31,7 @@ Write = Callable[..., Path]
 @pytest.fixture
 def shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Write]:
     """Writes tables, by name, into a folder that stands in the place of the shipped one."""
-    monkeypatch.setattr(tiles, "FOLDER", tmp_path)
+    monkeypatch.setattr(tile_config, "FOLDER", tmp_path)
     monkeypatch.delenv("FASTPREFIX_TILES", raising=False)
 
     def write(name: str, **kernels: Any) -> Path:
@@ -39,9 +39,9 @@ def shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Write]:
         path.write_text(json.dumps(kernels))
         return path
 
-    tiles.forget()
+    tile_config.forget()
     yield write
-    tiles.forget()
+    tile_config.forget()
 
 
 def row(D: int, S: int | None = None, itemsize: int = 2, **tile: Any) -> dict[str, Any]:
@@ -49,7 +49,7 @@ def row(D: int, S: int | None = None, itemsize: int = 2, **tile: Any) -> dict[st
 
 
 def warps(device: tuple[int, str], D: int = 64, itemsize: int = 2, S: int = 512, kernel: str = "fwd") -> int:
-    return tiles.tile(kernel, device, D, itemsize, S).num_warps
+    return tile_config.tile(kernel, device, D, itemsize, S).num_warps
 
 
 def test_the_nearest_length_in_octaves_and_the_smallest_head_dim_that_fits(shipped: Write) -> None:
@@ -71,10 +71,10 @@ def test_tables_in_turn(shipped: Write, monkeypatch: pytest.MonkeyPatch) -> None
     assert [warps(H100, D) for D in (16, 64, 128, 256)] == [4, 4, 2, 1]
     assert [warps((90, "another"), D) for D in (64, 128, 256)] == [2, 2, 1]
     assert warps((120, "newer"), 64) == 1 and warps((86, "older"), 64) == 1
-    monkeypatch.setenv("FASTPREFIX_TILES", str(tiles.FOLDER / "mine.json"))
+    monkeypatch.setenv("FASTPREFIX_TILES", str(tile_config.FOLDER / "mine.json"))
     assert [warps(H100, D) for D in (16, 64, 256)] == [8, 4, 1]
     shipped("wide", fwd=[row(256, num_warps=32)])
-    monkeypatch.setenv("FASTPREFIX_TILES", str(tiles.FOLDER / "wide.json"))
+    monkeypatch.setenv("FASTPREFIX_TILES", str(tile_config.FOLDER / "wide.json"))
     assert [warps(H100, D) for D in (32, 64, 256)] == [32, 4, 32], "tuned for one head dim, it answers no other's"
 
 
@@ -87,12 +87,12 @@ def test_the_interpreter_has_a_table_of_its_own(shipped: Write) -> None:
 def test_a_tile_that_is_forced_answers_everything(shipped: Write) -> None:
     shipped("sm_80", fwd=[row(64)], bwd_dq=[row(64)])
     outer, inner = Tile(BLOCK_M=16), Tile(BLOCK_M=32)
-    with tiles.recorded() as asked, tiles.forced("fwd", outer):
-        with tiles.forced("fwd", inner):
-            assert tiles.tile("fwd", H100, 256, 8, 1) == inner
-        assert tiles.tile("fwd", H100, 64, 2, 5) == outer
-        assert tiles.tile("bwd_dq", H100, 64, 2, 5) == Tile()
-    assert tiles.tile("fwd", H100, 64, 2, 5) == Tile()
+    with tile_config.recorded() as asked, tile_config.forced("fwd", outer):
+        with tile_config.forced("fwd", inner):
+            assert tile_config.tile("fwd", H100, 256, 8, 1) == inner
+        assert tile_config.tile("fwd", H100, 64, 2, 5) == outer
+        assert tile_config.tile("bwd_dq", H100, 64, 2, 5) == Tile()
+    assert tile_config.tile("fwd", H100, 64, 2, 5) == Tile()
     assert [(x.kernel, x.D, x.S, x.tile) for x in asked] == [
         ("fwd", 256, 1, inner),
         ("fwd", 64, 5, outer),
@@ -118,7 +118,7 @@ def test_a_tile_that_is_forced_answers_everything(shipped: Write) -> None:
 def test_a_bad_row_is_named_with_its_field(shipped: Write, field: str, value: Any, expected: str) -> None:
     path = shipped("sm_80", fwd=[row(64), {**row(64), field: value}])
     with pytest.raises(ValueError) as error:
-        tiles.tile("fwd", H100, 64, 2, 512)
+        tile_config.tile("fwd", H100, 64, 2, 512)
     assert f"{path}, fwd row 1, {field}: got {value!r}, expected {expected}" in str(error.value)
 
 
@@ -142,15 +142,15 @@ def test_what_is_no_table_says_so(
         path.write_text(text)
     monkeypatch.setenv("FASTPREFIX_TILES", str(path))
     with pytest.raises(ValueError) as error:
-        tiles.tile("fwd", H100, 64, 2, 512)
+        tile_config.tile("fwd", H100, 64, 2, 512)
     assert str(path) in str(error.value) and message in str(error.value)
 
 
 def test_tables_say_what_they_are_for(shipped: Write) -> None:
-    assert tiles.capability(shipped("sm_90", fwd=[])) == 90
-    assert tiles.capability(shipped("nvidia_h200", target="sm_90", fwd=[])) == 90
+    assert tile_config.capability(shipped("sm_90", fwd=[])) == 90
+    assert tile_config.capability(shipped("nvidia_h200", target="sm_90", fwd=[])) == 90
     with pytest.raises(ValueError, match="got no target"):
-        tiles.capability(shipped("nvidia_l4", fwd=[]))
+        tile_config.capability(shipped("nvidia_l4", fwd=[]))
 
 
 def test_candidates_are_few_and_differ_from_the_present_tile() -> None:
@@ -189,7 +189,7 @@ def test_what_is_tuned_is_written_and_then_used(
     assert outcomes == told and [(x.asked.kernel, x.best, x.tried) for x in outcomes] == [("fwd", CANDIDATES[0], 2)]
     assert (outcomes[0].before, outcomes[0].after, outcomes[0].discarded) == (2.0, 1.0, {})
     monkeypatch.setenv("FASTPREFIX_TILES", str(out))
-    with tiles.recorded() as asked, torch.no_grad():
+    with tile_config.recorded() as asked, torch.no_grad():
         prefix_attention(**Leaves.random(TINY).inputs, backend="triton")
     assert [(x.kernel, x.tile) for x in asked] == [("fwd", CANDIDATES[0])]
 
@@ -223,7 +223,7 @@ def test_every_route_gives_all_that_it_can_and_gives_it_right(route: Route) -> N
 
 def test_every_kernel_is_found_and_timed_alone(tmp_path: Path) -> None:
     outcomes = tune(PROBLEMS, tmp_path / "tuned.json", None, lambda kernel, D, tile: [], 1)
-    assert [x.asked.kernel for x in outcomes] == list(AXES) == list(tiles.read(tmp_path / "tuned.json"))
+    assert [x.asked.kernel for x in outcomes] == list(AXES) == list(tile_config.read(tmp_path / "tuned.json"))
     assert all(x.before == x.after > 0 for x in outcomes)
 
 
@@ -237,7 +237,7 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     assert cli.main(["bench", "--tune", *options]) == 0
     told = capsys.readouterr().out
     assert "fwd D16 32 bits S16: 2 s with" in told and "-> 1 s with 32/32/16 2 warps" in told
-    assert f"FASTPREFIX_TILES={out}" in told and tiles.read(out)
+    assert f"FASTPREFIX_TILES={out}" in told and tile_config.read(out)
     for words, message in (
         (["--tune", "--kernel", "forward"], "--kernel forward: expected one of fwd"),
         (["--tune", "--resources"], "expected one of the two"),

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from fastprefix.backends import triton as backend
-from fastprefix.backends.launch import packed, run, shapes, tiles
-from fastprefix.backends.launch.tiles import Tile
+from fastprefix.backends.launch import launcher, prefix_bank, tile_config
+from fastprefix.backends.launch.tile_config import Tile
 from fastprefix.types import AttentionArgs, Needs
 from tests.helpers import Call, assert_close, assert_within_rule, make_call, truth
 from tests.helpers import run as run_call
@@ -34,8 +34,8 @@ def impose(monkeypatch: pytest.MonkeyPatch, tile: Tile) -> list[str]:
         asked.append(kernel)
         return tile
 
-    monkeypatch.setattr(tiles, "tile", fixed)
-    monkeypatch.setattr(tiles, "has", lambda kernel, *shape: True)
+    monkeypatch.setattr(tile_config, "tile", fixed)
+    monkeypatch.setattr(tile_config, "has", lambda kernel, *shape: True)
     return asked
 
 
@@ -61,7 +61,7 @@ def test_descriptors(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = impose(monkeypatch, Tile(BLOCK_M=16, BLOCK_N=16, BLOCK_P=16, TMA=True))
     call = TMA_CALLS[name]()
     assert_close(run_call(call, "triton"), truth(call), 1e-5)
-    general = {kernel for kernel in asked if kernel.endswith(shapes.GENERAL)}
+    general = {kernel for kernel in asked if kernel.endswith(tile_config.GENERAL)}
     assert general == ({"bwd_dkdv_general"} if name == "three_heads_a_group" else set())
 
 
@@ -98,7 +98,7 @@ def test_tiles_of_a_real_size(split: bool, dtype: torch.dtype, monkeypatch: pyte
 
 @pytest.mark.parametrize("processors", [1, 3, 1000])
 def test_any_number_of_splits_gives_the_prefix_its_gradient(processors: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run, "processors", lambda x: processors)
+    monkeypatch.setattr(launcher, "num_sms", lambda x: processors)
     call = make_call(B=3, H=4, H_kv=2, S=23, P=19, D=16)
     assert_close(run_call(call, "triton"), truth(call), 1e-5)
 
@@ -108,7 +108,7 @@ def launched(call: Call, needs: Needs) -> list[str]:
     names: list[str] = []
     args = AttentionArgs(**{n: x.detach() for n, x in call.leaves.items()}, scale=0.25, **call.options)
     o, lse = backend.fwd(args)
-    with run.observed(lambda kernel, grid, arguments, options: names.append(kernel.__name__), 0, "interpreter"):
+    with launcher.dry_run(lambda kernel, grid, arguments, options: names.append(kernel.__name__), 0, "interpreter"):
         grads = backend.bwd(args, o, lse, o, needs)
     assert [x is not None for x in grads] == list(needs)
     return [name.removeprefix("_prefix_attn_bwd_").removesuffix("_kernel") for name in names]
@@ -149,7 +149,7 @@ def test_the_forward_is_split_where_rows_are_few(shape: dict[str, int], kernels:
     sizes |= {"v": sizes["k"], "prefix_v": sizes["prefix_k"]}
     leaves = {name: torch.empty(sizes[name], device="meta", dtype=torch.bfloat16) for name in sizes}
     names: list[str] = []
-    with run.observed(lambda kernel, grid, arguments, options: names.append(kernel.__name__), 90):
+    with launcher.dry_run(lambda kernel, grid, arguments, options: names.append(kernel.__name__), 90):
         backend.fwd(AttentionArgs(**leaves, scale=0.1))
     assert names == [f"_prefix_attn_{name}_kernel" for name in kernels]
 
@@ -174,18 +174,18 @@ def test_a_large_bank_of_which_few_are_used() -> None:
 def test_a_packed_bank_is_spread_out_for_a_launch(monkeypatch: pytest.MonkeyPatch) -> None:
     call = make_call(B=3, packed=(3, 0, 5), prefix_ids=torch.tensor([2, -1, 0]))
     given = AttentionArgs(**{n: x.detach() for n, x in call.leaves.items()}, scale=0.25, **call.options)
-    args = packed.padded(given)
-    assert args.prefix_k.shape == (3, 2, 5, 16) and not args.packed and packed.padded(args) is args
+    args = prefix_bank.to_padded(given)
+    assert args.prefix_k.shape == (3, 2, 5, 16) and not args.packed and prefix_bank.to_padded(args) is args
     assert torch.equal(args.prefix_k[2], given.prefix_k[:, 3:]) and torch.equal(
         args.prefix_v[0, :, :3], given.prefix_v[:, :3]
     )
-    back = packed.pack(args.prefix_k, given)
+    back = prefix_bank.to_packed(args.prefix_k, given)
     assert back is not None and torch.equal(back, given.prefix_k)
     for a, b in zip(backend.fwd_with_mass(given), backend.fwd_with_mass(args), strict=True):
         assert torch.equal(a, b)
     names = ("q", "k", "v", "prefix_k", "prefix_v", "prefix_ids", "prefix_lens")
     there = replace(given, **{name: getattr(given, name).to("meta") for name in names})
-    assert packed.padded(there).prefix_k.shape == (3, 2, 8, 16), "lengths that cannot be read: room for any"
+    assert prefix_bank.to_padded(there).prefix_k.shape == (3, 2, 8, 16), "lengths that cannot be read: room for any"
 
 
 def test_reasons_in_words() -> None:

@@ -14,16 +14,16 @@ pytest.importorskip("triton")
 
 import triton
 import triton.language as tl
-from fastprefix._triton.rows import count_rows, flat_rows
+from fastprefix._triton.flat_rows import count_rows, flat_rows
 
-from fastprefix.backends.launch import decode, run, tiles
-from fastprefix.backends.launch.order import order, unit_is_token
-from fastprefix.backends.launch.tiles import Tile
+from fastprefix.backends.launch import launcher, split_kv_decode, tile_config
+from fastprefix.backends.launch.prefix_bank import rows_by_prefix, unit_is_token
+from fastprefix.backends.launch.tile_config import Tile
 from fastprefix.types import AttentionArgs
 from tests.cases import CASES, padding
 from tests.helpers import Call, assert_close, eager, make_call, truth
 
-pytestmark = pytest.mark.skipif(not run.INTERPRETED, reason="judged by Triton's interpreter")
+pytestmark = pytest.mark.skipif(not launcher.INTERPRETER, reason="judged by Triton's interpreter")
 
 TOLERANCE = {torch.float32: 4e-6, torch.float16: 2e-3}
 
@@ -42,7 +42,7 @@ def processors(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     """How many multiprocessors there are: that decides the number of splits."""
 
     def set_to(number: int) -> None:
-        monkeypatch.setattr(run, "processors", lambda x: number)
+        monkeypatch.setattr(launcher, "num_sms", lambda x: number)
 
     set_to(6)
     return set_to
@@ -52,7 +52,7 @@ def processors(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
 def cut(**changes: Any) -> Iterator[None]:
     """Small tiles for both kernels: 16 rows and 16 keys."""
     tile = Tile(**{"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_P": 16, **changes})
-    with tiles.forced("decode_prefix", tile), tiles.forced("decode_content", tile):
+    with tile_config.forced("decode_prefix", tile), tile_config.forced("decode_content", tile):
         yield
 
 
@@ -71,7 +71,7 @@ def arguments(call: Call) -> AttentionArgs:
 
 
 def decoded(call: Call) -> dict[str, torch.Tensor]:
-    o, lse = decode.fwd(arguments(call))
+    o, lse = split_kv_decode.fwd(arguments(call))
     return {"o": o, "lse": lse}
 
 
@@ -83,7 +83,7 @@ def check(call: Call) -> None:
 def splits(call: Call) -> tuple[int, int]:
     """Of the prefix and of the content."""
     args = arguments(call)
-    return decode._cut_prefix(args).splits, decode._cut_content(args).splits
+    return split_kv_decode._plan_prefix(args).splits, split_kv_decode._plan_content(args).splits
 
 
 # Three tiles of content and three of prefix, the last ones not full.
@@ -264,7 +264,7 @@ def test_descriptors(name: str) -> None:
     seen: list[dict[str, Any]] = []
     with cut(TMA=True):
         check(call)
-        with run.observed(lambda kernel, grid, args, options: seen.append(options), 0):
+        with launcher.dry_run(lambda kernel, grid, args, options: seen.append(options), 0):
             decoded(call)
     assert [x["TMA"] for x in seen[:2]] == [call.options.get("prefix_lens") is None, True]
 
@@ -273,15 +273,15 @@ def test_descriptors(name: str) -> None:
 def test_the_log_sum_exp_of_the_prefix(name: str) -> None:
     args = arguments(ARGUMENTS[name]().to(torch.float32))
     prefix_lse = args.q.new_empty(args.q.shape[:3])
-    o, _ = decode.fwd(args, prefix_lse)
+    o, _ = split_kv_decode.fwd(args, prefix_lse)
     alone = replace(args, k=args.k[:, :, :0], v=args.v[:, :, :0], sinks=None, causal=False)
-    assert_close({"lse": prefix_lse}, {"lse": decode.fwd(alone)[1]}, 2e-6)
-    assert torch.equal(o, decode.fwd(args)[0])
+    assert_close({"lse": prefix_lse}, {"lse": split_kv_decode.fwd(alone)[1]}, 2e-6)
+    assert torch.equal(o, split_kv_decode.fwd(args)[0])
 
 
 def test_a_part_without_keys_is_not_launched() -> None:
     names: list[str] = []
-    with run.observed(lambda kernel, grid, args, options: names.append(kernel.__name__), 0):
+    with launcher.dry_run(lambda kernel, grid, args, options: names.append(kernel.__name__), 0):
         for name in ("plain", "no_prefix", "no_content"):
             decoded(ARGUMENTS[name]())
     parts = [name.removeprefix("_prefix_attn_decode_").removesuffix("_kernel") for name in names]
@@ -325,7 +325,7 @@ def _meta(**shape: Any) -> AttentionArgs:
 )
 def test_preferred(shape: dict[str, Any], want: bool, processors: Callable[[int], None]) -> None:
     processors(132)
-    assert decode.preferred(_meta(**shape)) is want
+    assert split_kv_decode.preferred(_meta(**shape)) is want
 
 
 @triton.jit
@@ -342,7 +342,7 @@ def test_rows_by_prefix(ids: list[Any] | None) -> None:
     wanted = None if ids is None else torch.tensor(ids)
     call = make_call(B=4, H=3, H_kv=1, S=2, N=None if ids is None else 4, prefix_ids=wanted)
     args = arguments(call)
-    found = order(args)
+    found = rows_by_prefix(args)
     each = torch.zeros(4, 2, dtype=torch.long) if wanted is None else wanted.view(4, -1).expand(4, 2)
     for n in range(1 if ids is None else 4):
         rows = []

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastprefix.validation import fail
+from fastprefix.errors import fail
 
 VERSION = 6  # of the file; what a model's specification says of itself is another
 _DTYPES = (torch.float32, torch.int8, torch.int16, torch.int32, torch.float16, torch.bfloat16)

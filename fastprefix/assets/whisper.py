@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastprefix.assets import ctranslate2
 from fastprefix.assets.cache import cache_dir, convert_once, find_in_package, no_progress_bars
-from fastprefix.validation import fail
+from fastprefix.errors import fail
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, WhisperProcessor

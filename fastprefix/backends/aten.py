@@ -1,8 +1,8 @@
 """Vendor attention on the content and, the batch folded into the rows, on the prefix; merged by log-sum-exp.
 
-On CUDA a short prefix is no call of its own: kernels of ours add it, in place, to what the vendor's have left. Each
-part's backward is the ordinary flash backward given the merged ``o`` and ``lse`` (FlashAttention-2, Dao 2023, applied
-per part), so nothing else is saved.
+On CUDA a short prefix is not a vendor call of its own: our epilogue kernels add it in place to the vendor's result.
+Each part's backward is the ordinary flash backward given the merged ``o`` and ``lse`` (FlashAttention-2, Dao 2023,
+applied per part), so nothing else is saved.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from fastprefix.backends import joined, vendor
-from fastprefix.backends.fold import PrefixRows, fold, prefixes, token_major, unfold, units
-from fastprefix.backends.merge import add_sink, merge, mix, shares
-from fastprefix.backends.parts import int_start, mask_dtype, parts, spill
-from fastprefix.types import AttentionArgs, Grads, Needs
+from ..types import AttentionArgs, Grads, Needs, to_bshd
+from . import aten_ops, concatenated_prefix
+from .content_blocks import content_blocks, has_rows_outside_keys, int_start, mask_dtype
+from .fold_batch import PrefixRows, fold, prefix_rows, unfold, unit_rows
+from .merge_states import add_sink, merge_lse, merge_state, mix_outputs
 
 # Prefix tokens up to which one more pass over q and o beats a vendor call on the folded prefix, which writes o, and the
 # backward q's gradient, a second time. An estimate: not run on a GPU.
@@ -54,7 +54,7 @@ def unsupported(args: AttentionArgs) -> list[str]:
             reasons.append("scale: flash attention on cuda masks, and takes its maximum, before it scales")
         if int_start(args) is None:
             reasons.append("q_start: a tensor needs a mask, which flash attention on cuda does not take")
-        elif args.causal and spill(args):
+        elif args.causal and has_rows_outside_keys(args):
             reasons.append("q_start: rows outside the keys need a mask, which flash attention on cuda does not take")
     return reasons
 
@@ -63,8 +63,8 @@ def fwd(args: AttentionArgs) -> tuple[Tensor, Tensor]:
     """``o [B, H, S, D_v]`` and ``lse [B, H, S]`` of the merged softmax."""
     if args.q.numel() == 0:  # vendor kernels divide by the number of rows
         return _nothing(args)
-    if joined.preferred(args):
-        o, lse = joined.fwd(args)
+    if concatenated_prefix.preferred(args):
+        o, lse = concatenated_prefix.fwd(args)
     else:
         content = _content(args)
         short = _short(args)
@@ -79,12 +79,12 @@ def fwd(args: AttentionArgs) -> tuple[Tensor, Tensor]:
 
 
 def _content(args: AttentionArgs) -> tuple[Tensor, Tensor] | None:
-    """A vendor call for each part of the content, merged; None without any."""
+    """A vendor call for each block of the content, merged; None without any."""
     state: tuple[Tensor, Tensor] | None = None
-    for part in parts(args):
-        k, v = args.k[:, :, part.first : part.last], args.v[:, :, part.first : part.last]
-        other = vendor.fwd(args.q, k, v, part.causal, part.mask, args.scale)
-        state = other if state is None else merge(*state, *other)
+    for block in content_blocks(args):
+        k, v = args.k[:, :, block.first : block.last], args.v[:, :, block.first : block.last]
+        other = aten_ops.fwd(args.q, k, v, block.causal, block.mask, args.scale)
+        state = other if state is None else merge_state(*state, *other)
     return state
 
 
@@ -92,25 +92,25 @@ def _merged(args: AttentionArgs, state: tuple[Tensor, Tensor] | None) -> tuple[T
     """The content's state merged with a vendor call for each prefix, or for several of one length."""
     heads = args.q.shape[1]
     found = [
-        (prefix, *vendor.fwd(fold(args.q, prefix), *prefix.keys_values(args), False, None, args.scale))
-        for prefix in prefixes(args)
+        (prefix, *aten_ops.fwd(fold(args.q, prefix), *prefix.keys_values(args), False, None, args.scale))
+        for prefix in prefix_rows(args)
     ]
     if not found:
         return _nothing(args) if state is None else state
     prefix, o, lse = found[0]
     if prefix.whole:
         o, lse = (unfold(x, heads, prefix).transpose(1, 2) for x in (o, lse.unsqueeze(-1)))
-        return (o, lse.squeeze(-1)) if state is None else merge(*state, o, lse.squeeze(-1))
+        return (o, lse.squeeze(-1)) if state is None else merge_state(*state, o, lse.squeeze(-1))
     o, lse = _nothing(args) if state is None else state
-    o, own_lse = token_major(o), torch.full_like(token_major(lse.unsqueeze(-1)), float("-inf"))
+    o, own_lse = to_bshd(o), torch.full_like(to_bshd(lse.unsqueeze(-1)), float("-inf"))
     for prefix, _, part in found:
-        units(own_lse, prefix.by_token)[prefix.cell.units] = unfold(part.unsqueeze(-1), heads, prefix)
-    lse, mass = shares(lse, own_lse.squeeze(-1))
+        unit_rows(own_lse, prefix.by_token)[prefix.group.units] = unfold(part.unsqueeze(-1), heads, prefix)
+    lse, mass = merge_lse(lse, own_lse.squeeze(-1))
     for prefix, part, _ in found:
-        place, share = (units(x, prefix.by_token) for x in (o, mass))
-        mixed = mix(prefix.cell.chosen(place), unfold(part, heads, prefix), prefix.cell.chosen(share))
-        if isinstance(prefix.cell.units, Tensor):  # what was mixed is a copy
-            place.index_copy_(0, prefix.cell.units, mixed)
+        place, share = (unit_rows(x, prefix.by_token) for x in (o, mass))
+        mixed = mix_outputs(prefix.group.rows_of(place), unfold(part, heads, prefix), prefix.group.rows_of(share))
+        if isinstance(prefix.group.units, Tensor):  # what was mixed is a copy
+            place.index_copy_(0, prefix.group.units, mixed)
     return o, lse
 
 
@@ -128,13 +128,13 @@ def _short(args: AttentionArgs) -> ModuleType | None:
 def _kernels() -> ModuleType | None:
     if importlib.util.find_spec("triton") is None:
         return None
-    from fastprefix.backends.launch import epilogue
+    from .launch import epilogue
 
     return epilogue
 
 
 def _nothing(args: AttentionArgs) -> tuple[Tensor, Tensor]:
-    """What rows get that see no key."""
+    """The output and log-sum-exp of rows that see no key: 0 and -inf."""
     batch, num_heads, seq = args.q.shape[:3]
     o = args.q.new_zeros(batch, seq, num_heads, args.v.shape[-1]).transpose(1, 2)
     return o, args.q.new_full((batch, num_heads, seq), float("-inf"), dtype=mask_dtype(args))
@@ -144,7 +144,7 @@ def _may_be_empty(args: AttentionArgs) -> bool:
     """Whether a row could see no key at all."""
     if args.prefix_ids is None and args.num_prefix_tokens:
         return False
-    return any(part.mask is not None for part in parts(args))
+    return any(block.mask is not None for block in content_blocks(args))
 
 
 def bwd(args: AttentionArgs, o: Tensor, lse: Tensor, do: Tensor, needs: Needs) -> Grads:
@@ -153,10 +153,10 @@ def bwd(args: AttentionArgs, o: Tensor, lse: Tensor, do: Tensor, needs: Needs) -
         tensors = (args.q, args.k, args.v, args.prefix_k, args.prefix_v)
         return Grads(*(torch.zeros_like(x) if need else None for x, need in zip(tensors, needs, strict=False)))
     # exp(score - lse) must vanish, not overflow, in a row that saw nothing, or nothing but a sink as low as a mask.
-    lse = lse.masked_fill(lse < vendor.EMPTY_LSE, 0.0)
+    lse = lse.masked_fill(lse < aten_ops.EMPTY_LSE, 0.0)
     dq, dk, dv, dprefix_k, dprefix_v = _NOTHING
-    if needs.content and joined.preferred(args):
-        dq, dk, dv, dprefix_k, dprefix_v = joined.bwd(args, o, lse, do)
+    if needs.content and concatenated_prefix.preferred(args):
+        dq, dk, dv, dprefix_k, dprefix_v = concatenated_prefix.bwd(args, o, lse, do)
     else:
         if needs.content:
             dq, dk, dv = _content_bwd(args, o, lse, do)
@@ -177,16 +177,16 @@ def bwd(args: AttentionArgs, o: Tensor, lse: Tensor, do: Tensor, needs: Needs) -
 
 
 def _content_bwd(args: AttentionArgs, o: Tensor, lse: Tensor, do: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
-    """dq of the content parts, and dK, dV of every key: 0 for those that no row sees."""
+    """dq of the content blocks, and dK, dV of every key: 0 for those that no row sees."""
     dq: Tensor | None = None
     grads: list[tuple[Tensor, Tensor]] = []
     covered = 0
-    for part in parts(args):
-        k, v = args.k[:, :, part.first : part.last], args.v[:, :, part.first : part.last]
-        part_dq, dk, dv = vendor.bwd(do, args.q, k, v, o, lse, part.causal, part.mask, args.scale)
-        dq = part_dq if dq is None else dq.add_(part_dq)
+    for block in content_blocks(args):
+        k, v = args.k[:, :, block.first : block.last], args.v[:, :, block.first : block.last]
+        block_dq, dk, dv = aten_ops.bwd(do, args.q, k, v, o, lse, block.causal, block.mask, args.scale)
+        dq = block_dq if dq is None else dq.add_(block_dq)
         grads.append((dk, dv))
-        covered = part.last
+        covered = block.last
     if covered < args.k.shape[2]:
         grads.append((torch.zeros_like(args.k[:, :, covered:]), torch.zeros_like(args.v[:, :, covered:])))
     if not grads:
@@ -201,8 +201,8 @@ def _prefix_bwd(
     args: AttentionArgs, o: Tensor, lse: Tensor, do: Tensor, dq: Tensor | None, needs: Needs
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """dq with the prefix part's added in place, and dPrefix summed over batch, rows and the heads of a group."""
-    found = list(prefixes(args))
-    read = sum(prefix.cell.prefixes * prefix.cell.length for prefix in found)
+    found = list(prefix_rows(args))
+    read = sum(prefix.group.prefixes * prefix.group.length for prefix in found)
     every = read * args.k.shape[1] * args.q.shape[3] == args.prefix_k.numel()
     room = torch.empty_like if every else torch.zeros_like
     dprefix_k = room(args.prefix_k) if needs.prefix_k else None
@@ -211,22 +211,22 @@ def _prefix_bwd(
         q, do_, o_ = (fold(x, prefix) for x in (args.q, do, o))
         lse_ = fold(lse.unsqueeze(-1), prefix).squeeze(-1)
         keys, values = prefix.keys_values(args)
-        part, *parts_kv = vendor.bwd(do_, q, keys, values, o_, lse_, False, None, args.scale)
+        part, *parts_kv = aten_ops.bwd(do_, q, keys, values, o_, lse_, False, None, args.scale)
         if needs.q:
             dq = _with_rows(dq, args, prefix, unfold(part, args.q.shape[1], prefix))
         for out, grad in zip((dprefix_k, dprefix_v), parts_kv, strict=True):
             if out is not None:
-                several = prefix.chunks > prefix.cell.prefixes  # chunks of one prefix
-                prefix.cell.members(out).copy_(grad.sum(0, keepdim=True, dtype=lse.dtype) if several else grad)
+                several = prefix.chunks > prefix.group.prefixes  # chunks of one prefix
+                prefix.group.keys_of(out).copy_(grad.sum(0, keepdim=True, dtype=lse.dtype) if several else grad)
     return dq, dprefix_k, dprefix_v
 
 
 def _with_rows(dq: Tensor | None, args: AttentionArgs, prefix: PrefixRows, part: Tensor) -> Tensor:
-    """dq with what the prefix adds to the units that read it."""
+    """dq plus the prefix's share of it, for the units that read the prefix."""
     if dq is None and prefix.whole:
         return part.transpose(1, 2)
-    dq = token_major(torch.zeros_like(args.q) if dq is None else dq)
-    place, own = units(dq, prefix.by_token), prefix.cell.units
+    dq = to_bshd(torch.zeros_like(args.q) if dq is None else dq)
+    place, own = unit_rows(dq, prefix.by_token), prefix.group.units
     if isinstance(own, Tensor):
         place.index_add_(0, own, part)
     else:

@@ -11,7 +11,7 @@ import importlib.util
 import torch
 from torch import Tensor
 
-from fastprefix.types import AttentionArgs, Grads, Needs
+from ..types import AttentionArgs, Grads, Needs
 
 LARGEST_HEAD_DIM = 256
 # Three tf32 products for one keep so much in registers that larger heads spill.
@@ -22,22 +22,22 @@ def unsupported(args: AttentionArgs) -> list[str]:
     """Why this backend cannot take the call; empty when it can."""
     if not _installed():
         return ["triton is not installed"]
-    from fastprefix.backends.launch import run
+    from .launch import launcher
 
     reasons = []
     device = args.q.device
     if device.type == "cuda":
         if torch.version.hip is not None:
             reasons.append("device: the kernels are written for NVIDIA GPUs")
-        elif run.device(args.q)[0] < 80:
-            reasons.append(f"device: compute capability {run.device(args.q)[0] / 10}, the kernels need 8.0")
-    elif device.type == "cpu" and not run.INTERPRETED:
+        elif launcher.device(args.q)[0] < 80:
+            reasons.append(f"device: compute capability {launcher.device(args.q)[0] / 10}, the kernels need 8.0")
+    elif device.type == "cpu" and not launcher.INTERPRETER:
         reasons.append("device cpu: Triton runs on GPUs (TRITON_INTERPRET=1, set before it is imported, interprets)")
-    elif device.type != "cpu" and not run.observing():
+    elif device.type != "cpu" and not launcher.is_dry_run():
         reasons.append(f"device {device.type}: Triton runs on GPUs")
     if args.q.dtype == torch.float64:
         reasons.append("dtype torch.float64: tensor cores accumulate in fp32")
-    if args.q.dtype == torch.bfloat16 and run.INTERPRETED:
+    if args.q.dtype == torch.bfloat16 and launcher.INTERPRETER:
         reasons.append("dtype torch.bfloat16: Triton's interpreter computes its products wrongly")
     widest, fp32 = max(args.q.shape[3], args.v.shape[3]), args.q.dtype == torch.float32 and device.type != "cpu"
     largest = LARGEST_FP32_HEAD_DIM if fp32 else LARGEST_HEAD_DIM
@@ -57,9 +57,9 @@ def _installed() -> bool:
 
 def fwd(args: AttentionArgs) -> tuple[Tensor, Tensor]:
     """``o [B, H, S, D_v]`` and ``lse [B, H, S]`` of the merged softmax."""
-    from fastprefix.backends.launch import forward, packed
+    from .launch import forward, prefix_bank
 
-    return forward.fwd(packed.padded(args))
+    return forward.fwd(prefix_bank.to_padded(args))
 
 
 def fwd_with_mass(args: AttentionArgs) -> tuple[Tensor, Tensor, Tensor]:
@@ -67,16 +67,17 @@ def fwd_with_mass(args: AttentionArgs) -> tuple[Tensor, Tensor, Tensor]:
 
     ``m = exp(lse_prefix - lse)``: a prefix adds ``m * o_prefix`` and scales the rest by ``1 - m`` (Petrov et al. 2024).
     """
-    from fastprefix.backends.launch import forward, packed
+    from .launch import forward, prefix_bank
 
     prefix_lse = args.q.new_empty(args.q.shape[:3], dtype=torch.float32)
-    o, lse = forward.fwd(packed.padded(args), prefix_lse)
+    o, lse = forward.fwd(prefix_bank.to_padded(args), prefix_lse)
     return o, lse, torch.exp(prefix_lse - lse.masked_fill(lse == float("-inf"), 0.0))
 
 
 def bwd(args: AttentionArgs, o: Tensor, lse: Tensor, do: Tensor, needs: Needs) -> Grads:
     """Gradients of :func:`fwd`; a part that nothing needs is not launched."""
-    from fastprefix.backends.launch import backward, packed
+    from .launch import backward, prefix_bank
 
-    grads = backward.fused(packed.padded(args), o, lse, do, needs)
-    return grads._replace(prefix_k=packed.pack(grads.prefix_k, args), prefix_v=packed.pack(grads.prefix_v, args))
+    grads = backward.fused(prefix_bank.to_padded(args), o, lse, do, needs)
+    prefix_k, prefix_v = (prefix_bank.to_packed(grad, args) for grad in (grads.prefix_k, grads.prefix_v))
+    return grads._replace(prefix_k=prefix_k, prefix_v=prefix_v)

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fastprefix.backends.launch import tiles
-from fastprefix.backends.launch.tiles import Lookup
+from fastprefix.backends.launch import tile_config
+from fastprefix.backends.launch.tile_config import Lookup
 from fastprefix.measure.families import DTYPE_NAMES, FAMILIES, HELPERS, Variant
 
 # Asked for whatever rows there are: each is the largest that some dtype may have.
@@ -101,10 +101,14 @@ def plan(capabilities: Sequence[int], quick: bool = False) -> tuple[list[Job], l
                 continue
             if found is None:
                 continue
-            place, row = tiles.find(found.last.kernel, call.device, *found.last[1:4])
+            place, row = tile_config.find(found.last.kernel, call.device, *found.last[1:4])
             # A row is compiled for its own head dim; and where no descriptors are wanted, nothing refuses them.
             idle = "strides" in call.variant.has and not found.first.tile.TMA
-            if idle or tiles.read(place)[found.last.kernel][row]["D"] != call.D or (named and place != Path(named)):
+            if (
+                idle
+                or tile_config.read(place)[found.last.kernel][row]["D"] != call.D
+                or (named and place != Path(named))
+            ):
                 continue
             seen = (place, found.last.kernel, row) in used
             used.add((place, found.last.kernel, row))
@@ -114,7 +118,7 @@ def plan(capabilities: Sequence[int], quick: bool = False) -> tuple[list[Job], l
                 if launch.name in (call.kernel, *HELPERS):
                     jobs.setdefault((capability, launch.fingerprint), Job([], index)).calls.append(call)
         for path, _ in tables:
-            every = ((path, kernel, row) for kernel, rows in tiles.read(path).items() for row in range(len(rows)))
+            every = ((path, kernel, row) for kernel, rows in tile_config.read(path).items() for row in range(len(rows)))
             missing += [
                 f"sm_{capability}, {path.name}: nothing asks for {x[1]} row {x[2]}" for x in every if x not in used
             ]
@@ -132,15 +136,17 @@ def trace(call: Call) -> Trace | None:
 
 
 def _watched(call: Call, P: int) -> Trace | None:
-    from fastprefix.backends.launch import run
+    from fastprefix.backends.launch import launcher
 
     launches: list[Launch] = []
     with (
-        tiles.recorded() as lookups,
-        run.observed(lambda kernel, grid, args, options: launches.append(Launch(kernel, args, options)), *call.device),
+        tile_config.recorded() as lookups,
+        launcher.dry_run(
+            lambda kernel, grid, args, options: launches.append(Launch(kernel, args, options)), *call.device
+        ),
     ):
         taken = FAMILIES[call.kernel](call.variant, call.D, call.itemsize, call.S, P)
-    mine = [x for x in lookups if tiles.launched(x.kernel) == call.kernel]
+    mine = [x for x in lookups if tile_config.launched(x.kernel) == call.kernel]
     return Trace(launches, mine[0], mine[-1]) if taken else None
 
 
@@ -148,8 +154,8 @@ def _calls(capability: int, name: str, quick: bool) -> Iterator[Call]:
     """Every kernel at the sizes that its rows are written for, and at those that it must have a row for."""
     for kernel, family in FAMILIES.items():
         sizes = {(D, itemsize, TYPICAL) for D in HEAD_DIMS for itemsize in DTYPE_NAMES}
-        for path in tiles.tables((capability, name)):
-            rows = (tiles.read(path).get(key, []) for key in (kernel, kernel + tiles.GENERAL))
+        for path in tile_config.tables((capability, name)):
+            rows = (tile_config.read(path).get(key, []) for key in (kernel, kernel + tile_config.GENERAL))
             sizes |= {(row["D"], row["itemsize"], row.get("S", TYPICAL)) for row in itertools.chain(*rows)}
         for size, variant in itertools.product(sorted(sizes), family.quick if quick else family.variants):
             yield Call(capability, name, kernel, *size, variant)
@@ -157,8 +163,8 @@ def _calls(capability: int, name: str, quick: bool) -> Iterator[Call]:
 
 def _shipped(capability: int) -> Iterator[tuple[Path, str]]:
     """Tables for a target, and the device whose own each is; "" for the architecture's."""
-    for path in sorted(tiles.FOLDER.glob("*.json")):
-        if path.stem != "interpreter" and tiles.capability(path) == capability:
+    for path in sorted(tile_config.FOLDER.glob("*.json")):
+        if path.stem != "interpreter" and tile_config.capability(path) == capability:
             yield path, "" if path.stem.startswith("sm_") else path.stem
 
 

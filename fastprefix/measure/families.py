@@ -85,9 +85,9 @@ def _epilogue_backward(args: AttentionArgs, needs: Needs) -> None:
 
 
 def _decode(args: AttentionArgs, needs: Needs) -> None:
-    from fastprefix.backends.launch import decode
+    from fastprefix.backends.launch import split_kv_decode
 
-    decode.fwd(args)
+    split_kv_decode.fwd(args)
 
 
 SHORT, LONG, PADDED = Variant("P 16", P=16), Variant("G 3", groups=3), Variant("padding, window", ("padding", "window"))

@@ -6,8 +6,8 @@ import itertools
 from dataclasses import replace
 from typing import Any
 
-from fastprefix.backends.launch import tiles
-from fastprefix.backends.launch.tiles import Tile
+from fastprefix.backends.launch import tile_config
+from fastprefix.backends.launch.tile_config import Tile
 
 BOTH = (True, False)
 # What is not named stays as it is in the tile that is taken now.
@@ -64,13 +64,13 @@ MOST, LEAST = 128, 4
 
 def grid(kernel: str, D: int, tile: Tile) -> list[Tile]:
     """Candidates for a kernel and padded head dim ``D`` in the place of ``tile``; none for a kernel without tiles."""
-    axes = AXES.get(tiles.launched(kernel), {})
-    if kernel.endswith(tiles.GENERAL):
+    axes = AXES.get(tile_config.launched(kernel), {})
+    if kernel.endswith(tile_config.GENERAL):
         axes = {**axes, "TMA": (False,)}
     found = [replace(tile, **dict(zip(axes, values, strict=True))) for values in itertools.product(*axes.values())]
     return [x for x in found if x != tile and LEAST <= _accumulator(kernel, D, x) <= MOST]
 
 
 def _accumulator(kernel: str, D: int, tile: Tile) -> float:
-    rows = {"bwd_dkdv": tile.BLOCK_N, "bwd_dprefix": tile.BLOCK_P}.get(tiles.launched(kernel), tile.BLOCK_M)
+    rows = {"bwd_dkdv": tile.BLOCK_N, "bwd_dprefix": tile.BLOCK_P}.get(tile_config.launched(kernel), tile.BLOCK_M)
     return rows * D / (32 * tile.num_warps)

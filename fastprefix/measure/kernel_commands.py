@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from fastprefix.backends.launch import tiles
+from fastprefix.backends.launch import tile_config
 from fastprefix.measure import tables
 from fastprefix.measure.problem import DTYPES, Problem
 
 if TYPE_CHECKING:
-    from fastprefix.backends.launch.tiles import Tile
+    from fastprefix.backends.launch.tile_config import Tile
     from fastprefix.measure.resources import Result
     from fastprefix.measure.tune import Outcome
 
@@ -92,7 +92,7 @@ def tune_main(args: argparse.Namespace) -> int:
     problems = [Problem.train(*shape, dtype=dtype, device=args.device) for shape in training]
     problems += [Problem.decode(*shape, dtype=dtype, device=args.device) for shape in decoding]
     name = tables.device_name(args.device) if torch.device(args.device).type == "cuda" else "interpreter"
-    out = args.out or Path(f"tiles-{tiles.slug(name)}.json")
+    out = args.out or Path(f"tiles-{tile_config.slug(name)}.json")
     outcomes = tune(problems, out, args.kernel, repeats=args.repeats, report=lambda x: print(_line(x), flush=True))
     better = sum(x.best != x.asked.tile for x in outcomes)
     print(f"{name}: {better} of {len(outcomes)} tiles changed, all are in {out}. To use them: FASTPREFIX_TILES={out}")

@@ -145,9 +145,9 @@ def cuobjdump() -> str:
     """
     if importlib.util.find_spec("triton") is None:
         raise ValueError("--resources: got no triton, expected triton 3.6 or later: pip install 'fastprefix[triton]'")
-    from fastprefix.backends.launch import run
+    from fastprefix.backends.launch import launcher
 
-    if run.INTERPRETED:
+    if launcher.INTERPRETER:
         value = os.environ.get("TRITON_INTERPRET")
         raise ValueError(f"--resources: got TRITON_INTERPRET={value}, expected it unset: it leaves nothing to compile")
     import triton

@@ -70,9 +70,9 @@ def _args(x: Leaves) -> AttentionArgs:
 
 
 def _decode(args: AttentionArgs) -> Results:
-    from fastprefix.backends.launch import decode
+    from fastprefix.backends.launch import split_kv_decode
 
-    return _named(*decode.fwd(args), ())
+    return _named(*split_kv_decode.fwd(args), ())
 
 
 def _fused(args: AttentionArgs, do: Tensor) -> Results:

@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 
-from fastprefix.backends.launch import tiles
-from fastprefix.backends.launch.tiles import Lookup, Tile
+from fastprefix.backends.launch import tile_config
+from fastprefix.backends.launch.tile_config import Lookup, Tile
 from fastprefix.measure.check import broken_rule
 from fastprefix.measure.configurations import Launch
 from fastprefix.measure.grids import grid
@@ -93,7 +93,7 @@ def tune(
             leaves = Leaves.random(route.problem)
             if route.refuses(leaves):
                 continue
-            with tiles.recorded() as lookups:
+            with tile_config.recorded() as lookups:
                 route(leaves)
             for asked in dict.fromkeys(lookups):
                 if asked[:4] in found or (kernels is not None and asked.kernel not in kernels):
@@ -110,14 +110,14 @@ def tune(
 @contextmanager
 def _compilers(place: torch.device) -> Iterator[Judge]:
     """What tells bad candidates by compiling all of them at once, which also fills Triton's cache for the others."""
-    from fastprefix.backends.launch import run
+    from fastprefix.backends.launch import launcher
 
     if place.type != "cuda":
         yield lambda route, kernel, candidates: {}
         return
     properties: Any = torch.cuda.get_device_properties(place)
     limit = properties.shared_memory_per_block_optin
-    device = run.device(torch.empty(0, device=place))
+    device = launcher.device(torch.empty(0, device=place))
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(min(PROCESSES, os.cpu_count() or 1), mp_context=context) as pool:
 
@@ -129,7 +129,7 @@ def _compilers(place: torch.device) -> Iterator[Judge]:
 
 
 def _flaw(task: tuple[Route, str, Tile, tuple[int, str], int]) -> str | None:
-    from fastprefix.backends.launch import run
+    from fastprefix.backends.launch import launcher
 
     route, kernel, tile, device, limit = task
     launches: list[Launch] = []
@@ -138,9 +138,9 @@ def _flaw(task: tuple[Route, str, Tile, tuple[int, str], int]) -> str | None:
         launches.append(Launch(function, args, options))
 
     try:
-        with tiles.forced(kernel, tile), run.observed(observe, *device):
+        with tile_config.forced(kernel, tile), launcher.dry_run(observe, *device):
             route(route.blank())
-        usages = [usage_of(x, device[0]) for x in launches if x.name == tiles.launched(kernel)]
+        usages = [usage_of(x, device[0]) for x in launches if x.name == tile_config.launched(kernel)]
     except Exception as error:
         return why(error)
     spilt, shared = (max((getattr(x, name) for x in usages), default=0) for name in ("stack", "shared"))
@@ -179,24 +179,24 @@ def _wrong(route: Route, kernel: str, tile: Tile, checked: Checked) -> str | Non
     """What is off in a route's results with this tile; seen once, since many problems come down to the same."""
     if (route, kernel, tile) not in checked:
         leaves = Leaves.random(route.problem, requires_grad=route.name != "decode")
-        with tiles.forced(kernel, tile):
+        with tile_config.forced(kernel, tile):
             checked[route, kernel, tile] = broken_rule(route.problem, leaves, route(leaves))
     return checked[route, kernel, tile]
 
 
 def _launches(route: Route, leaves: Leaves, kernel: str, tile: Tile) -> Callable[[], None]:
     """The launches of a kernel in a route, and of the one whose work depends on its tile, made once more."""
-    from fastprefix.backends.launch import run
+    from fastprefix.backends.launch import launcher
 
     launches: list[tuple[int, Launch]] = []
 
     def observe(function: Any, programs: int, args: tuple[Any, ...], options: dict[str, Any]) -> None:
         launch = Launch(function, args, options)
         function[(programs,)](*args, **options)
-        if launch.name in (tiles.launched(kernel), FOLLOWS.get(kernel)):
+        if launch.name in (tile_config.launched(kernel), FOLLOWS.get(kernel)):
             launches.append((programs, launch))
 
-    with tiles.forced(kernel, tile), run.observed(observe, *run.device(leaves.q)):
+    with tile_config.forced(kernel, tile), launcher.dry_run(observe, *launcher.device(leaves.q)):
         route(leaves)
     synchronize(route.problem.device)
 
@@ -209,13 +209,13 @@ def _launches(route: Route, leaves: Leaves, kernel: str, tile: Tile) -> Callable
 
 def _write(out: Path, place: torch.device, outcomes: Iterable[Outcome]) -> None:
     """The table, a row a line."""
-    from fastprefix.backends.launch import run
+    from fastprefix.backends.launch import launcher
 
-    capability, _ = run.device(torch.empty(0, device=place))
+    capability, _ = launcher.device(torch.empty(0, device=place))
     rows: dict[str, list[str]] = {}
     for outcome in outcomes:
         asked = outcome.asked._replace(tile=outcome.best)
-        rows.setdefault(asked.kernel, []).append("  " + json.dumps(tiles.as_row(asked)))
+        rows.setdefault(asked.kernel, []).append("  " + json.dumps(tile_config.as_row(asked)))
     parts = [f' "target": "sm_{capability}"'] if capability else []
     parts += [f" {json.dumps(kernel)}: [\n" + ",\n".join(lines) + "\n ]" for kernel, lines in rows.items()]
     write_atomically(out, "{\n" + ",\n".join(parts) + "\n}\n")

@@ -1,1 +1,1 @@
-"""What is trained: the prefix's keys and values, however they are parameterised. Free of transformers."""
+"""Trained parameters: the prefix's keys and values, however they are parameterised. Free of transformers."""

@@ -1,4 +1,4 @@
-"""``PrefixConfig``: what a user decides about a prefix."""
+"""``PrefixConfig``: the user's choices about a prefix."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
+from fastprefix.errors import fail
 from fastprefix.prefixes.init import Init, normal, take_length
-from fastprefix.validation import fail, is_int
+from fastprefix.validation import is_int
 
 PositionOffset = Literal["after_prefix", "none"]
 Part = Literal["encoder", "decoder", "cross"]

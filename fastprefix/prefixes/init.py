@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastprefix.validation import fail, is_int
+from fastprefix.errors import fail
+from fastprefix.validation import is_int
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from fastprefix.prefixes.config import LayerShape, Part
 
 
 class DirectKV(nn.Module):
-    """Trained keys ``[H_kv, P - F, D]`` and values behind F frozen ones; ``forward`` gives all P."""
+    """Trained keys ``[H_kv, P - F, D]`` and values after F frozen ones; ``forward`` gives all P."""
 
     frozen_k: Tensor
     frozen_v: Tensor

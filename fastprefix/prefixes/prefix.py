@@ -8,10 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fastprefix.errors import fail
 from fastprefix.prefixes.config import LayerShape, Part, PrefixConfig
 from fastprefix.prefixes.kv import DirectKV, PartEncoders, PrefixEncoder, ProjectedKV
 from fastprefix.prefixes.modules import Modules
-from fastprefix.validation import fail
 
 
 class Prefix(nn.Module):
@@ -55,7 +55,7 @@ class Prefix(nn.Module):
 
     @property
     def offset(self) -> int:
-        """Positions that content behind it is shifted by."""
+        """By how many positions the content after the prefix is shifted."""
         return self.num_virtual_tokens if self.config.position_offset == "after_prefix" else 0
 
     def devices(self) -> list[torch.device]:
@@ -93,7 +93,7 @@ class Prefix(nn.Module):
 
 
 class LayerKV(NamedTuple):
-    """What one layer's attention reads beside its content."""
+    """The prefix that one layer's attention reads in addition to its content."""
 
     k: Tensor  # [H_kv, P, D]; with ids a packed bank, P the sum of its prefixes' lengths
     v: Tensor  # [H_kv, P, D_v]
@@ -103,9 +103,9 @@ class LayerKV(NamedTuple):
 
 
 class LayerSlot(nn.Module):
-    """What an attention module holds: the prefixes attached to it by name, one of them active or none.
+    """The child of an attention module that holds the prefixes attached to it by name, one of them active or none.
 
-    A forward may bring keys and values of its own (``override``): a bank, or what the model computed from a prompt.
+    A forward may bring keys and values of its own (``override``): a bank, or those that the model computed from a prompt.
     """
 
     def __init__(self) -> None:

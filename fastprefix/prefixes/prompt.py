@@ -9,17 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastprefix.errors import fail
 from fastprefix.prefixes.config import check_tokens, checked_modules
 from fastprefix.prefixes.init import Init, take_length, vocabulary
 from fastprefix.prefixes.modules import Modules
-from fastprefix.validation import fail
 
 
 @dataclass
 class PromptConfig:
     """A soft prompt: P trained input embeddings in front of every row (prompt tuning, Lester et al. 2021).
 
-    In a causal model what the prompt's tokens compute does not depend on what follows them. So they run through the
+    In a causal model the states of the prompt's tokens do not depend on the tokens after them. So they run through the
     frozen model once per forward, whatever the batch, and their keys and values become every row's prefix: ``P + B*S``
     tokens of work for ``B * (P + S)``, with the loss and the gradient of embeddings concatenated to every row. With
     ``labels``, that loss counts the first token of a row too, which the prompt's last one predicts; logits are those
@@ -59,7 +59,7 @@ class PromptConfig:
 
 
 class Table(nn.Module):
-    """What is trained, fp32: the child of the model, beside which modules of the prompt's own stand elsewhere."""
+    """The prompt's trained embeddings, fp32: a child module of the model."""
 
     def __init__(self, embedding: Tensor) -> None:
         super().__init__()
@@ -71,7 +71,7 @@ class SoftPrompt(nn.Module):
 
     Attributes:
         config: the :class:`PromptConfig` it was made from.
-        embedding: what is trained, fp32.
+        embedding: the trained parameter, fp32.
         modules_to_save: its own copies of the model's modules of ``config.modules_to_save``.
     """
 
@@ -100,7 +100,7 @@ class SoftPrompt(nn.Module):
 
 @torch.no_grad()
 def start(config: PromptConfig, word_embeddings: nn.Module, vocab_size: int, dim: int, device: torch.device) -> Tensor:
-    """``[P, d]`` to start from, on a device: what the model's input embedding makes of tokens, or noise."""
+    """``[P, d]`` to start from, on a device: the model's input embedding of tokens, or noise."""
     if config.init.of_tokens:
         ids = config.init.tokens(config.num_virtual_tokens, vocab_size)
         return word_embeddings(ids.to(device)).float()

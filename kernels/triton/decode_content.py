@@ -3,9 +3,9 @@
 import triton
 import triton.language as tl
 
+from .kv_splits import split_range, store_state
 from .prefix_attn_fwd import attend_content
 from .primitives import key_range, load_rows, packed_rows, query_start, segment_ids, segment_range
-from .splits import split_range, store_state
 
 
 @triton.jit(do_not_specialize=["q_start", "S", "T", "rows", "splits", "first_split"])
@@ -41,7 +41,7 @@ def _prefix_attn_decode_content_kernel(
         low, high = segment_range(low, high, 0, least, most, b, T, mask)
         low = low // BLOCK_N * BLOCK_N
         full = low
-    # To these rows the keys end at `high`: what a cache holds beyond it, perhaps never written, is not even read.
+    # The keys of these rows end at `high`. A cache's slots after it may never have been written and are not read.
     keys = high
     low, full, high = split_range(low, full, high, split, splits, BLOCK_N)
 

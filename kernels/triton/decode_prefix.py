@@ -1,16 +1,16 @@
 """Decoding, the prefix's part: each tile of the prefix is read once for the rows of the whole batch.
 
 One token of each of 256 samples with their own copies of a prefix reads it 256 times; here it is a matrix product with
-256 * G rows (Juravsky et al. 2024, Hydragen). What is left over of the machine is filled by splits of the prefix.
+256 * G rows (Juravsky et al. 2024, Hydragen). Splits of the prefix fill the rest of the machine.
 """
 
 import triton
 import triton.language as tl
 
+from .flat_rows import count_rows, flat_rows
+from .kv_splits import split_range, store_state
 from .prefix_attn_fwd import attend_content
 from .primitives import load_rows, prefix_length
-from .rows import count_rows, flat_rows
-from .splits import split_range, store_state
 
 
 @triton.jit

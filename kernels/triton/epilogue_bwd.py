@@ -7,10 +7,10 @@ gradients stay in registers, so each program walks through a stretch of rows and
 import triton
 import triton.language as tl
 
+from .flat_rows import flat_rows
+from .kernel_structs import Order
 from .prefix_attn_bwd_dprefix import store_partial
 from .primitives import dot, load_keys, load_lse, load_rows, logits, store_rows, through_softcap
-from .rows import flat_rows
-from .views import Order
 
 
 @triton.jit(do_not_specialize=["B", "S", "P", "tiles"])

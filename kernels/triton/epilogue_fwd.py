@@ -6,6 +6,8 @@ One pass over memory: q, o and lse are read once, o and lse written once; the pr
 import triton
 import triton.language as tl
 
+from .flat_rows import flat_rows
+from .kernel_structs import Order
 from .prefix_attn_fwd import attend_prefix
 from .primitives import (
     LOG2E,
@@ -17,8 +19,6 @@ from .primitives import (
     row_prefixes,
     store_rows,
 )
-from .rows import flat_rows
-from .views import Order
 
 
 @triton.jit(do_not_specialize=["B", "S", "P"])

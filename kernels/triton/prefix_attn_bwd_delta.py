@@ -1,4 +1,4 @@
-"""``delta = rowsum(do * o)``: what a row's gradient has in common with its output."""
+"""``delta = rowsum(do * o)`` of every row, which the gradient kernels subtract from ``dA``."""
 
 import triton
 import triton.language as tl

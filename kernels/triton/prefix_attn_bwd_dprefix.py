@@ -7,8 +7,8 @@ A prefix has few tokens and very many rows, so the rows are split over the grid;
 import triton
 import triton.language as tl
 
+from .flat_rows import count_rows, flat_rows
 from .primitives import dot, load_keys, load_lse, load_rows, logits, prefix_length, through_softcap
-from .rows import count_rows, flat_rows
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""Launches of the backward: what nothing needs is not launched."""
+"""Launches of the backward. A kernel whose gradients are not needed is not launched."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastprefix._triton.prefix_attn_bwd_delta import _prefix_attn_bwd_delta_kernel
-from fastprefix._triton.prefix_attn_bwd_dkdv import _prefix_attn_bwd_dkdv_kernel
-from fastprefix._triton.prefix_attn_bwd_dprefix import _prefix_attn_bwd_dprefix_kernel
-from fastprefix._triton.prefix_attn_bwd_dq import _prefix_attn_bwd_dq_kernel
-from fastprefix.backends.launch import arguments, run
-from fastprefix.backends.launch.order import order
-from fastprefix.backends.launch.reduce import Partials
-from fastprefix.backends.launch.shapes import constants, key_sources, row_sources, row_tiles, tile_for, token_major
-from fastprefix.backends.launch.tiles import Tile
-from fastprefix.types import AttentionArgs, Grads, Needs
+from ..._triton.prefix_attn_bwd_delta import _prefix_attn_bwd_delta_kernel
+from ..._triton.prefix_attn_bwd_dkdv import _prefix_attn_bwd_dkdv_kernel
+from ..._triton.prefix_attn_bwd_dprefix import _prefix_attn_bwd_dprefix_kernel
+from ..._triton.prefix_attn_bwd_dq import _prefix_attn_bwd_dq_kernel
+from ...types import AttentionArgs, Grads, Needs
+from . import kernel_args, launcher
+from .kernel_args import constants, empty_bshd, key_sources, row_sources, row_tiles, tile_for
+from .prefix_bank import rows_by_prefix, unit_is_token
+from .split_reduce import Partials
+from .tile_config import Tile
 
 # A prefix of one or two tiles reads o itself; above, a pass for delta costs less than reading o again for each tile.
 DELTA_INSIDE_UP_TO = 2
@@ -43,10 +43,10 @@ def fused(args: AttentionArgs, o: Tensor, lse: Tensor, do: Tensor, needs: Needs)
 def _delta(args: AttentionArgs, o: Tensor, do: Tensor) -> Tensor:
     delta = args.q.new_empty(args.q.shape[:3], dtype=torch.float32)
     shape, tile = constants(args), Tile(BLOCK_M=64, num_warps=4, num_stages=1)
-    run.launch(
+    launcher.launch(
         _prefix_attn_bwd_delta_kernel,
         row_tiles(args, tile),
-        *(arguments.strided(do), arguments.strided(o), delta, args.q.shape[2], args.k.shape[1]),
+        *(kernel_args.strided(do), kernel_args.strided(o), delta, args.q.shape[2], args.k.shape[1]),
         tile=tile,
         place=args.q,
         BLOCK_M=tile.BLOCK_M,
@@ -56,14 +56,14 @@ def _delta(args: AttentionArgs, o: Tensor, do: Tensor) -> Tensor:
 
 
 def _dq(args: AttentionArgs, lse: Tensor, delta: Tensor, do: Tensor) -> Tensor:
-    dq = token_major(args.q)
-    mask, q_start, masked = arguments.mask(args)
+    dq = empty_bshd(args.q)
+    mask, q_start, masked = kernel_args.mask(args)
     tile, tma, sources = key_sources(args, "bwd_dq")
-    run.launch(
+    launcher.launch(
         _prefix_attn_bwd_dq_kernel,
         row_tiles(args, tile),
-        *(arguments.strided(args.q), arguments.strided(do), *sources, arguments.strided(dq), lse, delta, mask),
-        *(arguments.bank(args), q_start, args.scale, args.softcap, args.q.shape[2], args.k.shape[2]),
+        *(kernel_args.strided(args.q), kernel_args.strided(do), *sources, kernel_args.strided(dq), lse, delta, mask),
+        *(kernel_args.bank(args), q_start, args.scale, args.softcap, args.q.shape[2], args.k.shape[2]),
         *(args.num_prefix_tokens, args.k.shape[1]),
         tile=tile,
         place=args.q,
@@ -71,7 +71,7 @@ def _dq(args: AttentionArgs, lse: Tensor, delta: Tensor, do: Tensor) -> Tensor:
         MASKED=masked or not tile.SPLIT,
         BLOCK_M=tile.BLOCK_M,
         BLOCK_N=tile.BLOCK_N,
-        BLOCK_P=arguments.prefix_block(args.num_prefix_tokens, tile.BLOCK_P),
+        BLOCK_P=kernel_args.prefix_block(args.num_prefix_tokens, tile.BLOCK_P),
         TMA=tma,
         **constants(args),
     )
@@ -79,14 +79,14 @@ def _dq(args: AttentionArgs, lse: Tensor, delta: Tensor, do: Tensor) -> Tensor:
 
 
 def _dkdv(args: AttentionArgs, lse: Tensor, delta: Tensor | None, do: Tensor, needs: Needs) -> tuple[Any, Any]:
-    dk, dv = (token_major(x) if need else None for x, need in ((args.k, needs.k), (args.v, needs.v)))
-    mask, q_start, masked = arguments.mask(args)
+    dk, dv = (empty_bshd(x) if need else None for x, need in ((args.k, needs.k), (args.v, needs.v)))
+    mask, q_start, masked = kernel_args.mask(args)
     tile, tma, rows = row_sources(args, "bwd_dkdv", do)
-    run.launch(
+    launcher.launch(
         _prefix_attn_bwd_dkdv_kernel,
         args.q.shape[0] * args.k.shape[1] * -(-args.k.shape[2] // tile.BLOCK_N),
-        *(*rows, arguments.strided(args.k), arguments.strided(args.v)),
-        *(None if x is None else arguments.strided(x) for x in (dk, dv)),
+        *(*rows, kernel_args.strided(args.k), kernel_args.strided(args.v)),
+        *(None if x is None else kernel_args.strided(x) for x in (dk, dv)),
         *(lse, delta, mask, q_start, args.scale, args.softcap, args.q.shape[2], args.k.shape[2], args.k.shape[1]),
         tile=tile,
         place=args.q,
@@ -103,7 +103,7 @@ def _dkdv(args: AttentionArgs, lse: Tensor, delta: Tensor | None, do: Tensor, ne
 
 
 def _prefix_tiles(args: AttentionArgs) -> int:
-    block = arguments.prefix_block(args.num_prefix_tokens, tile_for(args, "bwd_dprefix").BLOCK_P)
+    block = kernel_args.prefix_block(args.num_prefix_tokens, tile_for(args, "bwd_dprefix").BLOCK_P)
     return -(-args.num_prefix_tokens // block)
 
 
@@ -113,23 +113,31 @@ def dprefix(
     """Gradients of the prefix in its own dtype; ``delta`` None takes it from ``o``."""
     if not (needs.prefix_k or needs.prefix_v):
         return None, None
-    prefix_k, prefix_v = arguments.prefix(args)
+    prefix_k, prefix_v = kernel_args.prefix(args)
     tile, heads_kv, numbers, tokens = tile_for(args, "bwd_dprefix"), args.k.shape[1], len(prefix_k), prefix_k.shape[2]
-    block_p = arguments.prefix_block(tokens, tile.BLOCK_P)
+    block_p = kernel_args.prefix_block(tokens, tile.BLOCK_P)
     programs = numbers * heads_kv * -(-tokens // block_p)
     rows = args.q.shape[0] * args.q.shape[2] * args.groups
-    splits = min(-(-rows // tile.BLOCK_M), -(-2 * run.processors(args.q) // max(programs, 1)))
+    splits = min(-(-rows // tile.BLOCK_M), -(-2 * launcher.num_sms(args.q) // max(programs, 1)))
     partials = Partials(args.prefix_k, args.prefix_v, splits, needs.prefix_k, needs.prefix_v)
-    run.launch(
+    launcher.launch(
         _prefix_attn_bwd_dprefix_kernel,
         splits * programs,
-        *(arguments.strided(args.q), arguments.strided(do), None if delta is not None else arguments.strided(o)),
-        *(arguments.strided(prefix_k), arguments.strided(prefix_v), partials.k, partials.v, lse, delta),
-        *(arguments.bank(args), order(args), args.scale, args.softcap, args.q.shape[0], args.q.shape[2], tokens),
+        *(kernel_args.strided(args.q), kernel_args.strided(do), None if delta is not None else kernel_args.strided(o)),
+        *(kernel_args.strided(prefix_k), kernel_args.strided(prefix_v), partials.k, partials.v, lse, delta),
+        *(
+            kernel_args.bank(args),
+            rows_by_prefix(args),
+            args.scale,
+            args.softcap,
+            args.q.shape[0],
+            args.q.shape[2],
+            tokens,
+        ),
         *(numbers, heads_kv, splits),
         tile=tile,
         place=args.q,
-        UNIT_IS_TOKEN=args.prefix_ids is not None and args.prefix_ids.dim() == 2,
+        UNIT_IS_TOKEN=unit_is_token(args),
         NEED_K=needs.prefix_k,
         NEED_V=needs.prefix_v,
         BLOCK_M=tile.BLOCK_M,

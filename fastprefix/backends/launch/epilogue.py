@@ -1,17 +1,17 @@
-"""Launches for a short prefix beside a vendor kernel that has done the content: forward and backward, both in place."""
+"""Launches that add a short prefix, in place, to the result of a vendor kernel on the content: forward and backward."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from fastprefix._triton.epilogue_bwd import _prefix_attn_epilogue_bwd_kernel
-from fastprefix._triton.epilogue_fwd import _prefix_attn_epilogue_fwd_kernel
-from fastprefix.backends.launch import arguments, run
-from fastprefix.backends.launch.reduce import Partials
-from fastprefix.backends.launch.shapes import constants, tile_for, token_major
-from fastprefix.backends.launch.tiles import Tile
-from fastprefix.types import AttentionArgs, Needs
+from ..._triton.epilogue_bwd import _prefix_attn_epilogue_bwd_kernel
+from ..._triton.epilogue_fwd import _prefix_attn_epilogue_fwd_kernel
+from ...types import AttentionArgs, Needs
+from . import kernel_args, launcher
+from .kernel_args import constants, empty_bshd, tile_for
+from .split_reduce import Partials
+from .tile_config import Tile
 
 LARGEST_HEAD_DIM = 256
 LARGEST_FP32_HEAD_DIM = 64  # above, products in three parts do not fit the registers
@@ -21,13 +21,13 @@ def reasons(args: AttentionArgs) -> list[str]:
     """Why :func:`fwd` cannot take the prefix of a call; empty when it can. Content is not looked at."""
     found = []
     kind = args.q.device.type
-    if kind == "cuda" and (torch.version.hip is not None or run.device(args.q)[0] < 80):
+    if kind == "cuda" and (torch.version.hip is not None or launcher.device(args.q)[0] < 80):
         found.append("device: the kernels are written for NVIDIA GPUs of compute capability 8.0 and above")
-    elif kind != "cuda" and not run.INTERPRETED and not run.observing():
+    elif kind != "cuda" and not launcher.INTERPRETER and not launcher.is_dry_run():
         found.append(f"device {kind}: Triton runs on GPUs")
-    if args.q.dtype == torch.float64 or (args.q.dtype == torch.bfloat16 and run.INTERPRETED):
+    if args.q.dtype == torch.float64 or (args.q.dtype == torch.bfloat16 and launcher.INTERPRETER):
         found.append(f"dtype {args.q.dtype}: not in the kernels")
-    narrow = args.q.dtype == torch.float32 and not run.INTERPRETED
+    narrow = args.q.dtype == torch.float32 and not launcher.INTERPRETER
     largest = LARGEST_FP32_HEAD_DIM if narrow else LARGEST_HEAD_DIM
     if max(args.q.shape[3], args.v.shape[3]) > largest:
         found.append(f"head dim: at most {largest}" + (" in fp32" if narrow else ""))
@@ -49,7 +49,7 @@ def bwd_reasons(args: AttentionArgs) -> list[str]:
 
 
 def _sizes(args: AttentionArgs, tile: Tile) -> dict[str, int]:
-    block_p = arguments.prefix_block(args.num_prefix_tokens, tile.BLOCK_P)
+    block_p = kernel_args.prefix_block(args.num_prefix_tokens, tile.BLOCK_P)
     return {**constants(args), "BLOCK_M": tile.BLOCK_M, "BLOCK_P": block_p}
 
 
@@ -60,15 +60,15 @@ def fwd(args: AttentionArgs, o: Tensor, lse: Tensor, prefix_lse: Tensor | None =
     lse = lse.contiguous()
     batch, heads, seq, _ = args.q.shape
     tile = tile_for(args, "epilogue_fwd")
-    bank = arguments.bank(args)
+    bank = kernel_args.bank(args)
     if bank.ids is not None and bank.ids_s is None:
         bank = bank._replace(ids_s=0)
     heads_kv = heads // args.groups
-    prefix_k, prefix_v = (arguments.strided(x) for x in arguments.prefix(args))
-    run.launch(
+    prefix_k, prefix_v = (kernel_args.strided(x) for x in kernel_args.prefix(args))
+    launcher.launch(
         _prefix_attn_epilogue_fwd_kernel,
         -(-batch * seq * args.groups // tile.BLOCK_M) * heads_kv,
-        *(arguments.strided(args.q), prefix_k, prefix_v, arguments.strided(o), lse, prefix_lse, args.sinks, bank),
+        *(kernel_args.strided(args.q), prefix_k, prefix_v, kernel_args.strided(o), lse, prefix_lse, args.sinks, bank),
         *(args.scale, args.softcap, batch, seq, args.num_prefix_tokens, heads_kv),
         tile=tile,
         place=args.q,
@@ -92,18 +92,18 @@ def bwd(
     if not needs.q:
         dq = None
     elif dq is None:
-        dq = token_major(args.q)
+        dq = empty_bshd(args.q)
     # Two programs a multiprocessor; each walks through as many tiles as every other.
-    length = -(-blocks // max(1, 2 * run.processors(args.q) // heads_kv))
+    length = -(-blocks // max(1, 2 * launcher.num_sms(args.q) // heads_kv))
     splits = -(-blocks // length)
     partials = Partials(args.prefix_k, args.prefix_v, splits, needs.prefix_k, needs.prefix_v)
-    prefix_k, prefix_v = (arguments.strided(x) for x in arguments.prefix(args))
-    run.launch(
+    prefix_k, prefix_v = (kernel_args.strided(x) for x in kernel_args.prefix(args))
+    launcher.launch(
         _prefix_attn_epilogue_bwd_kernel,
         splits * heads_kv,
-        *(arguments.strided(args.q), prefix_k, prefix_v),
-        arguments.strided(o) if needs.q or needs.prefix_k else None,
-        *(lse.contiguous(), arguments.strided(do), None if dq is None else arguments.strided(dq)),
+        *(kernel_args.strided(args.q), prefix_k, prefix_v),
+        kernel_args.strided(o) if needs.q or needs.prefix_k else None,
+        *(lse.contiguous(), kernel_args.strided(do), None if dq is None else kernel_args.strided(dq)),
         *(partials.k, partials.v, args.scale, args.softcap),
         *(batch, seq, args.num_prefix_tokens, heads_kv, length),
         tile=tile,

@@ -7,8 +7,8 @@ fp32. Put together they give the very softmax of one pass, without the rounding 
 import triton
 import triton.language as tl
 
+from .kernel_structs import Strided
 from .primitives import store_rows
-from .views import Strided
 
 
 @triton.jit

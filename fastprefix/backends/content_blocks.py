@@ -1,6 +1,6 @@
-"""How content is cut so that a vendor kernel takes it without a dense mask wherever that can be.
+"""Content keys as blocks that vendor kernels take, without a dense mask wherever that is possible.
 
-Under a causal mask with a cache, the past (no mask) and the present (square causal) are two parts.
+Under a causal mask with a cache, the past (no mask) and the present (square causal) are two blocks.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastprefix.backends import vendor
-from fastprefix.masks import additive_bias, visible_keys
-from fastprefix.types import AttentionArgs
+from ..masks import additive_bias, visible_keys
+from ..types import AttentionArgs
+from . import aten_ops
 
 
-class Part(NamedTuple):
+class ContentBlock(NamedTuple):
     """One vendor call on content: keys ``first`` to ``last``."""
 
     first: int
@@ -38,35 +38,36 @@ def int_start(args: AttentionArgs) -> int | None:
     return int(values[0]) if bool((values == values[0]).all()) else None
 
 
-def spill(args: AttentionArgs) -> bool:
-    """Whether some query position lies before the first or behind the last key."""
+def has_rows_outside_keys(args: AttentionArgs) -> bool:
+    """Whether some query position lies before the first or after the last key."""
     start = int_start(args)
     return start is None or start < 0 or start + args.q.shape[2] > args.k.shape[2]
 
 
-def parts(args: AttentionArgs) -> Iterator[Part]:
+def content_blocks(args: AttentionArgs) -> Iterator[ContentBlock]:
+    """The vendor calls that together cover every key some row sees."""
     seq, keys = args.q.shape[2], args.k.shape[2]
     if keys == 0:
         return
     dense = args.segment_ids is not None or args.bias is not None or args.window is not None
     # Vendor kernels write -inf above the diagonal before they scale: times 0 or less that is nan or +inf.
-    if dense or (args.causal and (spill(args) or args.scale <= 0.0)):
-        yield Part(0, keys, False, dense_mask(args))
+    if dense or (args.causal and (has_rows_outside_keys(args) or args.scale <= 0.0)):
+        yield ContentBlock(0, keys, False, dense_mask(args))
         return
     padding = None
     if args.key_padding_mask is not None:
-        padding = hide(args.key_padding_mask[:, None, None, :], args)  # [B, 1, 1, T]
+        padding = to_additive_mask(args.key_padding_mask[:, None, None, :], args)  # [B, 1, 1, T]
     if not args.causal:
-        yield Part(0, keys, False, padding)
+        yield ContentBlock(0, keys, False, padding)
         return
     start = int_start(args)
     assert start is not None
     if seq == 1:
-        yield Part(0, start + 1, False, _columns(padding, 0, start + 1))
+        yield ContentBlock(0, start + 1, False, _columns(padding, 0, start + 1))
         return
     if start > 0:
-        yield Part(0, start, False, _columns(padding, 0, start))
-    yield Part(start, start + seq, True, _columns(padding, start, start + seq))
+        yield ContentBlock(0, start, False, _columns(padding, 0, start))
+    yield ContentBlock(start, start + seq, True, _columns(padding, start, start + seq))
 
 
 def _columns(mask: Tensor | None, first: int, last: int) -> Tensor | None:
@@ -74,20 +75,24 @@ def _columns(mask: Tensor | None, first: int, last: int) -> Tensor | None:
 
 
 def mask_dtype(args: AttentionArgs) -> torch.dtype:
+    """What vendor kernels take an additive mask in: fp32, fp64 for fp64."""
     return torch.float64 if args.q.dtype == torch.float64 else torch.float32
 
 
-def hide(visible: Tensor, args: AttentionArgs) -> Tensor:
-    return torch.zeros(visible.shape, dtype=mask_dtype(args), device=visible.device).masked_fill_(~visible, vendor.MASK)
+def to_additive_mask(visible: Tensor, args: AttentionArgs) -> Tensor:
+    """A bool mask as one that is added to scores: 0 where visible, ``MASK`` where not."""
+    mask = torch.zeros(visible.shape, dtype=mask_dtype(args), device=visible.device)
+    return mask.masked_fill_(~visible, aten_ops.MASK)
 
 
 def dense_mask(args: AttentionArgs) -> Tensor | None:
+    """Every mask and the bias as one additive mask ``[B or 1, H or 1, S or 1, T]``; None when nothing hides a key."""
     visible, bias = visible_keys(args), additive_bias(args)
     if bias is not None:
         bias = bias.detach().to(mask_dtype(args))
-        mask = bias if visible is None else torch.where(visible, bias, vendor.MASK)
+        mask = bias if visible is None else torch.where(visible, bias, aten_ops.MASK)
     elif visible is not None:
-        mask = hide(visible, args)
+        mask = to_additive_mask(visible, args)
     else:
         return None
     # Vendor kernels broadcast dimensions of size 1 but want the keys spelled out.

@@ -1,6 +1,6 @@
 """One vendor call over ``[prefix ; content]``, where on a CPU a second call costs more than a copy of K and V.
 
-The concatenation lives for the call only: the backward makes it again, so that what is saved stays q, k, v, o, lse.
+The concatenation lives for the call only. The backward makes it again, so that only q, k, v, o and lse are saved.
 """
 
 from __future__ import annotations
@@ -8,9 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastprefix.backends import vendor
-from fastprefix.backends.parts import dense_mask
-from fastprefix.types import AttentionArgs
+from ..types import AttentionArgs
+from . import aten_ops
+from .content_blocks import dense_mask
 
 # Forward + backward on two cores, fp32, B8 H9/3 D64 P16: one call takes 0.85 of the time of two at S64, 0.96 at S256,
 # 1.3 at S1024 (above 512 keys the vendor skips causal blocks, which a mask prevents). In decoding the copy is the cost.
@@ -18,7 +18,7 @@ ROWS = (17, 512)
 
 
 def possible(args: AttentionArgs) -> bool:
-    """Whether there is one prefix, and content, to be joined on a CPU."""
+    """Whether there is one prefix, and content, to be concatenated on a CPU."""
     return (
         args.q.device.type == "cpu" and args.prefix_ids is None and 0 not in (args.num_prefix_tokens, args.k.shape[2])
     )
@@ -45,13 +45,13 @@ def _inputs(args: AttentionArgs) -> tuple[Tensor, Tensor, Tensor | None]:
 def fwd(args: AttentionArgs) -> tuple[Tensor, Tensor]:
     """``o [B, H, S, D_v]`` and ``lse [B, H, S]``, without sinks."""
     keys, values, mask = _inputs(args)
-    return vendor.fwd(args.q, keys, values, False, mask, args.scale)
+    return aten_ops.fwd(args.q, keys, values, False, mask, args.scale)
 
 
 def bwd(args: AttentionArgs, o: Tensor, lse: Tensor, do: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """dq, dk, dv, dprefix_k and dprefix_v."""
     prefix = args.num_prefix_tokens
     keys, values, mask = _inputs(args)
-    dq, dk, dv = vendor.bwd(do, args.q, keys, values, o, lse, False, mask, args.scale)
+    dq, dk, dv = aten_ops.bwd(do, args.q, keys, values, o, lse, False, mask, args.scale)
     dprefix_k, dprefix_v = (grad[:, :, :prefix].sum(0, dtype=lse.dtype).to(args.prefix_k.dtype) for grad in (dk, dv))
     return dq, dk[:, :, prefix:], dv[:, :, prefix:], dprefix_k, dprefix_v

@@ -1,4 +1,4 @@
-"""What kernels take, made of the operator's arguments: strides, descriptors, masks and banks."""
+"""From the operator's arguments to those of kernels: tiles, tensors, masks, banks and compile-time sizes."""
 
 from __future__ import annotations
 
@@ -8,9 +8,77 @@ import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fastprefix._triton.views import Bank, Mask, Strided
-from fastprefix.backends.launch.tiles import Tile
-from fastprefix.types import AttentionArgs
+from ..._triton.kernel_structs import Bank, Mask, Strided
+from ...types import AttentionArgs
+from . import launcher, tile_config
+from .tile_config import Tile
+
+
+def block_width(dim: int) -> int:
+    """A head dim as kernels see it: a power of two that a tensor core takes."""
+    return max(16, 1 << (dim - 1).bit_length())
+
+
+def constants(args: AttentionArgs) -> dict[str, Any]:
+    """Compile-time sizes of every kernel: G, D, D_V, BLOCK_D, BLOCK_DV."""
+    head_dim, width = args.q.shape[3], args.v.shape[3]
+    return {
+        "G": args.groups,
+        "D": head_dim,
+        "D_V": width,
+        "BLOCK_D": block_width(head_dim),
+        "BLOCK_DV": block_width(width),
+    }
+
+
+def tile_for(args: AttentionArgs, kernel: str, general: bool = False) -> Tile:
+    """The tile of a kernel for a call; ``general`` asks for the one that serves any arguments and strides."""
+    device, widest = launcher.device(args.q), block_width(max(args.q.shape[3], args.v.shape[3]))
+    shape = (device, widest, args.q.element_size(), args.q.shape[2])
+    if (general or not is_common_case(args)) and tile_config.has(kernel + tile_config.GENERAL, *shape):
+        kernel += tile_config.GENERAL
+    return tile_config.tile(kernel, *shape)
+
+
+def is_common_case(args: AttentionArgs) -> bool:
+    """Whether the call has no rare argument: causality, padding, a window and one prefix a sample are common."""
+    per_row = args.prefix_ids is not None and args.prefix_ids.dim() == 2
+    rare = (args.softcap, args.segment_ids, args.bias, args.prefix_lens)
+    return not per_row and all(x is None for x in rare)
+
+
+def key_sources(args: AttentionArgs, kernel: str) -> tuple[Tile, bool, list[Any]]:
+    """The tile, whether keys come through descriptors, and k, v, prefix_k, prefix_v as the kernel takes them."""
+    tile, widths = tile_for(args, kernel), (block_width(args.q.shape[3]), block_width(args.v.shape[3]))
+    if tile.TMA:
+        tma, sources = boxes(True, *key_boxes(args, tile, *widths))
+        if tma:
+            return tile, True, sources
+        tile = tile_for(args, kernel, general=True)
+    return tile, False, [strided(x) for x in (args.k, args.v, *prefix(args))]
+
+
+def row_sources(args: AttentionArgs, kernel: str, do: Tensor) -> tuple[Tile, bool, list[Any]]:
+    """The tile, whether query rows come through descriptors, and q, do as the kernel takes them."""
+    tile, widths = tile_for(args, kernel), (block_width(args.q.shape[3]), block_width(args.v.shape[3]))
+    if tile.TMA:
+        pairs = row_boxes(tile, args.groups, *zip((args.q, do), widths, strict=True))
+        tma, sources = boxes(True, *pairs)
+        if tma:
+            return tile, True, sources
+        tile = tile_for(args, kernel, general=True)
+    return tile, False, [strided(x) for x in (args.q, do)]
+
+
+def row_tiles(args: AttentionArgs, tile: Tile) -> int:
+    """Programs that own packed rows: ``B * H_kv * cdiv(S * G, BLOCK_M)``."""
+    return args.q.shape[0] * args.k.shape[1] * -(-args.q.shape[2] * args.groups // tile.BLOCK_M)
+
+
+def empty_bshd(x: Tensor, dim: int | None = None) -> Tensor:
+    """An empty ``[B, H, S, D]`` in [B, S, H, D] storage, as models hold it; of x's shape but for ``dim``, if given."""
+    batch, heads, seq, own = x.shape
+    return x.new_empty(batch, seq, heads, own if dim is None else dim).transpose(1, 2)
 
 
 def strided(x: Tensor) -> Strided:
@@ -49,7 +117,7 @@ def key_boxes(args: AttentionArgs, tile: Tile, block_d: int, block_dv: int) -> l
     if args.prefix_lens is not None:
         return []
     prefix_k, prefix_v = prefix(args)
-    # What is empty is never read, but its descriptor has to be one.
+    # An empty tensor is never read, but its descriptor has to be a valid one.
     k, v = (args.k, args.v) if args.k.numel() else (prefix_k, prefix_v)
     prefix_k, prefix_v = (prefix_k, prefix_v) if prefix_k.numel() else (k, v)
     keys, tokens = [1, 1, tile.BLOCK_N], [1, 1, prefix_block(args.num_prefix_tokens, tile.BLOCK_P)]

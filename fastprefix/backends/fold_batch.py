@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastprefix.backends.bank import Cell, cells
-from fastprefix.types import AttentionArgs
+from ..types import AttentionArgs
+from .bank_views import PrefixGroup, prefix_groups
 
 # Below this many query tokens a group's heads are folded into the rows as well, so that decoding reads each prefix
 # tile once per key/value head; above it the copy of q that this takes costs more than it saves.
@@ -25,42 +25,42 @@ CPU_ROWS = 32
 class PrefixRows(NamedTuple):
     """One prefix, or several of one length, and the query rows that read them."""
 
-    cell: Cell
+    group: PrefixGroup
     whole: bool  # every row reads the one prefix
     by_token: bool  # units are tokens
     heads: int  # that the rows are folded to: H, or H_kv with the group's heads among the rows
     chunks: int  # C, blocks of rows that vendor kernels run side by side: one a prefix, or several of the one prefix
 
     def keys_values(self, args: AttentionArgs) -> tuple[Tensor, Tensor]:
-        """What every chunk reads, ``[C, H_kv, P, D]`` and ``[C, H_kv, P, D_v]``: views where the dtype is q's."""
-        found = (self.cell.members(x.detach()).to(args.q.dtype) for x in (args.prefix_k, args.prefix_v))
+        """Keys ``[C, H_kv, P, D]`` and values ``[C, H_kv, P, D_v]`` of the chunks: views where the dtype is q's."""
+        found = (self.group.keys_of(x.detach()).to(args.q.dtype) for x in (args.prefix_k, args.prefix_v))
         k, v = (x if len(x) == self.chunks else x.expand(self.chunks, -1, -1, -1) for x in found)
         return k, v
 
 
-def prefixes(args: AttentionArgs) -> Iterator[PrefixRows]:
+def prefix_rows(args: AttentionArgs) -> Iterator[PrefixRows]:
     """The call's prefix, or those of the bank that some row reads."""
     decode = args.q.shape[2] <= FOLD_GROUP_UP_TO and args.q.shape[0] > 1
     heads = args.k.shape[1] if decode else args.q.shape[1]
     by_token = args.prefix_ids is not None and args.prefix_ids.dim() == 2
-    for cell in cells(args):
-        if cell.prefixes > 1:
-            chunks = cell.prefixes
+    for group in prefix_groups(args):
+        if group.prefixes > 1:
+            chunks = group.prefixes
         else:
-            chunks = 1 if decode else _chunks(args, cell, by_token)
-        yield PrefixRows(cell, args.prefix_ids is None, by_token, heads, chunks)
+            chunks = 1 if decode else _chunks(args, group, by_token)
+        yield PrefixRows(group, args.prefix_ids is None, by_token, heads, chunks)
 
 
-def _chunks(args: AttentionArgs, cell: Cell, by_token: bool) -> int:
+def _chunks(args: AttentionArgs, group: PrefixGroup, by_token: bool) -> int:
     """The fewest chunks of a prefix's rows that keep every lane busy: vendor backwards run one (chunk, H_kv) a thread.
 
     On CUDA they run one (chunk, H, 128 keys) a block, and a short prefix would leave most of the device idle.
     """
-    rows = cell.size * (1 if by_token else args.q.shape[2])
+    rows = group.size * (1 if by_token else args.q.shape[2])
     if args.q.device.type == "cpu":
         lanes, units, most = torch.get_num_threads(), args.k.shape[1], max(1, rows // CPU_ROWS)
     else:
-        lanes, units, most = CUDA_BLOCKS, args.q.shape[1] * -(-cell.length // 128), args.q.shape[0]
+        lanes, units, most = CUDA_BLOCKS, args.q.shape[1] * -(-group.length // 128), args.q.shape[0]
     chunks = 1
     for chunks in (n for n in range(1, most + 1) if rows % n == 0):
         if units * chunks % lanes == 0 or units * chunks >= 4 * lanes:
@@ -68,7 +68,7 @@ def _chunks(args: AttentionArgs, cell: Cell, by_token: bool) -> int:
     return chunks
 
 
-def units(x: Tensor, by_token: bool) -> Tensor:
+def unit_rows(x: Tensor, by_token: bool) -> Tensor:
     """``[B, H, S, X] -> [B, S, H, X]``, or ``[B*S, 1, H, X]``: a view when x is stored as [B, S, H, X]."""
     rows = x.transpose(1, 2)
     return rows.flatten(0, 1).unsqueeze(1) if by_token else rows
@@ -80,7 +80,7 @@ def fold(x: Tensor, prefix: PrefixRows) -> Tensor:
     A view when x is stored as [B, S, H, X], which is how models hold their queries, ``heads = H`` and the units that
     read the prefix lie side by side.
     """
-    rows = prefix.cell.chosen(units(x, prefix.by_token)).flatten(0, 1)  # [R, H, X]
+    rows = prefix.group.rows_of(unit_rows(x, prefix.by_token)).flatten(0, 1)  # [R, H, X]
     groups = rows.shape[1] // prefix.heads
     if groups > 1:  # [R * G, H_kv, X]
         rows = rows.unflatten(1, (prefix.heads, groups)).transpose(1, 2).flatten(0, 1)
@@ -92,9 +92,4 @@ def unfold(x: Tensor, num_heads: int, prefix: PrefixRows) -> Tensor:
     rows = x.transpose(1, 2).flatten(0, 1)  # [R (* G), heads, X]
     if prefix.heads != num_heads:  # [R, H, X]
         rows = rows.unflatten(0, (-1, num_heads // prefix.heads)).transpose(1, 2).flatten(1, 2)
-    return rows.unflatten(0, (prefix.cell.size, -1))
-
-
-def token_major(x: Tensor) -> Tensor:
-    """``[B, H, S, X]`` in [B, S, H, X] storage, where :func:`units` are views; free when it already is."""
-    return x.transpose(1, 2).contiguous().transpose(1, 2)
+    return rows.unflatten(0, (prefix.group.size, -1))

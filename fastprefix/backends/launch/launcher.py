@@ -10,33 +10,35 @@ from typing import Any
 import torch
 from triton.runtime.interpreter import InterpretedFunction
 
-from fastprefix._triton import primitives
-from fastprefix.backends.launch.tiles import Tile
+from ..._triton.primitives import dot
+from .tile_config import Tile
 
 Launch = Callable[[Any, int, tuple[Any, ...], dict[str, Any]], object]
 
-# Whoever looks at launches instead of making them: (kernel, grid, arguments, options).
-_observer: Launch | None = None
+# While a dry run lasts: what receives each launch (kernel, grid, arguments, options) instead of the device, and the
+# device that is assumed.
+_receiver: Launch | None = None
 _assumed: tuple[int, str] | None = None
 
-INTERPRETED = isinstance(primitives.dot, InterpretedFunction)
+# Whether Triton's interpreter runs the kernels, on the CPU.
+INTERPRETER = isinstance(dot, InterpretedFunction)
 
 
 @contextmanager
-def observed(observer: Launch, capability: int, name: str = "") -> Iterator[None]:
-    """Hand every launch to ``observer`` instead, as on a device of ``capability`` (90 for sm_90)."""
-    global _observer, _assumed
-    before = _observer, _assumed
-    _observer, _assumed = observer, (capability, name)
+def dry_run(receiver: Launch, capability: int, name: str = "") -> Iterator[None]:
+    """Launch nothing: hand every launch to ``receiver``, as on a device of ``capability`` (90 for sm_90)."""
+    global _receiver, _assumed
+    before = _receiver, _assumed
+    _receiver, _assumed = receiver, (capability, name)
     try:
         yield
     finally:
-        _observer, _assumed = before
+        _receiver, _assumed = before
 
 
-def observing() -> bool:
-    """Whether nothing is really launched."""
-    return _observer is not None
+def is_dry_run() -> bool:
+    """Whether launches are only looked at."""
+    return _receiver is not None
 
 
 def device(x: torch.Tensor) -> tuple[int, str]:
@@ -53,13 +55,13 @@ def _device(place: torch.device) -> tuple[int, str]:
 
 
 @functools.cache
-def _processors(place: torch.device) -> int:
+def _num_sms(place: torch.device) -> int:
     return torch.cuda.get_device_properties(place).multi_processor_count
 
 
-def processors(x: torch.Tensor) -> int:
-    """Multiprocessors to fill; what an H100 or H200 has where there is no device to ask."""
-    return _processors(x.device) if x.device.type == "cuda" else 132
+def num_sms(x: torch.Tensor) -> int:
+    """Streaming multiprocessors of the tensor's device; 132, as in an H100 or H200, where it is no GPU."""
+    return _num_sms(x.device) if x.device.type == "cuda" else 132
 
 
 def launch(kernel: Any, grid: int, *args: Any, tile: Tile, place: torch.Tensor, **constants: Any) -> None:
@@ -69,8 +71,8 @@ def launch(kernel: Any, grid: int, *args: Any, tile: Tile, place: torch.Tensor, 
     # Named, for Triton 3.10 turns fusion off: multiply-adds are half of a softmax's work.
     compiler = {"num_warps": tile.num_warps, "num_stages": tile.num_stages, "enable_fp_fusion": True}
     options = {**constants, **compiler}
-    if _observer is not None:
-        _observer(kernel, grid, args, options)
+    if _receiver is not None:
+        _receiver(kernel, grid, args, options)
     elif place.device.type == "cuda" and place.device.index != torch.cuda.current_device():
         with torch.cuda.device(place.device):
             kernel[(grid,)](*args, **options)

@@ -12,10 +12,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastprefix.types import AttentionArgs
+from ..types import AttentionArgs
 
 
-class Cell(NamedTuple):
+class PrefixGroup(NamedTuple):
     """``U`` prefixes of one length, each read by as many units as the others: one vendor call."""
 
     units: slice | Tensor  # ascending by prefix; a slice where they lie side by side, which then is a view
@@ -25,12 +25,12 @@ class Cell(NamedTuple):
     prefixes: int  # U
     length: int  # tokens of each
 
-    def chosen(self, x: Tensor) -> Tensor:
+    def rows_of(self, x: Tensor) -> Tensor:
         """The rows ``[units, ...]`` of these units: a view where they lie side by side."""
         return x.index_select(0, self.units) if isinstance(self.units, Tensor) else x[self.units]
 
-    def members(self, bank: Tensor) -> Tensor:
-        """The prefixes, ``[U, H_kv, length, D]``: a view of what is shaped like the bank or the one prefix."""
+    def keys_of(self, bank: Tensor) -> Tensor:
+        """The prefixes' keys, ``[U, H_kv, length, D]``: a view of ``bank``, the call's bank or its one prefix."""
         last = self.first + (self.prefixes - 1) * self.step
         if bank.dim() == 4:
             return bank[self.first : last + 1 : self.step, :, : self.length]
@@ -40,12 +40,12 @@ class Cell(NamedTuple):
         return windows.permute(1, 0, 3, 2)
 
 
-def cells(args: AttentionArgs) -> Iterator[Cell]:
-    """One cell for the call's one prefix; for a bank few that hold what somebody reads, each prefix in one of them."""
+def prefix_groups(args: AttentionArgs) -> Iterator[PrefixGroup]:
+    """One group for a call's one prefix; for a bank few groups, with each prefix that some row reads in one of them."""
     if args.prefix_ids is None:
         if args.num_prefix_tokens:
             batch = args.q.shape[0]
-            yield Cell(slice(0, batch), batch, 0, 1, 1, args.num_prefix_tokens)
+            yield PrefixGroup(slice(0, batch), batch, 0, 1, 1, args.num_prefix_tokens)
         return
     ids, order = args.prefix_ids.reshape(-1), None
     lens = _lens(args)
@@ -56,35 +56,35 @@ def cells(args: AttentionArgs) -> Iterator[Cell]:
     if len(set(read)) < len(read):
         ids, order = ids.sort(stable=True)
         numbers, counts = _runs(ids)
-    cell: Cell | None = None
-    behind = 0  # units that have been passed
+    group: PrefixGroup | None = None
+    end = 0  # of the units that have been passed
     for number, count in zip(numbers, counts, strict=True):
-        here, behind = behind, behind + count
+        begin, end = end, end + count
         if number < 0 or not lens[number]:
             continue
-        longer = None if cell is None else _extended(cell, here, count, starts[number], lens[number])
+        longer = None if group is None else _extended(group, begin, count, starts[number], lens[number])
         if longer is None:
-            if cell is not None:
-                yield _gathered(cell, order)
-            longer = Cell(slice(here, behind), count, starts[number], 1, 1, lens[number])
-        cell = longer
-    if cell is not None:
-        yield _gathered(cell, order)
+            if group is not None:
+                yield _gathered(group, order)
+            longer = PrefixGroup(slice(begin, end), count, starts[number], 1, 1, lens[number])
+        group = longer
+    if group is not None:
+        yield _gathered(group, order)
 
 
-def _extended(cell: Cell, here: int, count: int, start: int, length: int) -> Cell | None:
-    """The cell with one more prefix; None where that would not be a view of evenly spaced equals."""
-    assert isinstance(cell.units, slice)
-    step = cell.step if cell.prefixes > 1 else start - cell.first
-    evenly = step > 0 and start == cell.first + cell.prefixes * step
-    if not evenly or length != cell.length or here != cell.units.stop or count * cell.prefixes != cell.size:
+def _extended(group: PrefixGroup, begin: int, count: int, start: int, length: int) -> PrefixGroup | None:
+    """The group with one more prefix; None where that would not be a view of evenly spaced equals."""
+    assert isinstance(group.units, slice)
+    step = group.step if group.prefixes > 1 else start - group.first
+    evenly = step > 0 and start == group.first + group.prefixes * step
+    if not evenly or length != group.length or begin != group.units.stop or count * group.prefixes != group.size:
         return None
-    units, prefixes = slice(cell.units.start, here + count), cell.prefixes + 1
-    return cell._replace(units=units, size=cell.size + count, step=step, prefixes=prefixes)
+    units, prefixes = slice(group.units.start, begin + count), group.prefixes + 1
+    return group._replace(units=units, size=group.size + count, step=step, prefixes=prefixes)
 
 
-def _gathered(cell: Cell, order: Tensor | None) -> Cell:
-    return cell if order is None else cell._replace(units=order[cell.units])
+def _gathered(group: PrefixGroup, order: Tensor | None) -> PrefixGroup:
+    return group if order is None else group._replace(units=order[group.units])
 
 
 def _runs(ids: Tensor) -> tuple[list[int], list[int]]:

@@ -1,6 +1,6 @@
-"""A packed bank for kernels, which read padded ones: spread out for the length of a launch, its gradients packed again.
+"""A bank of prefixes for kernels: a packed one is padded for the length of a launch, and rows are sorted by prefix.
 
-Nothing of it is saved: the backward spreads it out once more.
+Kernels read padded banks. The padded copy is not saved: the backward makes it again and packs its gradients.
 """
 
 from __future__ import annotations
@@ -10,16 +10,17 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from fastprefix.masks import prefix_owner
-from fastprefix.types import AttentionArgs
+from ..._triton.kernel_structs import Order
+from ...masks import prefix_owner
+from ...types import AttentionArgs
 
 # Up to so many bytes every prefix gets room for all tokens of the bank: an H100 writes that in the 10 to 20 us that it
 # takes to read the longest length back, which would also hold up the host and cannot be captured in a graph. Kernels
-# stop at a prefix's own end, so that what is behind it costs no more than room. An estimate: not run on a GPU.
+# stop at a prefix's own end, so that the rest costs no more than memory. An estimate: not run on a GPU.
 ROOM_WITHOUT_ASKING = 32 * 1024 * 1024
 
 
-def padded(args: AttentionArgs) -> AttentionArgs:
+def to_padded(args: AttentionArgs) -> AttentionArgs:
     """The call with a bank ``[N, H_kv, P_max, D]`` for a packed ``[H_kv, P, D]``; any other as it is."""
     if not args.packed:
         return args
@@ -32,7 +33,7 @@ def padded(args: AttentionArgs) -> AttentionArgs:
     return replace(args, prefix_k=prefix_k, prefix_v=prefix_v)
 
 
-def pack(grad: Tensor | None, args: AttentionArgs) -> Tensor | None:
+def to_packed(grad: Tensor | None, args: AttentionArgs) -> Tensor | None:
     """``[N, H_kv, P_max, D]`` as ``[H_kv, P, D]``, if ``args`` have a packed bank."""
     if grad is None or not args.packed:
         return grad
@@ -41,6 +42,23 @@ def pack(grad: Tensor | None, args: AttentionArgs) -> Tensor | None:
     owner = prefix_owner(lens, tokens)
     token = torch.arange(tokens, device=lens.device) - _starts(lens)[owner]
     return grad[owner, :, token].transpose(0, 1)
+
+
+def rows_by_prefix(args: AttentionArgs) -> Order:
+    """Units (samples for ids ``[B]``, tokens for ``[B, S]``) by ascending id, those without a prefix first; prefix
+    ``n`` has ``units[first[n]:first[n + 1]]``. Nones where there is no bank.
+    """
+    if args.prefix_ids is None:
+        return Order(None, None)
+    # Stable: the same units in the same order, so the same sums to the last bit.
+    ids, units = torch.sort(args.prefix_ids.reshape(-1), stable=True)
+    numbers = torch.arange(args.prefix_k.shape[0] + 1, device=ids.device, dtype=ids.dtype)
+    return Order(units, torch.searchsorted(ids, numbers))
+
+
+def unit_is_token(args: AttentionArgs) -> bool:
+    """Whether rows of one sample may read different prefixes."""
+    return args.prefix_ids is not None and args.prefix_ids.dim() == 2
 
 
 def _starts(lens: Tensor) -> Tensor:

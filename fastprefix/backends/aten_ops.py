@@ -1,4 +1,4 @@
-"""Vendor attention ops of aten, behind one pair of functions that hands out and takes a natural-log ``lse``.
+"""aten's vendor attention ops as one pair of functions, with ``lse`` as a natural logarithm.
 
 They share no contract between devices: the CPU's flash kernel takes an fp32 mask of any broadcast shape together with
 its (top-left) causal flag; CUDA's takes none. Callers ask for square causal blocks only, where every alignment agrees.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastprefix.backends import vendor_cuda
+from . import aten_ops_cuda
 
 aten = torch.ops.aten
 
@@ -27,7 +27,7 @@ def fwd(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None, scal
     width = v.shape[-1]
     q, k, v = _same_width(q, k, v)
     if q.device.type != "cpu":
-        o, lse = vendor_cuda.fwd(q, k, v, causal, scale)
+        o, lse = aten_ops_cuda.fwd(q, k, v, causal, scale)
         return o[..., :width], lse
     o, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=mask, scale=scale)
     if mask is not None:
@@ -51,7 +51,7 @@ def bwd(
     do, o = _same_width(do, o, width=max(head_dim, width))
     q, k, v = _same_width(q, k, v)
     if q.device.type != "cpu":
-        dq, dk, dv = vendor_cuda.bwd(do, q, k, v, o, lse, causal, scale)
+        dq, dk, dv = aten_ops_cuda.bwd(do, q, k, v, o, lse, causal, scale)
     else:
         dq, dk, dv = aten._scaled_dot_product_flash_attention_for_cpu_backward(
             do, q, k, v, o, lse, 0.0, causal, attn_mask=mask, scale=scale

@@ -145,7 +145,7 @@ def read(path: Path) -> Table:
 
 
 def capability(path: Path) -> int:
-    """What a table was made for, 90 for sm_90.
+    """The compute capability that a table was made for, 90 for sm_90.
 
     Raises:
         ValueError: as :func:`read`, or it does not say.
@@ -162,7 +162,7 @@ def launched(kernel: str) -> str:
 
 
 def forget() -> None:
-    """Read tables anew: they are kept from the first time on."""
+    """Empty the caches: tables are read once and kept."""
     for cached in (_load, _find, _has, at):
         cached.cache_clear()
 

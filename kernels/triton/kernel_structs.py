@@ -1,6 +1,6 @@
-"""What kernels are handed: tensors as a pointer and its strides, masks and banks as whatever of them there is.
+"""Argument structs of kernels: tensors as a pointer and its strides, masks and banks as their parts.
 
-An absent part is None, which Triton specialises on: no flag beside it can contradict it.
+An absent part is None, which Triton specialises on, so that no separate flag can contradict it.
 """
 
 from typing import Any, NamedTuple
@@ -45,7 +45,7 @@ class Bank(NamedTuple):
 
 
 class Order(NamedTuple):
-    """Rows by prefix, as in a CSR matrix: what the second pass over a bank walks through."""
+    """Rows by prefix, as in a CSR matrix, for the second pass over a bank."""
 
     units: Any  # int64 pointer: samples (or tokens) sorted by id; None: all rows, one prefix
     first: Any  # int64 pointer [N + 1]: where each prefix's units begin

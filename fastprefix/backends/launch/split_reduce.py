@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastprefix._triton.prefix_attn_bwd_reduce import _prefix_attn_bwd_reduce_kernel
-from fastprefix.backends.launch import run
-from fastprefix.backends.launch.tiles import Tile
+from ..._triton.prefix_attn_bwd_reduce import _prefix_attn_bwd_reduce_kernel
+from . import launcher
+from .tile_config import Tile
 
 BLOCK = 1024
 
@@ -42,7 +42,7 @@ class Partials:
         if self.splits > 1 and max(sizes):
             place = self.k if self.k is not None else self.v
             assert place is not None
-            run.launch(
+            launcher.launch(
                 _prefix_attn_bwd_reduce_kernel,
                 -(-max(sizes) // BLOCK),
                 *(self.k, self.v, out_k, out_v, self.splits, *sizes),

@@ -1,8 +1,8 @@
-"""Query rows of the whole batch, flattened: what the prefix, which has no batch, is multiplied with.
+"""Query rows of the whole batch, flattened: the prefix, which has no batch, is multiplied with all of them.
 
 A prefix's rows are its units in turn, each unit's tokens, each token's query heads of the group:
 ``r = (unit * tokens + token) * G + g``. A unit is a sample (``S`` tokens) or, where rows have prefixes of their own,
-a token. Without an :class:`~.views.Order` there is one prefix, and unit ``i`` is sample ``i``.
+a token. Without an :class:`~.kernel_structs.Order` there is one prefix, and unit ``i`` is sample ``i``.
 """
 
 import triton
@@ -28,8 +28,8 @@ def flat_rows(order, n, first, B, S, G: tl.constexpr, UNIT_IS_TOKEN: tl.constexp
     """Sample, token, head in the group, and whether there is such a row: ``[BLOCK_M]`` each, from row ``first`` of
     prefix ``n`` on. Sample and token are 0 where there is none.
 
-    ``AGAIN``: read the order anew (a volatile load) instead of keeping in registers, through the loop over keys that
-    comes between loading rows and storing them, what an earlier call has read.
+    ``AGAIN``: read the order a second time (a volatile load). Otherwise its values would stay in registers through the
+    loop over keys, which comes between loading rows and storing them.
     """
     r = first + tl.arange(0, BLOCK_M)
     valid = r < count_rows(order, n, B, S, G, UNIT_IS_TOKEN)
