@@ -1,4 +1,4 @@
-"""Groups of completions that share a prompt, as in GRPO: each prompt runs through the model once, not once a completion.
+"""Groups of completions that share a prompt, as in GRPO: each prompt runs through the model once.
 
     python examples/shared_prompt.py
 
