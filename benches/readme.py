@@ -156,7 +156,7 @@ def summary(found: dict[str, Any]) -> str:
     )
     return "\n".join(
         (
-            f"Measured on {machine(found)}. A ratio below 1 means that fastprefix is slower than the other.",
+            f"Measured on {machine(found)}. A ratio is the time of the first divided by the time of the second.",
             "",
             markdown_table(("what", "ratio of times", "median"), rows),
             "",
