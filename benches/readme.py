@@ -1,8 +1,8 @@
 """The measured tables of ``docs/benchmarks.md`` and ``README.md``, from results on disk.
 
 ``python -m benches.readme`` writes the tables and the picture of them (:mod:`benches.pictures`) from
-``benches/results/cpu/readme.json``. ``python -m benches.readme --measure`` measures first, on a quiet CPU; it takes some
-minutes and needs SmolLM2-135M. Every figure is a ratio or a count of bytes from one process.
+``benches/results/cpu/readme.json``. ``python -m benches.readme --measure`` measures first, on a quiet CPU; it takes
+some minutes and needs SmolLM2-135M. Every figure is a ratio or a count of bytes from one process.
 """
 
 from __future__ import annotations
@@ -188,8 +188,8 @@ def section(found: dict[str, Any]) -> str:
     extra = "; ".join(f"at B = {r['B']}: {_mib(r['ours'])}, PEFT {_mib(r['peft'])}" for r in found["saved"])
     return "\n".join(
         (
-            f"Measured on {machine(found)}. The candidates take turns within one process. A ratio is the median over the",
-            "rounds, followed by its quartiles.",
+            f"Measured on {machine(found)}. The candidates take turns within one process. A ratio is the median over",
+            "the rounds, followed by its quartiles.",
             "",
             "### The operator",
             "",
@@ -199,15 +199,15 @@ def section(found: dict[str, Any]) -> str:
             "",
             "### A training step",
             "",
-            "SmolLM2-135M, B = 8, S = 64: times, and the bytes that autograd saves for the backward pass, parameters not",
-            "counted.",
+            "SmolLM2-135M, B = 8, S = 64: times, and the bytes that autograd saves for the backward pass, parameters",
+            "not counted.",
             "",
             markdown_table(
                 ("P", "PEFT / fastprefix", "fastprefix / no prefix", "saved: fastprefix", "PEFT", "no prefix"), steps
             ),
             "",
-            "The saved bytes of the same step at more prefix lengths. They are counted, not timed, so they are the same on",
-            "every machine:",
+            "The saved bytes of the same step at more prefix lengths. They are counted, not timed, so they are the same",
+            "on every machine:",
             "",
             markdown_table(("P", "fastprefix", "PEFT", "no prefix"), lengths),
             "",
@@ -215,8 +215,8 @@ def section(found: dict[str, Any]) -> str:
             "",
             "### PEFT's models, patched",
             "",
-            "SmolLM2-135M: PEFT's models as shipped compared with the same models patched, and a batch of mixed prefixes",
-            "compared with a batch that reads one prefix.",
+            "SmolLM2-135M: PEFT's models as shipped compared with the same models patched, and a batch of mixed",
+            "prefixes compared with a batch that reads one prefix.",
             "",
             peft.table(found["peft"]),
         )

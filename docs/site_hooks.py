@@ -6,6 +6,7 @@ turned into the site's own here.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,12 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
     for source, target in PAGES.items():
         markdown = markdown.replace(f"](../{source}", f"]({target}")
     return markdown.replace("](../examples/", "](examples/").replace("](../LICENSE", "](LICENSE")
+
+
+def on_page_content(html: str, **_: Any) -> str:
+    """Docstrings name functions as Sphinx does, ``:func:`attach```; the site shows the name alone."""
+    html = re.sub(r":(?:func|class|meth|mod):<code>~?", "<code>", html)
+    return html.replace("::</p>", ":</p>")
 
 
 def _from_root(text: str) -> str:
