@@ -206,8 +206,8 @@ def section(found: dict[str, Any]) -> str:
                 ("P", "PEFT / fastprefix", "fastprefix / no prefix", "saved: fastprefix", "PEFT", "no prefix"), steps
             ),
             "",
-            "The saved bytes of the same step at more prefix lengths. They are counted, not timed, so they are the same",
-            "on every machine:",
+            "The saved bytes of the same step at more prefix lengths. They are counted, not timed, so they are",
+            "the same on every machine:",
             "",
             markdown_table(("P", "fastprefix", "PEFT", "no prefix"), lengths),
             "",

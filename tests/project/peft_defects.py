@@ -51,7 +51,7 @@ def _each(key: str, title: str, show: Callable[..., str], *classes: Any, issues:
     return [Defect(f"{key}-{kind}", f"{title}, {kind}", _with(show, cls=cls), issues) for kind, cls in rows]
 
 
-_LEFT, _PACKED = "left-padded rows in `forward`, no `position_ids`", "packed rows (`position_ids` start anew)"
+_LEFT, _PACKED = "left-padded rows in `forward`, no `position_ids`", "packed rows (`position_ids` start at 0 again)"
 _SECOND, _STATIC = "a second `generate` with the first one's cache", '`generate(cache_implementation="static")`'
 _RESUME, _TRAINER = "save, load and train on through an encoder", "`Trainer` resumes through an encoder"
 _CLASSIFIER = {"cls": "DistilBertForSequenceClassification", "task": "SEQ_CLS"}

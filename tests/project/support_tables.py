@@ -54,7 +54,7 @@ HEAD = (
     "generate",
     "checkpointing",
     "compile",
-    "= PEFT",
+    "equals PEFT",
 )
 MODES = {(True, False): "yes", (False,): "non-reentrant", (): "no: it has none"}
 
@@ -99,7 +99,7 @@ def arguments() -> str:
     lines.append("| gate |" + " yes |" * len(BACKENDS))
     for name, what in (("k", "keys"), ("v", "values")):
         cells = [measured(backend, name) for backend in BACKENDS]
-        lines.append(f"| nan in {what} behind key_padding_mask | " + " | ".join(cells) + " |")
+        lines.append(f"| nan in {what} that key_padding_mask hides | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 

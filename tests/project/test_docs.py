@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -113,6 +114,15 @@ def test_the_site_has_every_page_and_builds_without_a_warning(tmp_path: Path) ->
     operator = (tmp_path / "operator" / "index.html").read_text()
     for public in set(fastprefix.__all__) - {"__version__", "init"}:
         assert f'id="fastprefix.{public}"' in reference + operator, public
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", *PAGES], ids=name)
+def test_files_and_modules_that_are_named_exist(page: Path) -> None:
+    text = page.read_text()
+    for path in re.findall(r"`((?:fastprefix|kernels|benches|tests|docs|examples)/[\w./-]+)`", text):
+        assert (ROOT / path).exists(), f"{name(page)}: {path}"
+    for module in re.findall(r"python -m ((?:benches|tests|fastprefix)[\w.]*)", text):
+        assert find_spec(module), f"{name(page)}: {module}"
 
 
 def test_every_page_is_reached_from_the_readme() -> None:
