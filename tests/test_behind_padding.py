@@ -13,7 +13,8 @@ from tests.project.support_tables import OPERATOR
 def cell(backend: str, name: str) -> str:
     """What ``docs/operator.md`` says."""
     what = {"k": "keys", "v": "values"}[name]
-    (line,) = [x for x in OPERATOR.read_text().splitlines() if x.startswith(f"| nan in {what} that key_padding_mask hides")]
+    page = OPERATOR.read_text()
+    (line,) = [x for x in page.splitlines() if x.startswith(f"| nan in {what} that key_padding_mask hides")]
     return line.split(" | ")[1 + BACKENDS.index(backend)].removesuffix(" |")
 
 
