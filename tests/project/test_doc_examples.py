@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
-from tests.tiny import save_tiny  # noqa: E402
+from tests.tiny import save_tiny, tiny_model  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 HUB = "HuggingFaceTB/SmolLM2-135M"
@@ -67,6 +68,30 @@ def test_every_block_runs_or_says_that_it_does_not() -> None:
     assert infos.count("python notest") == 0
     opened = sum(len(re.findall(r"^```\w", path.read_text(), re.M)) for path in PAGES)
     assert opened == len(infos), "a block of another language, or one that is not closed"
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_messages_of_the_faq_are_those_that_are_raised() -> None:
+    import fastprefix
+
+    model, token = tiny_model(), torch.ones(1, 1, dtype=torch.long)
+    for name in ("first", "second"):
+        fastprefix.attach(model, fastprefix.PrefixConfig(4), name)
+    cache = model(input_ids=token, use_cache=True).past_key_values
+    fastprefix.set_prefix(model, "first")
+    bloom = transformers.BloomConfig(vocab_size=32, hidden_size=32, n_layer=2, n_head=4)
+    refused = (
+        lambda: fastprefix.attach(transformers.BloomForCausalLM(bloom), fastprefix.PrefixConfig(4)),
+        lambda: model(input_ids=token, past_key_values=cache),
+        lambda: model(input_ids=token, output_attentions=True),
+        lambda: model.generate_batch(inputs=[[1, 2]]),
+    )
+    raised = []
+    for call in refused:
+        with pytest.raises(ValueError) as error:
+            call()
+        raised.append(str(error.value))
+    assert re.findall(r"^    (\w+: got .*)$", (ROOT / "docs" / "faq.md").read_text(), re.M) == raised
 
 
 @pytest.mark.filterwarnings("ignore")
