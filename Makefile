@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip install -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-peft sweep lint bench docs clean
+.PHONY: help demo test test-peft sweep lint bench clean
 
 help:
 	@echo "make demo       train a prefix on a real model (fastprefix demo)"
@@ -52,6 +52,7 @@ bench: $(STAMP)
 	$(BIN)/pytest benches --benchmark-only $(PYTEST_ARGS)
 
 # NO_MKDOCS_2_WARNING: an advertisement of another tool's, printed by every build.
+.PHONY: docs
 docs: $(STAMP)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
