@@ -17,6 +17,7 @@ help:
 	@echo "make sweep      every class of transformers, tiny: right, refused or red; docs/models.md (SWEEP_ARGS='--only NAME')"
 	@echo "make lint       ruff and mypy only"
 	@echo "make bench      microbenchmarks (PYTEST_ARGS as above)"
+	@echo "make docs       the documentation as a site in build/docs, which fails on a warning"
 	@echo "make clean      remove .venv and what tools leave behind"
 	@echo "PYTHON=python3.12 make ... chooses the interpreter of a new .venv"
 
@@ -49,6 +50,11 @@ sweep: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/pytest benches --benchmark-only $(PYTEST_ARGS)
+
+# NO_MKDOCS_2_WARNING: an advertisement of another tool's, printed by every build.
+.PHONY: docs
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks .hypothesis

@@ -1,7 +1,8 @@
-"""The README's measured part: ``python -m benches.readme --measure`` on a quiet CPU, then ``python -m benches.readme``.
+"""The measured tables of ``docs/benchmarks.md`` and ``README.md``, from results on disk.
 
-The first writes ``benches/results/cpu/readme.json`` (some minutes; SmolLM2-135M is among it), the second the README's
-table from that file. Every line is a ratio or a count of bytes from one process.
+``python -m benches.readme`` writes the tables and the picture of them (:mod:`benches.pictures`) from
+``benches/results/cpu/readme.json``. ``python -m benches.readme --measure`` measures first, on a quiet CPU; it takes
+some minutes and needs SmolLM2-135M. Every figure is a ratio or a count of bytes from one process.
 """
 
 from __future__ import annotations
@@ -23,8 +24,12 @@ from fastprefix.measure.timing import Timing, ratio
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benches" / "results" / "cpu" / "readme.json"
-BEGIN, END = "<!-- measured -->", "<!-- end of measured -->"
-PARTS = ("operator", "step", "saved", "peft")
+README, BENCHMARKS = ROOT / "README.md", ROOT / "docs" / "benchmarks.md"
+BEGIN, END = "<!-- measured: python -m benches.readme -->", "<!-- end of measured -->"
+# Counts of bytes are the same on every machine; the other parts are times, which belong to the machine in the results.
+COUNTED = ("saved", "lengths")
+PARTS = ("operator", "step", "peft", *COUNTED)
+LENGTHS = (16, 128, 256, 384, 512)
 _NAMES = {
     "cat_mask": "cat, repeat_kv, dense mask (PEFT as shipped)",
     "cat_sdpa": "cat + SDPA, lower-right causal",
@@ -33,6 +38,7 @@ _NAMES = {
     "cache_packed": "the same, heads of a group packed as rows",
     "content_only": "no prefix at all",
 }
+_STEPS = ("ours", "peft", "frozen")
 _OPERATOR: tuple[tuple[Mode, Problem], ...] = (
     ("backward", Problem.train(16, 12, 12, 128, 512, 64)),
     ("backward", Problem.train(8, 9, 3, 64, 512, 64)),
@@ -44,14 +50,18 @@ _OPERATOR: tuple[tuple[Mode, Problem], ...] = (
 
 
 def take(parts: Sequence[str], repeats: int) -> dict[str, Any]:
-    """Measure parts of what the README says."""
-    found: dict[str, Any] = {"environment": environment("cpu"), "threads": torch.get_num_threads()}
+    """Measure parts of what the tables say."""
+    found: dict[str, Any] = {}
+    if set(parts) - set(COUNTED):
+        found.update(environment=environment("cpu"), threads=torch.get_num_threads())
     if "operator" in parts:
         found["operator"] = _operator(repeats)
     if "step" in parts:
         found["step"] = [_step(length) for length in (16, 512)]
     if "saved" in parts:
         found["saved"] = [_saved(batch) for batch in (1, 16)]
+    if "lengths" in parts:
+        found["lengths"] = [_length(length) for length in LENGTHS]
     if "peft" in parts:
         found["peft"] = peft.take(_model(), repeats=7)
     return found
@@ -107,10 +117,57 @@ def _saved(batch: int) -> dict[str, Any]:
     return {"B": batch, **added}
 
 
-def section(found: dict[str, Any]) -> str:
-    """The README's text between its marks."""
+def _length(length: int) -> dict[str, Any]:
+    """Bytes that a step saves for backward with so many prefix tokens, parameters not counted."""
+    from fastprefix.measure.step import candidates
+
+    steps = candidates(_model(), torch.randint(5, 40000, (8, 64)), length)
+    row = {"P": length, **{name: step.saved_bytes() for name, step in steps.items()}}
+    print(row, flush=True)
+    return row
+
+
+def machine(found: dict[str, Any]) -> str:
+    """Where and when it was measured, in a line."""
     place = found["environment"]
-    machine = f"{place['device']}, {found['threads']} threads, torch {place['torch']}, fp32, {place['date'][:10]}"
+    return f"{place['device']}, {found['threads']} threads, torch {place['torch']}, fp32, {place['date'][:10]}"
+
+
+def summary(found: dict[str, Any]) -> str:
+    """The README's few rows: what is gained, and what is lost."""
+    step = {row["P"]: row for row in found["step"]}[512]
+    patched = {row["title"]: row["ratio"][0] for row in found["peft"] if row["names"] == ["peft", "patched"]}
+    decode = {row["label"].removesuffix(" fp32"): row["slower"]["cache_sdpa"][0] for row in found["operator"][3:]}
+    saved = {name: f"{count / 2**20:.0f} MiB" for name, count in step["saved"].items()}
+    training = "training step of SmolLM2-135M, B = 8, S = 64, P = 512"
+    cache = "prefix in every row's cache / fastprefix"
+    rows = (
+        (training, "PEFT / fastprefix", _times(step["peft_over_ours"][0])),
+        (training, "fastprefix / no prefix", _times(step["ours_over_frozen"][0])),
+        ("the same at P = 16", "PEFT / fastprefix", _times(found["step"][0]["peft_over_ours"][0])),
+        ("PEFT's prefix tuning, same step", "as shipped / patched", _times(patched["step, PREFIX_TUNING B8 S64 P512"])),
+        (
+            "PEFT's prompt tuning, B = 16, S = 32, P = 100",
+            "as shipped / patched",
+            _times(patched["step, PROMPT_TUNING B16 S32 P100"]),
+        ),
+        ("attention of one new token, B = 32, P = 8192", cache, _times(decode["B32 H32/8 S1 T16 P8192 D128"])),
+        ("attention of one new token, B = 1, P = 2048", cache, _times(decode["B1 H9/3 S1 T16 P2048 D64"])),
+    )
+    return "\n".join(
+        (
+            f"Measured on {machine(found)}. A ratio is the time of the first divided by the time of the second.",
+            "",
+            markdown_table(("what", "ratio of times", "median"), rows),
+            "",
+            f"The first step saves {saved['ours']} for the backward pass, parameters not counted. PEFT saves",
+            f"{saved['peft']}, the model without a prefix {saved['frozen']}.",
+        )
+    )
+
+
+def section(found: dict[str, Any]) -> str:
+    """Everything that was measured, for ``docs/benchmarks.md``."""
     rows = []
     for row in found["operator"]:
         what = "forward + backward" if row["mode"] == "backward" else row["mode"]
@@ -127,40 +184,72 @@ def section(found: dict[str, Any]) -> str:
         (p, *_), (f, *_) = row["peft_over_ours"], row["ours_over_frozen"]
         mib = {name: f"{n / 2**20:.0f} MiB" for name, n in row["saved"].items()}
         steps.append((row["P"], f"{p:.2f}x", f"{f:.2f}x", mib["ours"], mib["peft"], mib["frozen"]))
+    lengths = [(row["P"], *(f"{row[name] / 2**20:.0f} MiB" for name in _STEPS)) for row in found["lengths"]]
     extra = "; ".join(f"at B = {r['B']}: {_mib(r['ours'])}, PEFT {_mib(r['peft'])}" for r in found["saved"])
     return "\n".join(
         (
-            f"On {machine}. Candidates in turns in one process: median of the ratios by round, and their quartiles.",
+            f"Measured on {machine(found)}. The candidates take turns within one process. A ratio is the median over",
+            "the rounds, followed by its quartiles.",
             "",
-            "The operator, time of the peer over ours (below 1 the peer wins):",
+            "### The operator",
             "",
-            markdown_table(("call", "peer", "peer / ours"), rows),
+            "Time of the other way divided by the time of `prefix_attention`. Below 1 the other way is faster.",
             "",
-            "A training step of SmolLM2-135M, B = 8, S = 64, and what it saves for backward, parameters not counted:",
+            markdown_table(("call", "other way", "other / fastprefix"), rows),
             "",
-            markdown_table(("P", "PEFT / ours", "ours / no prefix", "saved: ours", "PEFT", "no prefix"), steps),
+            "### A training step",
+            "",
+            "SmolLM2-135M, B = 8, S = 64: times, and the bytes that autograd saves for the backward pass, parameters",
+            "not counted.",
+            "",
+            markdown_table(
+                ("P", "PEFT / fastprefix", "fastprefix / no prefix", "saved: fastprefix", "PEFT", "no prefix"), steps
+            ),
+            "",
+            "The saved bytes of the same step at more prefix lengths. They are counted, not timed, so they are",
+            "the same on every machine:",
+            "",
+            markdown_table(("P", "fastprefix", "PEFT", "no prefix"), lengths),
             "",
             f"What P = 512 adds to the saved bytes: {extra}.",
             "",
-            "PEFT's models as shipped beside the same ones patched, and a mixed batch beside one prefix, SmolLM2-135M:",
+            "### PEFT's models, patched",
+            "",
+            "SmolLM2-135M: PEFT's models as shipped compared with the same models patched, and a batch of mixed",
+            "prefixes compared with a batch that reads one prefix.",
             "",
             peft.table(found["peft"]),
         )
     )
 
 
+def _times(ratio: float) -> str:
+    return f"{ratio:.2f}x"
+
+
 def _mib(count: int) -> str:
     return f"{count / 2**20:.1f} MiB"
 
 
-def fill(text: str) -> str:
-    """The README with its measured part made anew from the results on disk."""
+def fill(text: str, made: str) -> str:
+    """A page whose measured part is replaced by this one."""
     before, rest = text.split(BEGIN)
-    return f"{before}{BEGIN}\n{section(json.loads(RESULTS.read_text()))}\n{END}{rest.split(END)[1]}"
+    return f"{before}{BEGIN}\n\n{made}\n\n{END}{rest.split(END)[1]}"
+
+
+def pages() -> dict[Path, str]:
+    """The pages with measured parts, as they ought to be from the results on disk."""
+    found = json.loads(RESULTS.read_text())
+    return {
+        README: fill(README.read_text(), summary(found)),
+        BENCHMARKS: fill(BENCHMARKS.read_text(), section(found)),
+    }
 
 
 def main() -> None:
-    """Measure on request, then write the README."""
+    """Measure on request, then write the tables and the picture."""
+    from benches import pictures
+
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--measure", nargs="*", metavar="PART", choices=PARTS, help="measure first; default all parts")
     parser.add_argument("--repeats", type=int, default=25, help="rounds of each operator row")
@@ -170,8 +259,9 @@ def main() -> None:
         before = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
         found = {**before, **take(args.measure or PARTS, args.repeats)}
         write_atomically(RESULTS, json.dumps(found, indent=1) + "\n")
-    readme = ROOT / "README.md"
-    readme.write_text(fill(readme.read_text()))
+    for path, text in pages().items():
+        path.write_text(text)
+    pictures.write()
 
 
 if __name__ == "__main__":

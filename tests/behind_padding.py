@@ -1,7 +1,7 @@
 """What a key or value that is not finite does behind a padding mask, where its score is hidden and its product is not.
 
 A softmax gives it the weight 0, and 0 times nan is nan: whether it counts depends on how a kernel multiplies. So each
-backend is measured, and the README's table says what was found.
+backend is measured, and the table in ``docs/operator.md`` says what was found.
 """
 
 from __future__ import annotations

@@ -7,13 +7,14 @@ import pytest
 from fastprefix.dispatch import UnsupportedError
 from fastprefix.types import BACKENDS
 from tests.behind_padding import HIDDEN, REACHES, measured
-from tests.support_table import README
+from tests.project.support_tables import OPERATOR
 
 
 def cell(backend: str, name: str) -> str:
-    """What the README says."""
+    """What ``docs/operator.md`` says."""
     what = {"k": "keys", "v": "values"}[name]
-    (line,) = [x for x in README.read_text().splitlines() if x.startswith(f"| nan in {what} behind")]
+    page = OPERATOR.read_text()
+    (line,) = [x for x in page.splitlines() if x.startswith(f"| nan in {what} that key_padding_mask hides")]
     return line.split(" | ")[1 + BACKENDS.index(backend)].removesuffix(" |")
 
 

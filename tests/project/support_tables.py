@@ -1,4 +1,7 @@
-"""The README's support tables, from what is tested and what backends say: ``python -m tests.support_table``."""
+"""The tables of tested architectures and of the operator's arguments in ``docs/``, from the tests and the backends.
+
+``python -m tests.project.support_tables`` writes them into ``docs/architectures.md`` and ``docs/operator.md``.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,8 @@ from tests.helpers import make_call
 from tests.models import REFUSED, ROWS
 from tests.rows import Row
 
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[2]
+ARCHITECTURES, OPERATOR = ROOT / "docs" / "architectures.md", ROOT / "docs" / "operator.md"
 
 # One call for each argument of the operator, as each backend is asked about it.
 ARGUMENTS: dict[str, Callable[[], dict[str, Any]]] = {
@@ -50,7 +54,7 @@ HEAD = (
     "generate",
     "checkpointing",
     "compile",
-    "= PEFT",
+    "equals PEFT",
 )
 MODES = {(True, False): "yes", (False,): "non-reentrant", (): "no: it has none"}
 
@@ -95,19 +99,24 @@ def arguments() -> str:
     lines.append("| gate |" + " yes |" * len(BACKENDS))
     for name, what in (("k", "keys"), ("v", "values")):
         cells = [measured(backend, name) for backend in BACKENDS]
-        lines.append(f"| nan in {what} behind key_padding_mask | " + " | ".join(cells) + " |")
+        lines.append(f"| nan in {what} that key_padding_mask hides | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def fill(text: str) -> str:
-    """The README with its generated parts made anew."""
-    for name, table in (("models", models()), ("arguments", arguments())):
-        begin, end = f"<!-- {name}: python -m tests.support_table -->", f"<!-- end of {name} -->"
-        before, rest = text.split(begin)
-        text = f"{before}{begin}\n{table}\n{end}{rest.split(end)[1]}"
-    return text
+def fill(text: str, name: str, table: str) -> str:
+    """A page whose table called ``name`` is replaced by this one."""
+    begin, end = f"<!-- {name}: python -m tests.project.support_tables -->", f"<!-- end of {name} -->"
+    before, rest = text.split(begin)
+    return f"{before}{begin}\n\n{table}\n\n{end}{rest.split(end)[1]}"
+
+
+def pages() -> dict[Path, str]:
+    """The pages with tables, as they ought to be."""
+    made = {ARCHITECTURES: ("models", models()), OPERATOR: ("arguments", arguments())}
+    return {path: fill(path.read_text(), name, table) for path, (name, table) in made.items()}
 
 
 if __name__ == "__main__":
-    README.write_text(fill(README.read_text()))
+    for path, text in pages().items():
+        path.write_text(text)
     sys.exit(0)

@@ -14,10 +14,8 @@ from torch import Tensor
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 
-from tests import pains  # noqa: E402
 from tests.model_inputs import without_dropout  # noqa: E402
 from tests.models import ROWS  # noqa: E402
-from tests.pain_runs import RIGHT  # noqa: E402
 from tests.peft_models import (  # noqa: E402
     GREEDY,
     PREFIX,
@@ -34,6 +32,8 @@ from tests.peft_models import (  # noqa: E402
     trained,
     tuned,
 )
+from tests.project import peft_defects  # noqa: E402
+from tests.project.peft_defect_cases import RIGHT  # noqa: E402
 
 PEFT = {
     "checkpointing-add": "ValueError: PREFIX_TUNING does not work with gradient checkpointing",
@@ -67,31 +67,31 @@ PEFT = {
 }
 
 
-EACH = pytest.mark.parametrize("pain", pains.PAINS, ids=lambda pain: pain.key)
+EACH = pytest.mark.parametrize("defect", peft_defects.DEFECTS, ids=lambda defect: defect.key)
 
 
 @EACH
-def test_peft_is_wrong(pain: pains.Pain) -> None:
-    assert re.match(PEFT[pain.key], pain.outcome(False)), f"PEFT has changed here: {pain.outcome(False)}"
-    if (readme := pains.README.read_text()).count(pains.BEGIN):
-        assert pains.line(pain, pain.outcome(False), RIGHT) in readme, "run python -m tests.pains"
+def test_peft_is_wrong(defect: peft_defects.Defect) -> None:
+    assert re.match(PEFT[defect.key], defect.outcome(False)), f"PEFT has changed here: {defect.outcome(False)}"
+    row = peft_defects.line(defect, defect.outcome(False), RIGHT)
+    assert row in peft_defects.PAGE.read_text(), "run python -m tests.project.peft_defects"
 
 
 @EACH
-def test_patched_is_right(pain: pains.Pain) -> None:
-    assert pain.outcome(True) == RIGHT
+def test_patched_is_right(defect: peft_defects.Defect) -> None:
+    assert defect.outcome(True) == RIGHT
 
 
-def test_the_readme_is_filled(monkeypatch: pytest.MonkeyPatch) -> None:
-    readme = pains.README.read_text()
-    if pains.BEGIN in readme:
-        lines = readme.split(pains.BEGIN)[1].split(pains.END)[0].strip().splitlines()
-        assert len(lines) == 2 + len(PEFT), "run python -m tests.pains"
-    monkeypatch.setattr(pains, "PAINS", pains.PAINS[2:4])
-    assert pains.fill("no table") == "no table"
-    filled = pains.fill(f"a\n{pains.BEGIN}\nold\n{pains.END}\nb")
-    assert filled == f"a\n{pains.BEGIN}\n{pains.table()}\n{pains.END}\nb"
-    assert [row.split(" | ")[-1] for row in filled.splitlines()[-4:-2]] == ["right |", "right |"]
+def test_the_page_has_every_defect(monkeypatch: pytest.MonkeyPatch) -> None:
+    page = peft_defects.PAGE.read_text()
+    lines = page.split(peft_defects.BEGIN)[1].split(peft_defects.END)[0].strip().splitlines()
+    assert len(lines) == 2 + len(PEFT), "run python -m tests.project.peft_defects"
+    monkeypatch.setattr(peft_defects, "DEFECTS", peft_defects.DEFECTS[2:4])
+    assert peft_defects.fill("no table") == "no table"
+    filled = peft_defects.fill(f"a\n{peft_defects.BEGIN}\nold\n{peft_defects.END}\nb")
+    assert filled == f"a\n{peft_defects.BEGIN}\n\n{peft_defects.table()}\n\n{peft_defects.END}\nb"
+    rows = [row for row in filled.splitlines() if row.startswith("| left-padded")]
+    assert [row.split(" | ")[-1] for row in rows] == ["right |", "right |"]
 
 
 @pytest.mark.parametrize("cls", [PREFIX, PROMPT])
