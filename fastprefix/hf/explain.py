@@ -9,6 +9,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from fastprefix import functional
+from fastprefix.errors import fail
 from fastprefix.hf.adapters.installation import Installation
 from fastprefix.hf.adapters.lookup import find_installation, require_installation
 from fastprefix.hf.api import attach, detach
@@ -18,7 +19,6 @@ from fastprefix.hf.model import probing, wrappers
 from fastprefix.hf.runtime.exactness import why_not_shareable
 from fastprefix.hf.runtime.prefix_reader import ResolvedPrefix
 from fastprefix.prefixes.config import PrefixConfig
-from fastprefix.validation import fail
 
 
 def explain_model(model: Any) -> str:
@@ -28,41 +28,42 @@ def explain_model(model: Any) -> str:
     """
     if find_installation(model) is None:
         check_carries(model)
-    state = require_installation(model)
-    choice = state.selection.current()
-    active = [] if choice is None else choice.distinct()
+    installation = require_installation(model)
+    selected = installation.selection.current()
+    active = [] if selected is None else selected.distinct()
     lines = []
-    for name in state.selection.provider.resident():
-        entry = state.selection.provider.resolve(name)
+    for name in installation.selection.provider.resident():
+        entry = installation.selection.provider.resolve(name)
         count = sum(p.numel() for p in entry.parameters if p.requires_grad)
         mark = "active" if name in active else "attached"
-        lines.append(f"{entry.kind} {name!r}: {mark}, P={entry.tokens}, {_where(state, entry)}, {count:,} trainable")
+        where = _where(installation, entry)
+        lines.append(f"{entry.kind} {name!r}: {mark}, P={entry.tokens}, {where}, {count:,} trainable")
         if entry.prompt is not None:
-            reason = why_not_shareable(state.facts, entry.tokens, {})
+            reason = why_not_shareable(installation.facts, entry.tokens, {})
             lines.append(f"      {'computed once per forward' if reason is None else f'concatenated: {reason}'}")
     if not active:
         return "\n".join([*lines, "no prefix is active: the model runs its own attention"])
-    if types := state.facts.layers.hybrid_layer_types:
+    if types := installation.facts.layers.hybrid_layer_types:
         others = [kind for kind in dict.fromkeys(types) if kind in model_layers.WITHOUT_ATTENTION]
         what = f"other layers have no keys to put a prefix before: {', '.join(others)}"
         lines.append(f"a hybrid, whose {what if others else 'layers keep a state beside their keys'}")
     names = {id(module): name for name, module in wrappers.unwrapped(model).named_modules()}
     # What the checks know must not change by a look.
-    checked = [hooks.checked for hooks in state.hooks]
-    for hooks in state.hooks:
+    checked = [hooks.checked for hooks in installation.hooks]
+    for hooks in installation.hooks:
         hooks.checked = True
     try:
-        calls = [call for stack in state.facts.layers.stacks for call in _rows(stack)]
+        calls = [call for stack in installation.facts.layers.stacks for call in _rows(stack)]
     except ValueError as error:  # a forward that needs more than tokens: PEFT's multitask prompts
         return "\n".join([*lines, f"a forward of two tokens says: {error}"])
     finally:
-        for hooks, before in zip(state.hooks, checked, strict=True):
+        for hooks, before in zip(installation.hooks, checked, strict=True):
             hooks.checked = before
     groups: dict[tuple[str, ...], list[int]] = {}
     called = [names.get(id(call.module), "?") for call in calls]
     for index, call in enumerate(calls):
         pattern = re.sub(r"\d+", "N", called[index])
-        groups.setdefault((pattern, *_about(state, index, call)), []).append(index)
+        groups.setdefault((pattern, *_about(installation, index, call)), []).append(index)
     for (_, about, *backends), members in groups.items():
         first, last = called[members[0]], called[members[-1]]
         span = first if len(members) == 1 else f"{first} to {last}"
@@ -84,9 +85,9 @@ def check_carries(model: Any) -> None:
     detach(model)
 
 
-def _about(state: Installation, index: int, call: AttentionCall) -> list[str]:
+def _about(installation: Installation, index: int, call: AttentionCall) -> list[str]:
     """A layer's shape and prefix, and what every backend says."""
-    shape = state.facts.layers.shapes[index]
+    shape = installation.facts.layers.shapes[index]
     heads = f"H={call.tensors['q'].shape[1]} H_kv={shape.num_kv_heads} D={shape.head_dim}"
     heads += f" D_v={shape.value_dim}" if shape.value_dim != shape.head_dim else ""
     window = getattr(call.module, "sliding_window", None)  # two tokens do not reach beyond any
@@ -112,5 +113,5 @@ def _rows(stack: model_layers.AttentionStack) -> list[AttentionCall]:
     return probing.first_calls(backwards)[: len(stack.layers)][::-1]
 
 
-def _where(state: Installation, entry: ResolvedPrefix) -> str:
-    return "input embeddings" if entry.layers is None else f"{entry.layers} of {len(state.slots)} layers"
+def _where(installation: Installation, entry: ResolvedPrefix) -> str:
+    return "input embeddings" if entry.layers is None else f"{entry.layers} of {len(installation.slots)} layers"

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import Trainer
 from transformers.trainer import TRAINING_ARGS_NAME
 
+from fastprefix.errors import fail
 from fastprefix.hf.adapters.installation import Installation
 from fastprefix.hf.adapters.lookup import require_installation
 from fastprefix.hf.storage import peft_format, save_load, saved_modules
@@ -19,7 +20,6 @@ from fastprefix.hf.storage.saved_adapter import SavedAdapter
 from fastprefix.prefixes.kv import DirectKV
 from fastprefix.prefixes.prefix import Prefix
 from fastprefix.prefixes.prompt import SoftPrompt
-from fastprefix.validation import fail
 
 _PLAIN = "transformers.Trainer saves the whole model"
 
@@ -40,8 +40,8 @@ class PrefixTrainer(Trainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        state = require_installation(self.model)
-        others = saved_modules.left_out(state)
+        installation = require_installation(self.model)
+        others = saved_modules.left_out(installation)
         if others:
             got = f"trainable parameters besides the prefix: {', '.join(others[:3])}"
             got += ", ..." if others[3:] else ""
@@ -54,18 +54,18 @@ class PrefixTrainer(Trainer):
         if not self.args.should_save:
             return
         folder = Path(output_dir if output_dir is not None else self.args.output_dir)
-        state = require_installation(self.model)
-        for name in state.selection.prefixes:
-            save_load.save(self.model, _folder(state, folder, name), name)
+        installation = require_installation(self.model)
+        for name in installation.selection.prefixes:
+            save_load.save(self.model, _folder(installation, folder, name), name)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
         torch.save(self.args, folder / TRAINING_ARGS_NAME)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        state = require_installation(self.model)
-        for name, prefix in state.selection.prefixes.items():
-            modules = saved_modules.saved_with(state, prefix)
-            restore(prefix, _folder(state, Path(resume_from_checkpoint), name), modules)
+        installation = require_installation(self.model)
+        for name, prefix in installation.selection.prefixes.items():
+            modules = saved_modules.saved_with(installation, prefix)
+            restore(prefix, _folder(installation, Path(resume_from_checkpoint), name), modules)
 
     def _load_best_model(self) -> None:
         best = self.state.best_model_checkpoint
@@ -74,9 +74,9 @@ class PrefixTrainer(Trainer):
         self._load_from_checkpoint(best)
 
 
-def _folder(state: Installation, folder: Path, name: str) -> Path:
+def _folder(installation: Installation, folder: Path, name: str) -> Path:
     """Where a checkpoint keeps one prefix; PEFT's rule for several adapters."""
-    return folder if name == "default" or len(state.selection.prefixes) == 1 else folder / name
+    return folder if name == "default" or len(installation.selection.prefixes) == 1 else folder / name
 
 
 @torch.no_grad()

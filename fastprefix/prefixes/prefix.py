@@ -105,7 +105,8 @@ class LayerKV(NamedTuple):
 class LayerSlot(nn.Module):
     """The child of an attention module that holds the prefixes attached to it by name, one of them active or none.
 
-    A forward may bring keys and values of its own (``override``): a bank, or those that the model computed from a prompt.
+    A forward may bring keys and values of its own (``override``): a bank, or those
+    that the model computed from a prompt.
     """
 
     def __init__(self) -> None:

@@ -9,6 +9,7 @@ from typing import Any, overload
 import torch
 from torch import nn
 
+from fastprefix.errors import fail
 from fastprefix.hf.adapters import placement
 from fastprefix.hf.adapters.build import build
 from fastprefix.hf.adapters.installation import Installation
@@ -24,7 +25,6 @@ from fastprefix.hf.model import dtensor, wrappers
 from fastprefix.prefixes.config import PrefixConfig
 from fastprefix.prefixes.prefix import Prefix
 from fastprefix.prefixes.prompt import PromptConfig, SoftPrompt
-from fastprefix.validation import fail
 
 
 @overload
@@ -65,8 +65,8 @@ def attach(
     if not isinstance(config, PrefixConfig | PromptConfig):
         raise fail("config", type(config).__name__, "a fastprefix.PrefixConfig or PromptConfig")
 
-    def make(state: Installation) -> Prefix | SoftPrompt:
-        prefix = build(state, config)
+    def make(installation: Installation) -> Prefix | SoftPrompt:
+        prefix = build(installation, config)
         if weights is not None:
             weights(prefix)
         return prefix
@@ -80,37 +80,37 @@ def attach_made(model: Any, name: str, make: Callable[[Installation], Prefix | S
     check_name(name)
     model = wrappers.unwrapped(model, but=wrappers.ADDING)
     fresh = find_installation(model) is None
-    state = get_or_install(model)
-    with state.lock.hold():
-        return _attach_made(model, state, name, make, fresh)
+    installation = get_or_install(model)
+    with installation.lock.hold():
+        return _attach_made(model, installation, name, make, fresh)
 
 
 def _attach_made(
-    model: Any, state: Installation, name: str, make: Callable[[Installation], Prefix | SoftPrompt], fresh: bool
+    model: Any, installation: Installation, name: str, make: Callable[[Installation], Prefix | SoftPrompt], fresh: bool
 ) -> Prefix | SoftPrompt:
     try:
-        if state.selection.chosen is not None:
+        if installation.selection.chosen is not None:
             raise fail("name", f"{name!r} inside a block of prefix_batch", "the block's end first")
-        if name in state.selection.provider.names():
-            raise fail("name", repr(name), f"a new one: {sorted(state.selection.provider.names())} are attached")
-        prefix = make(state)
+        if name in installation.selection.provider.names():
+            raise fail("name", repr(name), f"a new one: {sorted(installation.selection.provider.names())} are attached")
+        prefix = make(installation)
     except BaseException:
         if fresh:
             detach(model)
         raise
-    before = state.selection.active
-    state.freeze()
-    state.selection.prefixes[name] = prefix
-    placement.place(state, name, prefix)
-    state.activate(name)
+    before = installation.selection.active
+    installation.freeze()
+    installation.selection.prefixes[name] = prefix
+    placement.place(installation, name, prefix)
+    installation.activate(name)
     try:
-        run_once(state)
+        run_once(installation)
     except BaseException:
         if fresh:
             detach(model)
         else:
-            placement.displace(state, name)
-            state.activate(before)
+            placement.displace(installation, name)
+            installation.activate(before)
         raise
     return prefix
 
@@ -134,9 +134,9 @@ def detach(model: Any) -> None:
     Raises:
         ValueError: nothing is attached, or the model is a patched one (see :func:`unpatch`).
     """
-    state = _attached(model)
-    with state.lock.hold():
-        uninstall(state)
+    installation = _attached(model)
+    with installation.lock.hold():
+        uninstall(installation)
 
 
 def bake(model: Any, name: str = "default") -> Prefix | SoftPrompt:
@@ -165,8 +165,8 @@ def set_prefix(model: Any, name: str | None) -> None:
     Raises:
         ValueError: nothing is attached, or not under this name.
     """
-    state = _attached(model)
-    if state.selection.chosen is not None:
+    installation = _attached(model)
+    if installation.selection.chosen is not None:
         raise fail("name", f"{name!r} inside a block of prefix_batch", "the block's end first: it chooses for its rows")
-    with state.lock.hold():
-        state.activate(name)
+    with installation.lock.hold():
+        installation.activate(name)

@@ -9,12 +9,12 @@ from typing import Protocol
 
 from torch import nn
 
+from fastprefix.errors import fail
 from fastprefix.hf.adapters.modules_to_save import TrainedModules
 from fastprefix.hf.runtime.forward_context import AdapterSelection, KeyValues, Name, ResolvedPrefix
 from fastprefix.hf.runtime.selection import Selection
 from fastprefix.prefixes.prefix import LayerKV, Prefix
 from fastprefix.prefixes.prompt import SoftPrompt
-from fastprefix.validation import fail
 
 
 class StoredPrefixes(Protocol):

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
+from fastprefix.errors import fail
 from fastprefix.hf.adapters.installation import Installation
 from fastprefix.hf.model import encoder_decoder, offload, probing
 from fastprefix.hf.model import layers as model_layers
@@ -16,109 +17,108 @@ from fastprefix.prefixes.config import LayerShape, PrefixConfig
 from fastprefix.prefixes.kv import PartEncoders, PrefixEncoder
 from fastprefix.prefixes.prefix import Prefix
 from fastprefix.prefixes.prompt import PromptConfig, SoftPrompt, start
-from fastprefix.validation import fail
 
 _INEXACT = 1e-2  # relative error of a start through an MLP; rounding leaves far less
 
 
-def build(state: Installation, config: PrefixConfig | PromptConfig) -> Prefix | SoftPrompt:
+def build(installation: Installation, config: PrefixConfig | PromptConfig) -> Prefix | SoftPrompt:
     """A new prefix for the layers that the model was found to have, or a soft prompt, filled with its start."""
-    prefix = _build(state, config)
+    prefix = _build(installation, config)
     if config.modules_to_save is not None:
-        prefix.modules_to_save.put(state.modules.copies(config.modules_to_save))
+        prefix.modules_to_save.put(installation.modules.copies(config.modules_to_save))
     return prefix
 
 
-def _build(state: Installation, config: PrefixConfig | PromptConfig) -> Prefix | SoftPrompt:
+def _build(installation: Installation, config: PrefixConfig | PromptConfig) -> Prefix | SoftPrompt:
     if isinstance(config, PromptConfig):
-        dim = prompt_dim(state)
-        vocabulary = state.model.config.get_text_config().vocab_size
-        embeddings = state.model.get_input_embeddings()
+        dim = prompt_dim(installation)
+        vocabulary = installation.model.config.get_text_config().vocab_size
+        embeddings = installation.model.get_input_embeddings()
         return SoftPrompt(config, start(config, embeddings, vocabulary, dim, offload.device(embeddings)))
-    return build_prefix(state, config)
+    return build_prefix(installation, config)
 
 
-def prompt_dim(state: Installation) -> int:
+def prompt_dim(installation: Installation) -> int:
     """Numbers of a soft prompt's token; raises ValueError for a model that takes none."""
-    check_prompts(state.facts)
-    hidden = state.model.config.get_text_config().hidden_size
-    dim = int(getattr(state.model.get_input_embeddings(), "embedding_dim", hidden))
-    owner = state.facts.layers.main.owner
+    check_prompts(installation.facts)
+    hidden = installation.model.config.get_text_config().hidden_size
+    dim = int(getattr(installation.model.get_input_embeddings(), "embedding_dim", hidden))
+    owner = installation.facts.layers.main.owner
     dtype = next(p.dtype for p in owner.parameters() if p.is_floating_point())
     embeds = torch.zeros(1, 2, dim, dtype=dtype, device=offload.device(owner))
     try:
-        with state.forward.bypass():
+        with installation.forward.bypass():
             probing.run(owner, {"inputs_embeds": embeds})
     except (AttributeError, RuntimeError, TypeError, ValueError) as error:
-        got = f"{type(state.model).__name__}, which does not run on inputs_embeds alone ({error})"
+        got = f"{type(installation.model).__name__}, which does not run on inputs_embeds alone ({error})"
         raise fail("model", got, "one that does: a soft prompt is embeddings") from error
-    check_head(state)
-    state.facts.reads_token_ids = reads_token_ids(state)
+    check_head(installation)
+    installation.facts.reads_token_ids = reads_token_ids(installation)
     return dim
 
 
-def check_head(state: Installation) -> None:
+def check_head(installation: Installation) -> None:
     """Raise ValueError where a head looks at one place of a bidirectional text for all others (Splinter's question)."""
-    main = state.facts.layers.main
-    if main.causal or main.owner is state.model or state.pooled or state.head:
+    main = installation.facts.layers.main
+    if main.causal or main.owner is installation.model or installation.pooled or installation.head:
         return
     try:
-        with state.forward.bypass():
-            each = reads_each_token(state.model, main)
+        with installation.forward.bypass():
+            each = reads_each_token(installation.model, main)
     except (AttributeError, LookupError, RuntimeError, TypeError, ValueError):  # it looks at the ids, say
         each = False
     if not each:
-        got = f"{type(state.model).__name__}, whose head reads one place of its text for all tokens"
+        got = f"{type(installation.model).__name__}, whose head reads one place of its text for all tokens"
         raise fail("model", got, "one that reads each token's own: a prompt stands in front of the text")
 
 
-def reads_token_ids(state: Installation) -> bool:
+def reads_token_ids(installation: Installation) -> bool:
     """Whether layers of a causal model read token ids beside their embeddings (Gemma 3n's per-layer ones).
 
     Then rows have ids and a prompt in front of them has none, as it has not where both are embeddings.
     """
-    main, embed = state.facts.layers.main, state.model.get_input_embeddings()
+    main, embed = installation.facts.layers.main, installation.model.get_input_embeddings()
     if not main.causal or main.main_input != "input_ids":
         return False
     ids = main.dummy_inputs(tokens=3)["input_ids"]
-    with state.forward.bypass(), probing.evaluating(state.model):
+    with installation.forward.bypass(), probing.evaluating(installation.model):
         of_ids, of_embeddings = main.owner(input_ids=ids)[0], main.owner(inputs_embeds=embed(ids))[0]
     tiny = min(64 * torch.finfo(of_ids.dtype).eps, 0.03) * of_ids.abs().max().item()  # bf16 rounds to 0.4%
     return not torch.allclose(of_ids, of_embeddings, rtol=0.0, atol=tiny)
 
 
-def empty_prefix(state: Installation, config: PrefixConfig) -> Prefix:
+def empty_prefix(installation: Installation, config: PrefixConfig) -> Prefix:
     """The layers that get a prefix, without its numbers."""
-    layers = state.facts.layers
+    layers = installation.facts.layers
     indices = config.active_layers(layers.parts)
     shapes, parts = [layers.shapes[i] for i in indices], [layers.parts[i] for i in indices]
     return Prefix(config, shapes, indices, parts, [layers.kv_sources[i] for i in indices])
 
 
-def new_encoder(state: Installation, prefix: Prefix) -> PrefixEncoder | PartEncoders:
+def new_encoder(installation: Installation, prefix: Prefix) -> PrefixEncoder | PartEncoders:
     """An MLP for a prefix's layers."""
-    config, hidden_size = prefix.config, state.model.config.get_text_config().hidden_size
+    config, hidden_size = prefix.config, installation.model.config.get_text_config().hidden_size
     sizes = config.num_virtual_tokens, hidden_size, config.encoder_hidden_size or hidden_size
     named = [part for part in prefix.parts if part is not None]
     return PartEncoders(*sizes, prefix.shapes, named) if named else PrefixEncoder(*sizes, prefix.shapes)
 
 
-def build_prefix(state: Installation, config: PrefixConfig) -> Prefix:
+def build_prefix(installation: Installation, config: PrefixConfig) -> Prefix:
     """Keys and values for every layer."""
     if config.position_offset == "after_prefix":
-        check_images(state.facts)
-    prefix = empty_prefix(state, config)
-    devices = [state.facts.layers.devices[i] for i in prefix.layer_indices]
-    given = _start(state, config, list(prefix.layer_indices))
+        check_images(installation.facts)
+    prefix = empty_prefix(installation, config)
+    devices = [installation.facts.layers.devices[i] for i in prefix.layer_indices]
+    given = _start(installation, config, list(prefix.layer_indices))
     if config.prefix_projection:
-        encoder = new_encoder(state, prefix)
+        encoder = new_encoder(installation, prefix)
         encoder.to(devices[0])
         prefix.set_encoder(encoder)
         if given is not None:
             prefix.check(*given)
             error = encoder.fit(*([x.to(devices[0]) for x in part] for part in given))
             if error > _INEXACT:
-                hidden = config.encoder_hidden_size or state.model.config.get_text_config().hidden_size
+                hidden = config.encoder_hidden_size or installation.model.config.get_text_config().hidden_size
                 warnings.warn(
                     f"fastprefix: init: an MLP of {hidden} hidden units cannot give the keys and values of "
                     f"{config.num_virtual_tokens} tokens: training starts {error:.0%} away from them "
@@ -140,33 +140,33 @@ def _random(config: PrefixConfig, shapes: Sequence[LayerShape]) -> tuple[list[to
 
 
 def _start(
-    state: Installation, config: PrefixConfig, indices: list[int]
+    installation: Installation, config: PrefixConfig, indices: list[int]
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]] | None:
     """The keys and values to start from; None for a random start."""
     init = config.init
     if init.keys is not None and init.values is not None:
-        if len(init.keys) == len(state.facts.layers.modules) == len(init.values):
+        if len(init.keys) == len(installation.facts.layers.modules) == len(init.values):
             return [init.keys[i] for i in indices], [init.values[i] for i in indices]
         return list(init.keys), list(init.values)
     if not init.of_tokens:
         return None
-    if state.model.main_input_name != "input_ids" and len(state.facts.layers.stacks) == 1:
-        got = f"{init.name} for {type(state.model).__name__}, which reads {state.model.main_input_name}"
+    if installation.model.main_input_name != "input_ids" and len(installation.facts.layers.stacks) == 1:
+        got = f"{init.name} for {type(installation.model).__name__}, which reads {installation.model.main_input_name}"
         raise fail("init", got, "fastprefix.init.normal or kv")
-    if state.facts.layers.reuses_modules:
-        got = f"{init.name} for {type(state.model).__name__}, which runs one module as several layers"
+    if installation.facts.layers.reuses_modules:
+        got = f"{init.name} for {type(installation.model).__name__}, which runs one module as several layers"
         raise fail("init", got, "fastprefix.init.normal or kv: a text has keys of its own in each")
-    active = state.selection.active
-    state.activate(None)
-    state.configs.switch(on=True)
+    active = installation.selection.active
+    installation.activate(None)
+    installation.configs.switch(on=True)
     try:
-        with state.forward.bypass():
-            ids = init.tokens(config.num_virtual_tokens, state.model.config.get_text_config().vocab_size)
-            layers = state.facts.layers
+        with installation.forward.bypass():
+            ids = init.tokens(config.num_virtual_tokens, installation.model.config.get_text_config().vocab_size)
+            layers = installation.facts.layers
             if len(layers.stacks) > 1:
-                return encoder_decoder.key_values(state.model, layers, ids, indices)
+                return encoder_decoder.key_values(installation.model, layers, ids, indices)
             modules = [layers.modules[i] for i in indices]
             # Not the whole model: the logits of thousands of tokens would be made for nothing.
             return model_layers.key_values(layers.main.owner, ids, modules)
     finally:
-        state.activate(active)
+        installation.activate(active)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from fastprefix.errors import fail
 from fastprefix.hf.attention.config_copies import ConfigCopies
 from fastprefix.hf.runtime.selection import Selection
-from fastprefix.validation import fail
 
 _ENTRY = "init_continuous_batching"  # what generate_batch, the context manager and a server go through
 

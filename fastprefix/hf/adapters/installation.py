@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from fastprefix.errors import fail
 from fastprefix.hf.adapters.attached_prefixes import AttachedPrefixes
 from fastprefix.hf.adapters.continuous_batching import ContinuousBatching
 from fastprefix.hf.adapters.freezing import Frozen
@@ -30,7 +31,6 @@ from fastprefix.hf.runtime.prompt_prefill import PromptPrefill
 from fastprefix.hf.runtime.selection import Selection
 from fastprefix.hf.runtime.slots import AttentionSlots
 from fastprefix.hf.runtime.warn_once import WarnOnce
-from fastprefix.validation import fail
 
 
 class Installation:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from fastprefix.errors import fail
 from fastprefix.hf.adapters.attached_prefixes import AttachedPrefixes
 from fastprefix.hf.adapters.installation import Installation
 from fastprefix.hf.attention.function import SLOT
 from fastprefix.hf.model import dtensor, probing, wrappers
-from fastprefix.validation import fail
 
 ATTRIBUTE = "_fastprefix"
 

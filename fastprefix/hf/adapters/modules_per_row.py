@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastprefix.errors import fail
 from fastprefix.hf.runtime.forward_context import AdapterSelection, Name
-from fastprefix.validation import fail
 
 
 class RowModules(nn.Module):

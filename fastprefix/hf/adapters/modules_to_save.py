@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from fastprefix.errors import fail
 from fastprefix.hf.adapters.modules_per_row import RowModules
 from fastprefix.hf.attention.function import SLOT
 from fastprefix.hf.model import offload
@@ -19,7 +20,6 @@ from fastprefix.hf.model.layers import Layers
 from fastprefix.hf.runtime.forward_context import AdapterSelection, Name
 from fastprefix.hf.runtime.selection import Selection
 from fastprefix.prefixes.modules import Modules
-from fastprefix.validation import fail
 
 KEPT, ENCODERS = "fastprefix_modules", "fastprefix_encoders"
 _OURS = {SLOT, KEPT, ENCODERS}

@@ -10,37 +10,37 @@ from fastprefix.prefixes.prefix import Prefix
 from fastprefix.prefixes.prompt import SoftPrompt
 
 
-def place(state: Installation, name: str, prefix: Prefix | SoftPrompt) -> None:
+def place(installation: Installation, name: str, prefix: Prefix | SoftPrompt) -> None:
     """Make a prefix's modules children of the model."""
-    slots = state.slots
+    slots = installation.slots
     if isinstance(prefix, Prefix):
         for layer, index in zip(prefix.layers, prefix.layer_indices, strict=True):
             slots[index].prefixes[name] = layer
-    for module, slot in zip(state.facts.layers.modules, slots, strict=True):
+    for module, slot in zip(installation.facts.layers.modules, slots, strict=True):
         slot.train(module.training)
-    state.parameters.remember(name, prefix)
+    installation.parameters.remember(name, prefix)
     encoder = prefix.table if isinstance(prefix, SoftPrompt) else prefix.encoder
-    encoders = state.facts.layers.main.owner._modules.get(ENCODERS)
+    encoders = installation.facts.layers.main.owner._modules.get(ENCODERS)
     if encoder is not None:
         if encoders is None:
             encoders = nn.ModuleDict()
-            state.facts.layers.main.owner.add_module(ENCODERS, encoders)
+            installation.facts.layers.main.owner.add_module(ENCODERS, encoders)
         assert isinstance(encoders, nn.ModuleDict)
         encoders[name] = encoder
     elif isinstance(encoders, nn.ModuleDict) and name in encoders:
         del encoders[name]
         if not encoders:
-            del state.facts.layers.main.owner._modules[ENCODERS]
+            del installation.facts.layers.main.owner._modules[ENCODERS]
 
 
-def displace(state: Installation, name: str) -> None:
+def displace(installation: Installation, name: str) -> None:
     """Take one prefix out again."""
-    del state.selection.prefixes[name]
-    for slot in state.slots:
+    del installation.selection.prefixes[name]
+    for slot in installation.slots:
         if name in slot.prefixes:
             del slot.prefixes[name]
-    encoders = state.facts.layers.main.owner._modules.get(ENCODERS)
+    encoders = installation.facts.layers.main.owner._modules.get(ENCODERS)
     if isinstance(encoders, nn.ModuleDict) and name in encoders:
         del encoders[name]
         if not encoders:
-            del state.facts.layers.main.owner._modules[ENCODERS]
+            del installation.facts.layers.main.owner._modules[ENCODERS]

@@ -6,9 +6,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from fastprefix.errors import fail
 from fastprefix.hf.adapters.lookup import require_installation
 from fastprefix.hf.runtime.prefix_reader import AdapterSelection
-from fastprefix.validation import fail
 
 
 @contextmanager
@@ -28,22 +28,22 @@ def prefix_batch(model: Any, names: Sequence[str | None]) -> Iterator[None]:
     Raises:
         ValueError: a name is unknown, there are none, or a batch's rows are not a multiple of the names.
     """
-    state = require_installation(model)
+    installation = require_installation(model)
     if isinstance(names, str) or not isinstance(names, Sequence) or not names:
         raise fail("names", repr(names), "a list of names, one for each row of the batch")
-    known = state.selection.provider.names()
+    known = installation.selection.provider.names()
     for name in names:
         if name is not None and name not in known:
             raise fail("names", repr(name), f"None or one of {sorted(known)}")
-    if state.selection.shared is not None:
+    if installation.selection.shared is not None:
         raise fail("names", "a mixed batch inside shared_prompt", "neither block inside the other")
-    with state.lock.block():
-        outside, state.selection.chosen = state.selection.chosen, AdapterSelection(tuple(names))
-        on = state.configs.on
+    with installation.lock.block():
+        outside, installation.selection.chosen = installation.selection.chosen, AdapterSelection(tuple(names))
+        on = installation.configs.on
         try:
-            with state.selection.provider.held(state.selection.chosen):
-                state.configs.switch(on=True)
+            with installation.selection.provider.held(installation.selection.chosen):
+                installation.configs.switch(on=True)
                 yield
         finally:
-            state.selection.chosen = outside
-            state.configs.switch(on=on)
+            installation.selection.chosen = outside
+            installation.configs.switch(on=on)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastprefix.errors import fail
 from fastprefix.hf.adapters.lookup import find_installation, install, uninstall
 from fastprefix.hf.model import offload, probing
 from fastprefix.hf.model.prompt_support import check_prompts, check_tokens
@@ -19,7 +20,6 @@ from fastprefix.hf.runtime.prefix_reader import PrefixReader, pack
 from fastprefix.hf.runtime.prompt_prefill import refuse_cache
 from fastprefix.hf.runtime.slots import AttentionSlots
 from fastprefix.prefixes.prefix import LayerKV
-from fastprefix.validation import fail
 
 _numbers = itertools.count()
 
@@ -150,27 +150,27 @@ def shared_prompt(model: Any, input_ids: Any, groups: Any = None) -> Iterator[Sh
         raise fail("groups", f"{int(chosen.min())}..{int(chosen.max())}", f"0..{len(prompts) - 1}")
     found = find_installation(bare)
     fresh = found is None
-    state = install(bare) if found is None else found
+    installation = install(bare) if found is None else found
     try:
-        check_prompts(state.facts)
+        check_prompts(installation.facts)
     except ValueError:
         if fresh:
-            uninstall(state)
+            uninstall(installation)
         raise
-    if state.selection.shared is not None or state.selection.chosen is not None:
+    if installation.selection.shared is not None or installation.selection.chosen is not None:
         raise fail("input_ids", "a shared prompt inside another block", "one block of shared_prompt or prefix_batch")
-    if state.selection.provider.gated:
+    if installation.selection.provider.gated:
         raise fail("model", "one with gated prompts (ADAPTION_PROMPT)", "one without: they are read beside the content")
-    with state.lock.block():
-        on = state.configs.on
-        shared = SharedPrompt(prompts, chosen, state.reader, state.slots)
-        state.selection.shared = shared
+    with installation.lock.block():
+        on = installation.configs.on
+        shared = SharedPrompt(prompts, chosen, installation.reader, installation.slots)
+        installation.selection.shared = shared
         try:
-            state.configs.switch(on=True)
+            installation.configs.switch(on=True)
             yield shared
         finally:
-            state.selection.shared = None
-            state.configs.switch(on=on)
+            installation.selection.shared = None
+            installation.configs.switch(on=on)
 
 
 def _bare(model: Any) -> Any:

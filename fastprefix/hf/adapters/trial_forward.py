@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 
+from fastprefix.errors import fail
 from fastprefix.hf.adapters.installation import Installation
 from fastprefix.hf.model import probing
 from fastprefix.hf.model.dummy_inputs import dummy_inputs
 from fastprefix.hf.model.encoder_decoder import is_encoder_decoder
-from fastprefix.validation import fail
 
 
-def run_once(state: Installation) -> None:
+def run_once(installation: Installation) -> None:
     """Run the model from its outermost module on a few tokens, with a mask and without one, reading what is active.
 
     Warnings are kept for the user's own first forward.
@@ -23,22 +23,22 @@ def run_once(state: Installation) -> None:
     Raises:
         ValueError: it does not run; the model's class and the error are named.
     """
-    model, active = state.model, state.selection.active
-    for inputs in _calls(model, labelled=bool(state.head) and state.selection.has_prompts()):
-        with state.warn.forgotten():
+    model, active = installation.model, installation.selection.active
+    for inputs in _calls(model, labelled=bool(installation.head) and installation.selection.has_prompts()):
+        with installation.warn.forgotten():
             error = _error(model, inputs)
         if error is None:
             continue
-        state.activate(None)
+        installation.activate(None)
         bare = _error(model, inputs)
-        state.activate(active)
+        installation.activate(active)
         if bare is None:
             got = f"{type(model).__name__}, whose forward of {' and '.join(inputs)} fails with a prefix ({error})"
             raise fail("model", got, "a model that runs with one on what it runs on without") from error
     # Whether every layer reads it is looked at again in the user's own first forward: much may happen before that.
-    for hooks in state.hooks:
+    for hooks in installation.hooks:
         hooks.checked = False
-    for slot in state.slots:
+    for slot in installation.slots:
         slot.ran = False
 
 

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from fastprefix.errors import fail
 from fastprefix.functional import prefix_attention
 from fastprefix.hf.attention import masks
 from fastprefix.hf.attention.recording import AttentionCall, record
 from fastprefix.prefixes.prefix import LayerKV, LayerSlot
-from fastprefix.validation import fail
 
 NAME = "fastprefix"
 SLOT = "fastprefix"  # the child of an attention module that holds its prefixes

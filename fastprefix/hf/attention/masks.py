@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from transformers import masking_utils
 
-from fastprefix.validation import fail
+from fastprefix.errors import fail
 
 Index = int | Tensor
 

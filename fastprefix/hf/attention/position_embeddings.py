@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastprefix.validation import fail
+from fastprefix.errors import fail
 
 _PAST = "past_key_values_length"
 

@@ -7,9 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastprefix.validation import fail
-
-_AXES_AND_TEXT = 4  # Qwen2-VL's: a text's positions, then time, height and width
+from fastprefix.errors import fail
 
 
 def learned_table(owner: nn.Module) -> nn.Embedding | None:
@@ -70,20 +68,3 @@ def _default_positions(kwargs: dict[str, Any], causal: bool, padding_idx: int | 
         # A mask may reach further than this forward: a prompt's behind its first part, a static cache's to its end.
         return counted[:, -seq:] if mask.shape[1] <= seq else counted.index_select(1, columns)
     return columns.unsqueeze(0)
-
-
-def documents(kwargs: dict[str, Any]) -> tuple[int, int] | None:
-    """Row and first position of a document that lies behind another in its row; None where there is none.
-
-    A row is packed when its position ids jump, and neither a mask nor a cache says otherwise. Positions on several axes
-    ``[3, B, S]`` are those of images and films, which jump by themselves; ``[4, B, S]`` begins with the text's own.
-    """
-    ids = kwargs.get("position_ids")
-    if ids is None or kwargs.get("attention_mask") is not None or kwargs.get("past_key_values") is not None:
-        return None
-    if ids.dim() == 3:
-        if ids.shape[0] != _AXES_AND_TEXT:
-            return None
-        ids = ids[0]
-    jumps = (ids.diff(dim=-1) != 1).nonzero()
-    return (int(jumps[0, 0]), int(jumps[0, -1]) + 1) if len(jumps) else None

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastprefix.errors import fail
 from fastprefix.hf.attention.recording import AttentionCall
 from fastprefix.hf.model.dummy_inputs import dummy_inputs
 from fastprefix.hf.model.layers import AttentionStack
 from fastprefix.hf.model.probing import does_not_dispatch, evaluating, run
-from fastprefix.validation import fail
 
 _TOKENS = 8  # of a text that is run for it
 

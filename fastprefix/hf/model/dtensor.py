@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastprefix.validation import fail
+from fastprefix.errors import fail
 
 if torch.distributed.is_available():
     from torch.distributed.tensor import DTensor

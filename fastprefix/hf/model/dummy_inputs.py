@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastprefix.errors import fail
 from fastprefix.hf.model import offload
-from fastprefix.validation import fail
 
 
 def dummy_inputs(model: Any, tokens: int = 2) -> dict[str, Tensor]:

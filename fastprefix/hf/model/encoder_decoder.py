@@ -7,13 +7,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fastprefix.errors import fail
 from fastprefix.hf.attention import masks
 from fastprefix.hf.model import layers as model_layers
 from fastprefix.hf.model import probing
 from fastprefix.hf.model.dummy_inputs import dummy_inputs
 from fastprefix.hf.model.layers import Layers
 from fastprefix.prefixes.config import Part
-from fastprefix.validation import fail
 
 _TOKENS = 2  # of the decoder in a probe: keys of another number are the encoder's
 

@@ -7,11 +7,11 @@ from typing import Any
 
 from torch import nn
 
+from fastprefix.errors import fail
 from fastprefix.hf.attention import position_embeddings
 from fastprefix.hf.model.default_positions import DefaultPositions
 from fastprefix.hf.model.layers import AttentionStack, Layers
 from fastprefix.hf.model.outer_modules import OuterModules
-from fastprefix.validation import fail
 
 
 @dataclass

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastprefix.errors import fail
 from fastprefix.hf.attention import masks
 from fastprefix.hf.attention.recording import AttentionCall
 from fastprefix.hf.model import offload
 from fastprefix.hf.model.dummy_inputs import dummy_inputs
 from fastprefix.hf.model.probing import does_not_dispatch, first_calls, run, run_part
 from fastprefix.prefixes.config import LayerShape, Part
-from fastprefix.validation import fail
 
 # What transformers' configs call layers without keys and values: they keep a state, or nothing.
 WITHOUT_ATTENTION = ("linear_attention", "mamba", "mamba2", "conv", "recurrent", "moe", "mlp")

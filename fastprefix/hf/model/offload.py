@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastprefix.validation import fail
+from fastprefix.errors import fail
 
 
 class Away(NamedTuple):

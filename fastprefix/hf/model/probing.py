@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastprefix.errors import fail
 from fastprefix.hf.attention import method_overrides
 from fastprefix.hf.attention.recording import AttentionCall, recording
 from fastprefix.hf.model import offload, wrappers
-from fastprefix.validation import fail
 
 
 def check_model(model: Any) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from fastprefix.errors import fail
 from fastprefix.hf.model.facts import ModelFacts
-from fastprefix.validation import fail
 
 
 def check_tokens(model: Any) -> None:

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
-from fastprefix.validation import fail
+from fastprefix.errors import fail
 
 _FLAT = "FullyShardedDataParallel"  # FSDP1, whose import takes long
 # What a wrapper has made of the parameters leaves no place for new ones.

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastprefix.errors import fail
 from fastprefix.hf.adapters.installation import Installation
 from fastprefix.hf.peft.fitting import Fit
 from fastprefix.hf.runtime.forward_context import AdapterSelection, KeyValues, Name, ResolvedPrefix
-from fastprefix.validation import fail
 
 PREFIXES = ("PREFIX_TUNING", "CARTRIDGE")
 PROMPTS = ("PROMPT_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING")
@@ -37,12 +37,12 @@ class Adapters:
 
     gated = False
 
-    def __init__(self, state: Installation, peft_model: Any) -> None:
-        self.state = state
+    def __init__(self, installation: Installation, peft_model: Any) -> None:
+        self.installation = installation
         self.peft_model = peft_model
         self.bypassed = False  # while PEFT's own forward concatenates the prompt
         self.shifted = False  # while the caller's position ids start behind the prefix already
-        self.fit = Fit(state.facts)
+        self.fit = Fit(installation.facts)
 
     def names(self) -> list[str]:
         """PEFT's adapters."""
@@ -59,7 +59,7 @@ class Adapters:
 
         names = [name[0] if isinstance(name, tuple) else name or BASE for name in selection.names]
         mixed = len(set(names)) > 1 or names[0] != self.peft_model.active_adapter
-        heads = [m for m in self.state.model.modules() if mixed and isinstance(m, AuxiliaryTrainingWrapper)]
+        heads = [m for m in self.installation.model.modules() if mixed and isinstance(m, AuxiliaryTrainingWrapper)]
 
         def name_rows(head: Any, args: Any, kwargs: dict[str, Any]) -> Any:
             return args, {**kwargs, "adapter_names": AdapterSelection(tuple(names)).rows(len(args[0]))}
@@ -124,7 +124,7 @@ class Adapters:
                 return self.fit(config, self.encoded(str(name)))
 
             return ResolvedPrefix(
-                what, tokens, 0 if self.shifted else tokens, parameters, key_values, layers=len(self.state.slots)
+                what, tokens, 0 if self.shifted else tokens, parameters, key_values, layers=len(self.installation.slots)
             )
 
         def prompt() -> Tensor:

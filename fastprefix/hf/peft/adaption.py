@@ -13,12 +13,12 @@ from peft.tuners.adaption_prompt.config import TRANSFORMERS_MODEL_CONFIG
 from peft.tuners.adaption_prompt.layer import AdaptedAttention, AdaptedAttentionGPT
 from torch import Tensor
 
+from fastprefix.errors import fail
 from fastprefix.functional import prefix_attention
 from fastprefix.hf.adapters.installation import Installation
 from fastprefix.hf.attention.function import SLOT
 from fastprefix.hf.runtime.forward_context import AdapterSelection, KeyValues, Name, ResolvedPrefix
 from fastprefix.prefixes.prefix import LayerKV
-from fastprefix.validation import fail
 
 
 class FusedAttention(AdaptedAttention):
@@ -72,8 +72,8 @@ class Gated:
 
     gated = True
 
-    def __init__(self, state: Installation, peft_model: Any) -> None:
-        self.state = state
+    def __init__(self, installation: Installation, peft_model: Any) -> None:
+        self.installation = installation
         self.peft_model = peft_model
 
     def names(self) -> list[str]:
@@ -112,7 +112,7 @@ class Gated:
         parameters = tuple(x for m in modules for x in (m.adaption_prompt, m.adaption_gate))
 
         def key_values() -> KeyValues:
-            index = {id(module): i for i, module in enumerate(self.state.facts.layers.modules)}
+            index = {id(module): i for i, module in enumerate(self.installation.facts.layers.modules)}
             found: KeyValues = [None] * len(index)
             for module in modules:
                 if isinstance(module, FusedAttention):

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
+from fastprefix.errors import fail
 from fastprefix.hf.adapters.installation import Installation
 from fastprefix.hf.model import offload, probing
 from fastprefix.hf.peft.adapters import PREFIXES, Adapters, kind
-from fastprefix.validation import fail
 
 
 def check(adapters: Adapters, name: str) -> None:
@@ -22,17 +22,17 @@ def check(adapters: Adapters, name: str) -> None:
         )
         raise fail("peft_model", got, "a PEFT model that was made first, and its base model offloaded then")
     offload.remove_offload_hooks(encoder)
-    adapters.state.parameters.remember(name, encoder)
+    adapters.installation.parameters.remember(name, encoder)
     if kind(config) in PREFIXES:
         adapters.fit.check(config)
 
 
-def check_output(state: Installation) -> None:
+def check_output(installation: Installation) -> None:
     """Raise ValueError unless a model's output has names: what it says of a soft prompt's tokens is put in front."""
-    with state.forward.bypass(), probing.evaluating(state.model):
-        output = state.model(**state.facts.layers.main.dummy_inputs())
+    with installation.forward.bypass(), probing.evaluating(installation.model):
+        output = installation.model(**installation.facts.layers.main.dummy_inputs())
     if not hasattr(output, "get"):
-        got = f"a {type(state.model).__name__}, whose forward returns a {type(output).__name__}"
+        got = f"a {type(installation.model).__name__}, whose forward returns a {type(output).__name__}"
         raise fail("peft_model", got, "one that returns transformers' ModelOutput")
 
 

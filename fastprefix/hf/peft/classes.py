@@ -36,37 +36,38 @@ class Patched:
         """PEFT's forward; ``adapter_names`` (one for each row) and caches of one's own are honoured."""
         kwargs = _bind(self, args, kwargs)
         names, tasks = kwargs.pop("adapter_names", None), kwargs.pop("task_ids", None)
-        state, adapters = _parts(self)
+        installation, adapters = _parts(self)
+        selection = installation.selection
         if self._adapters_disabled:
             return self.base_model(**kwargs)
         chosen = adapters.choose(names, tasks)
-        choice = chosen or state.selection.current()
-        prompted = choice is not None and any(adapters.resolve(n).prompt is not None for n in choice.distinct())
-        if prompted and names is None and state.selection.chosen is None and state.selection.shared is None:
-            reason = _concatenates(self, state, choice, kwargs)
+        selected = chosen or selection.current()
+        prompted = selected is not None and any(adapters.resolve(n).prompt is not None for n in selected.distinct())
+        if prompted and names is None and selection.chosen is None and selection.shared is None:
+            reason = _concatenates(self, installation, selected, kwargs)
             if reason is not None:
                 return _theirs("forward", self, adapters, reason, task_ids=tasks, **kwargs)
         _token_types(self, kwargs)
-        with _chosen(state, chosen), _shifted(adapters, chosen or state.selection.chosen or prompted, kwargs):
-            if prompted and names is None and choice is not None and state.selection.chosen in (None, chosen):
-                return prompts.forward(self, state, choice, kwargs)
+        with _chosen(installation, chosen), _shifted(adapters, chosen or selection.chosen or prompted, kwargs):
+            if prompted and names is None and selected is not None and selection.chosen in (None, chosen):
+                return prompts.forward(self, installation, selected, kwargs)
             return self.base_model(**kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """PEFT's generate; also with ``adapter_names``, a cache of an earlier turn, static caches or none."""
         names, tasks = kwargs.pop("adapter_names", None), kwargs.pop("task_ids", None)
-        state, adapters = _parts(self)
+        installation, adapters = _parts(self)
         chosen = None if self._adapters_disabled else adapters.choose(names, tasks)
-        choice = chosen or state.selection.current()
-        entries = [] if choice is None else [adapters.resolve(name) for name in choice.distinct()]
+        selected = chosen or installation.selection.current()
+        entries = [] if selected is None else [adapters.resolve(name) for name in selected.distinct()]
         tokens = max((entry.tokens for entry in entries if entry.prompt is not None), default=0)
-        alone = names is None and state.selection.chosen is None and state.selection.shared is None
-        reason = prompts.outgrows(self, state, tokens, args, kwargs) if tokens and alone else None
+        alone = names is None and installation.selection.chosen is None and installation.selection.shared is None
+        reason = prompts.outgrows(self, installation, tokens, args, kwargs) if tokens and alone else None
         if reason is not None:
             if tasks is not None:
                 kwargs["task_ids"] = tasks
             return _theirs("generate", self, adapters, reason, *args, **kwargs)
-        with _chosen(state, chosen):
+        with _chosen(installation, chosen):
             return self.base_model.generate(*args, **kwargs)
 
     @contextmanager
@@ -141,9 +142,9 @@ def theirs(model: Any) -> Any:
 
 
 def _parts(model: Any) -> tuple[Installation, Adapters]:
-    state = require_installation(model)
-    assert isinstance(state.selection.provider, Adapters)
-    return state, state.selection.provider
+    installation = require_installation(model)
+    assert isinstance(installation.selection.provider, Adapters)
+    return installation, installation.selection.provider
 
 
 def _bind(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -153,34 +154,34 @@ def _bind(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str
 
 
 @contextmanager
-def _chosen(state: Installation, choice: Any) -> Iterator[None]:
-    if choice is None:
+def _chosen(installation: Installation, selected: Any) -> Iterator[None]:
+    if selected is None:
         yield
         return
-    with state.lock.block():
-        outside, state.selection.chosen = state.selection.chosen, choice
-        state.configs.switch(on=True)
+    with installation.lock.block():
+        outside, installation.selection.chosen = installation.selection.chosen, selected
+        installation.configs.switch(on=True)
         try:
-            with state.selection.provider.held(choice):
+            with installation.selection.provider.held(selected):
                 yield
         finally:
-            state.selection.chosen = outside
+            installation.selection.chosen = outside
 
 
-def _concatenates(model: Any, state: Installation, choice: Any, kwargs: dict[str, Any]) -> str | None:
+def _concatenates(model: Any, installation: Installation, selected: Any, kwargs: dict[str, Any]) -> str | None:
     """Why a soft prompt takes PEFT's own way; None when it is shared."""
     if task(model) == "QUESTION_ANS":
         return "a question-answering head has its softmax over the prompt's positions too"
-    if not state.facts.loss_fits_mask and "labels" in kwargs and kwargs.get("attention_mask") is not None:
+    if not installation.facts.loss_fits_mask and "labels" in kwargs and kwargs.get("attention_mask") is not None:
         return "its loss reads the mask beside the labels, which a shared prompt makes one place longer"
-    tokens = max(state.selection.provider.resolve(name).tokens for name in choice.distinct())
+    tokens = max(installation.selection.provider.resolve(name).tokens for name in selected.distinct())
     # PEFT's forward knows no cache: what outgrows a window while generating is the reading's to see.
-    return why_not_shareable(state.facts, tokens, {**kwargs, "past_key_values": None})
+    return why_not_shareable(installation.facts, tokens, {**kwargs, "past_key_values": None})
 
 
 def _theirs(method: str, model: Any, adapters: Adapters, reason: str, *args: Any, **kwargs: Any) -> Any:
     """PEFT's own forward or generate, which concatenates."""
-    adapters.state.warn.concatenation(reason)
+    adapters.installation.warn.concatenation(reason)
     adapters.bypassed = True
     try:
         return getattr(theirs(model), method)(model, *args, **kwargs)

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastprefix.errors import fail
 from fastprefix.hf.model.facts import ModelFacts
 from fastprefix.hf.runtime.forward_context import KeyValues
 from fastprefix.prefixes.prefix import LayerKV
-from fastprefix.validation import fail
 
 
 class Fit:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastprefix.validation import fail
+from fastprefix.errors import fail
 
 
 class PatchedConcatenating:

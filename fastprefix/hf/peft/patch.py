@@ -7,6 +7,7 @@ import warnings
 from contextlib import suppress
 from typing import Any
 
+from fastprefix.errors import fail
 from fastprefix.hf.adapters import build
 from fastprefix.hf.adapters.installation import Installation
 from fastprefix.hf.adapters.lookup import find_installation, install, uninstall
@@ -14,7 +15,6 @@ from fastprefix.hf.model import probing, wrappers
 from fastprefix.hf.model.prompt_support import check_prompts
 from fastprefix.hf.peft import checks, classes
 from fastprefix.hf.peft.adapters import PREFIXES, PROMPTS, Adapters, kind
-from fastprefix.validation import fail
 
 ADAPTION = "ADAPTION_PROMPT"
 
@@ -67,41 +67,41 @@ def patch(peft_model: Any) -> Any:
         raise fail(
             "peft_model", f"a {type(base).__name__} that something is attached to", "one without; detach it first"
         )
-    state = install(base)
+    installation = install(base)
     try:
-        check_prompts(state.facts)  # what PEFT would do is known for models of tokens alone
+        check_prompts(installation.facts)  # what PEFT would do is known for models of tokens alone
         if ADAPTION in kinds:
-            _patch_adaption(state, peft_model)
+            _patch_adaption(installation, peft_model)
         else:
-            state.selection.provider = Adapters(state, peft_model)
+            installation.selection.provider = Adapters(installation, peft_model)
             with suppress(AttributeError, RuntimeError, TypeError, ValueError):  # soft prompts fail there, in PEFT too
-                state.facts.reads_token_ids = build.reads_token_ids(state)
+                installation.facts.reads_token_ids = build.reads_token_ids(installation)
             if kinds & set(PROMPTS):
-                checks.check_output(state)
+                checks.check_output(installation)
                 arguments = inspect.signature(base.forward).parameters
-                if state.head and {"labels", "attention_mask"} <= set(arguments):
-                    state.facts.loss_fits_mask = state.head.loss_fits_mask()
+                if installation.head and {"labels", "attention_mask"} <= set(arguments):
+                    installation.facts.loss_fits_mask = installation.head.loss_fits_mask()
             for name in peft_model.peft_config:
-                checks.check(state.selection.provider, name)
+                checks.check(installation.selection.provider, name)
             for name in peft_model.peft_config:
                 checks.break_symmetry(peft_model, name)
             peft_model.__class__ = classes.patched(peft_model.__class__, classes.SHARING)
     except BaseException:
-        uninstall(state)
+        uninstall(installation)
         raise
     # PEFT's disable_adapter leaves bound methods behind, which would hide the class's.
     for method in ("forward", "prepare_inputs_for_generation"):
         peft_model.__dict__.pop(method, None)
-    state.configs.switch(on=True)
+    installation.configs.switch(on=True)
     return peft_model
 
 
-def _patch_adaption(state: Installation, peft_model: Any) -> None:
+def _patch_adaption(installation: Installation, peft_model: Any) -> None:
     from fastprefix.hf.peft import adaption
 
-    state.selection.provider = adaption.Gated(state, peft_model)
-    for module, slot in zip(state.facts.layers.modules, state.slots, strict=True):
-        slot.fallback_attention = state.configs.before(module)
+    installation.selection.provider = adaption.Gated(installation, peft_model)
+    for module, slot in zip(installation.facts.layers.modules, installation.slots, strict=True):
+        slot.fallback_attention = installation.configs.before(module)
     adaption.fuse(peft_model)
     peft_model.__class__ = classes.patched(peft_model.__class__, classes.ADAPTION)
 
@@ -126,12 +126,12 @@ def unpatch(peft_model: Any) -> Any:
         return peft_model
     if not is_patched(peft_model):
         raise fail("peft_model", type(peft_model).__name__, "a model that fastprefix.patch was called on")
-    state = find_installation(peft_model.get_base_model())
+    installation = find_installation(peft_model.get_base_model())
     if isinstance(peft_model, classes.PatchedAdaption):
         from fastprefix.hf.peft import adaption
 
         adaption.unfuse(peft_model)
     peft_model.__class__ = classes.theirs(peft_model)
-    if state is not None:
-        uninstall(state)
+    if installation is not None:
+        uninstall(installation)
     return peft_model

@@ -14,7 +14,7 @@ from fastprefix.hf.runtime.forward_context import AdapterSelection, PrefixBank
 from fastprefix.hf.runtime.lm_head_hooks import keeps_some
 
 
-def forward(model: Any, state: Installation, choice: AdapterSelection, kwargs: dict[str, Any]) -> Any:
+def forward(model: Any, installation: Installation, selected: AdapterSelection, kwargs: dict[str, Any]) -> Any:
     """The base model's output over rows, with the prompt's own positions in front as PEFT has them."""
     base = model.base_model
     return_dict = kwargs.pop("return_dict", None)
@@ -24,31 +24,33 @@ def forward(model: Any, state: Installation, choice: AdapterSelection, kwargs: d
     if continues or keeps_some(kwargs) or pools(model):
         output = base(**kwargs, return_dict=True)
     else:
-        names = choice.distinct()
+        names = selected.distinct()
         options = {name: kwargs[name] for name in ("output_hidden_states",) if name in kwargs}
-        with state.lock.hold():
-            resolved = [state.selection.provider.resolve(name) for name in names]
-            bank, prompt = state.reader.make_bank(names, resolved, base, options)
-            with state.forward.preparing(bank):
+        with installation.lock.hold():
+            resolved = [installation.selection.provider.resolve(name) for name in names]
+            bank, prompt = installation.reader.make_bank(names, resolved, base, options)
+            with installation.forward.preparing(bank):
                 output = base(**kwargs, return_dict=True)
-        _join(output, prompt, _rows(state, bank, choice, kwargs))
+        _join(output, prompt, _rows(installation, bank, selected, kwargs))
     return output if return_dict else output.to_tuple()
 
 
-def outgrows(model: Any, state: Installation, tokens: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+def outgrows(
+    model: Any, installation: Installation, tokens: int, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> str | None:
     """Why a generation behind so many prompt tokens may grow too long to share them, where PEFT's own way is exact."""
     config = kwargs.get("generation_config") or model.generation_config
     ids = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids", kwargs.get("inputs_embeds")))
     if ids is None:
         return None
-    if state.facts.reads_token_ids:
-        return why_not_shareable(state.facts, tokens, {})
+    if installation.facts.reads_token_ids:
+        return why_not_shareable(installation.facts, tokens, {})
     new, whole = (kwargs.get(name, getattr(config, name, None)) for name in ("max_new_tokens", "max_length"))
     last = ids.shape[1] + new if new is not None else max(whole or 0, ids.shape[1] + 20)  # 20: generate's own default
-    window = state.facts.layers.window
+    window = installation.facts.layers.window
     if window is not None and tokens + last > window:
         return f"it may outgrow a window of {window} tokens"
-    return why_too_long(state.facts, tokens + last)
+    return why_too_long(installation.facts, tokens + last)
 
 
 def pools(model: Any) -> bool:
@@ -56,8 +58,10 @@ def pools(model: Any) -> bool:
     return task(model) == "SEQ_CLS"
 
 
-def _rows(state: Installation, bank: PrefixBank, choice: AdapterSelection, kwargs: dict[str, Any]) -> list[int]:
-    return [bank.names.index(name) for name in choice.rows(state.facts.layers.batch_size(kwargs))]
+def _rows(
+    installation: Installation, bank: PrefixBank, selected: AdapterSelection, kwargs: dict[str, Any]
+) -> list[int]:
+    return [bank.names.index(name) for name in selected.rows(installation.facts.layers.batch_size(kwargs))]
 
 
 def _join(output: Any, prompt: Any, rows: list[int]) -> None:

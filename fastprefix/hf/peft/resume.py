@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from fastprefix.errors import fail
 from fastprefix.hf.storage.atomic_folder import complete_interrupted_save, write_atomically
 from fastprefix.hf.storage.validated_files import read_tensors, write_tensors
-from fastprefix.validation import fail
 
 FILE = "prompt_encoder.safetensors"
 

@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from fastprefix.errors import fail
 from fastprefix.hf.model.facts import ModelFacts
 from fastprefix.hf.runtime.forward_context import Name
 from fastprefix.hf.runtime.selection import Selection
 from fastprefix.hf.runtime.warn_once import WarnOnce
-from fastprefix.validation import fail
 
 _numbers = itertools.count()
 _ATTRIBUTE = "_fastprefix_origin"

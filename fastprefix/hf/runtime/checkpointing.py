@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from fastprefix.errors import fail
 from fastprefix.hf.attention import masks
 from fastprefix.hf.attention.config_copies import ConfigCopies
 from fastprefix.hf.attention.query_scaling import QueryScaling
@@ -20,7 +21,6 @@ from fastprefix.hf.runtime.forward_lock import ForwardLock
 from fastprefix.hf.runtime.selection import Selection
 from fastprefix.hf.runtime.slots import AttentionSlots
 from fastprefix.prefixes.prefix import LayerKV
-from fastprefix.validation import fail
 
 _FUNCTION = gradient_checkpointing.FUNCTION
 

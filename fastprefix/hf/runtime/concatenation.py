@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastprefix.errors import fail
 from fastprefix.hf.attention import masks
 from fastprefix.hf.model.facts import ModelFacts
 from fastprefix.hf.runtime.forward_context import ForwardContext
-from fastprefix.validation import fail
 
 
 def prepend(

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
+from fastprefix.errors import fail
 from fastprefix.prefixes.prefix import LayerKV
-from fastprefix.validation import fail
 
 Name = Hashable  # of a prefix; PEFT's multitask prompts are (name, task)
 KeyValues = list[LayerKV | None]  # of every attention layer

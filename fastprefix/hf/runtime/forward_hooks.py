@@ -7,8 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastprefix.errors import fail
 from fastprefix.hf.attention import masks, position_ids
 from fastprefix.hf.attention.config_copies import ConfigCopies
+from fastprefix.hf.attention.packed_documents import separate_documents
 from fastprefix.hf.attention.position_embeddings import ShiftedTable
 from fastprefix.hf.attention.query_scaling import QueryScaling
 from fastprefix.hf.model.facts import ModelFacts
@@ -23,7 +25,6 @@ from fastprefix.hf.runtime.lm_head_hooks import LMHeadHooks
 from fastprefix.hf.runtime.pooled_head import PooledHead
 from fastprefix.hf.runtime.prefix_reader import PrefixReader
 from fastprefix.hf.runtime.slots import AttentionSlots
-from fastprefix.validation import fail
 
 
 class ForwardHooks:
@@ -115,7 +116,9 @@ class ForwardHooks:
         masks.requested.even_without_padding = self.configs.ran_eager
         if "attention_mask" in kwargs and not self.outer.makes_masks:
             kwargs["attention_mask"] = _whole_mask(kwargs)
-        self.separate_documents(owner, kwargs)
+        if self.stack.causal:
+            model, hybrid = type(self.facts.model).__name__, bool(self.facts.layers.hybrid_layer_types)
+            separate_documents(kwargs, self.stack.owner_arguments, model, hybrid, owner.training)
         context = ForwardContext(layers=[None] * len(self.slots)) if context is None else context
         self.set_positions(context, kwargs)
         return self.start(context, kwargs)
@@ -186,30 +189,6 @@ class ForwardHooks:
         if other := self.configs.changed():
             got = f"{other!r}, set while a prefix is attached"
             raise fail("attn_implementation", got, "fastprefix: detach first, or the prefix would be ignored")
-
-    def separate_documents(self, owner: nn.Module, kwargs: dict[str, Any]) -> None:
-        """Packed rows: transformers looks for documents only where there is no cache, and not in every model."""
-        if not self.stack.causal:
-            return
-        takes_cache = "use_cache" in self.stack.owner_arguments
-        model, hybrid = type(self.facts.model).__name__, self.facts.layers.hybrid_layer_types
-        if torch.compiler.is_compiling():
-            # The ids cannot be read. In training those that come without a mask may be packed, and need no cache.
-            may_be = kwargs.get("position_ids") is not None and kwargs.get("attention_mask") is None
-            if may_be and hybrid and kwargs.get("past_key_values") is None:
-                got = "ids that may be those of packed documents, which torch.compile cannot read"
-                expected = f"an attention_mask beside them: layers of {model} carry a state past a document's end"
-                raise fail("position_ids", got, expected)
-            if owner.training and takes_cache and may_be and not kwargs.get("use_cache"):
-                kwargs["use_cache"] = False
-            return
-        boundary = position_ids.documents(kwargs)
-        if boundary is not None and hybrid:
-            expected = f"one document a row: layers of {model} carry a state past its end"
-            raise fail("position_ids", "packed documents (they jump)", expected)
-        masks.requested.boundary = boundary
-        if boundary is not None and takes_cache:
-            kwargs["use_cache"] = False
 
     def after(self, owner: nn.Module, args: Any, output: Any) -> Any:
         """Drop what belongs to this forward; after the first one, check that every layer read the prefix."""

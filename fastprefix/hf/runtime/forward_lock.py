@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastprefix.errors import fail
 from fastprefix.hf.model.layers import AttentionStack
-from fastprefix.validation import fail
 
 _CHECK_AFTER = 0.05  # seconds until a waiting thread looks whether the owner still runs a forward
 

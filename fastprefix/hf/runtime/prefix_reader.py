@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastprefix.errors import fail
 from fastprefix.hf.model import dtensor
 from fastprefix.hf.model.facts import ModelFacts
 from fastprefix.hf.runtime.exactness import why_not_shareable
@@ -25,7 +26,6 @@ from fastprefix.hf.runtime.prompt_prefill import PromptPrefill, refuse_cache
 from fastprefix.hf.runtime.selection import Selection
 from fastprefix.hf.runtime.warn_once import WarnOnce
 from fastprefix.prefixes.prefix import LayerKV, Prefix
-from fastprefix.validation import fail
 
 
 class PrefixReader:

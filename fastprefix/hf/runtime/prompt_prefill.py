@@ -8,13 +8,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fastprefix.errors import fail
 from fastprefix.hf.model import dtensor
 from fastprefix.hf.model.facts import ModelFacts
 from fastprefix.hf.model.gradient_checkpointing import checkpointed_modules, is_reentrant
 from fastprefix.hf.runtime.forward_context import ForwardContext, ForwardState, KeyValues, NestedForward
 from fastprefix.hf.runtime.slots import AttentionSlots
 from fastprefix.prefixes.prefix import LayerKV
-from fastprefix.validation import fail
 
 
 class PrefillResult(NamedTuple):

@@ -7,11 +7,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from fastprefix.errors import fail
 from fastprefix.hf.runtime.forward_context import AdapterSelection, ForwardContext, PrefixProvider
 from fastprefix.prefixes.kv import PartEncoders, PrefixEncoder
 from fastprefix.prefixes.prefix import Prefix
 from fastprefix.prefixes.prompt import SoftPrompt
-from fastprefix.validation import fail
 
 
 class PromptBlock(Protocol):

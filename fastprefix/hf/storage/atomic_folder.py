@@ -22,7 +22,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from fastprefix.validation import fail
+from fastprefix.errors import fail
 
 # Elsewhere nothing keeps two saves of one folder apart.
 fcntl: Any = importlib.import_module("fcntl") if os.name == "posix" else None

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from fastprefix.errors import fail
 from fastprefix.hf.adapters.attach import check_name
 from fastprefix.hf.adapters.installation import Installation
 from fastprefix.hf.adapters.lookup import find_installation, get_or_install, require_not_patched, uninstall
@@ -20,14 +21,13 @@ from fastprefix.hf.storage.peft_format import CONFIG
 from fastprefix.hf.storage.saved_adapter import SavedAdapter
 from fastprefix.prefixes.prefix import Prefix
 from fastprefix.prefixes.prompt import SoftPrompt
-from fastprefix.validation import fail
 
 
 class PrefixRegistry:
     """Saved prefixes by name; those used last are in memory."""
 
-    def __init__(self, state: Installation, max_resident: int) -> None:
-        self.state = state
+    def __init__(self, installation: Installation, max_resident: int) -> None:
+        self.installation = installation
         self.paths: dict[str, Path] = {}
         self.max_resident = max_resident
         self.resident: OrderedDict[str, Prefix | SoftPrompt] = OrderedDict()
@@ -37,7 +37,7 @@ class PrefixRegistry:
     def get(self, name: str) -> Prefix | SoftPrompt:
         """A prefix, read from disk unless it is in memory; the one unused for longest makes room."""
         if name not in self.resident:
-            prefix = SavedAdapter(self.paths[name]).make(self.state)
+            prefix = SavedAdapter(self.paths[name]).make(self.installation)
             prefix.requires_grad_(False)
             self.resident[name] = prefix
         self.resident.move_to_end(name)
@@ -77,8 +77,8 @@ def register(model: Any, dirs: Mapping[str, str | os.PathLike[str]], max_residen
     if not isinstance(max_resident, int) or max_resident < 1:
         raise fail("max_resident", repr(max_resident), "an int of at least 1")
     fresh = find_installation(model) is None
-    state = get_or_install(model)
-    provider = require_not_patched(state)
+    installation = get_or_install(model)
+    provider = require_not_patched(installation)
     try:
         paths = {name: Path(path) for name, path in dirs.items()}
         for name, path in paths.items():
@@ -89,13 +89,13 @@ def register(model: Any, dirs: Mapping[str, str | os.PathLike[str]], max_residen
                 raise fail("dirs", f"{path} for {name!r}", f"a folder with {CONFIG}")
     except BaseException:
         if fresh:
-            uninstall(state)
+            uninstall(installation)
         raise
-    state.freeze()
+    installation.freeze()
     if fresh:
-        state.activate(None)
+        installation.activate(None)
     registry = provider.registry
     if not isinstance(registry, PrefixRegistry):
-        registry = provider.registry = PrefixRegistry(state, max_resident)
+        registry = provider.registry = PrefixRegistry(installation, max_resident)
     registry.max_resident = max_resident
     registry.paths.update(paths)

@@ -74,30 +74,30 @@ def save(model: Any, dir: str | os.PathLike[str], name: str = "default") -> None
         ValueError: no prefix of this name is attached, or it holds numbers that are not finite, which ``load`` refuses.
         OSError: the files cannot be written.
     """
-    state = require_installation(wrappers.unwrapped(model, but=wrappers.SAVING))
-    require_not_patched(state)
-    prefix = state.selection.named(name)
-    wrappers.refuse_flat(state.model, prefix)
-    modules = saved_modules.saved_with(state, prefix)
-    saved_modules.warn_of_left_out(state, stacklevel=3)
+    installation = require_installation(wrappers.unwrapped(model, but=wrappers.SAVING))
+    require_not_patched(installation)
+    prefix = installation.selection.named(name)
+    wrappers.refuse_flat(installation.model, prefix)
+    modules = saved_modules.saved_with(installation, prefix)
+    saved_modules.warn_of_left_out(installation, stacklevel=3)
     trained = saved_modules.fields(prefix, modules)  # what is gathered wants no gradient
     with ExitStack() as stack:
         writes = all([stack.enter_context(gathered(module)) for module in (prefix, *modules.values())])
         for parameter, x in (*prefix.state_dict().items(), *saved_modules.tensors(modules).items()):
             check_finite(parameter, x, f"prefix {name!r}")
         if writes:
-            _write(state, prefix, modules, trained, Path(dir))
+            _write(installation, prefix, modules, trained, Path(dir))
 
 
 def _write(
-    state: Installation,
+    installation: Installation,
     prefix: Prefix | SoftPrompt,
     modules: Mapping[str, nn.Module],
     trained: Mapping[str, list[str]],
     folder: Path,
 ) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    config, tensors = contents(state, prefix, modules)
+    config, tensors = contents(installation, prefix, modules)
     fields = {"format_version": FORMAT_VERSION, **prefix.config.to_json(), **trained, "weights": digest(tensors)}
     files = {}
     if isinstance(prefix, SoftPrompt):
@@ -116,14 +116,14 @@ def _write(
 
 @torch.no_grad()
 def contents(
-    state: Installation, prefix: Prefix | SoftPrompt, modules: Mapping[str, nn.Module]
+    installation: Installation, prefix: Prefix | SoftPrompt, modules: Mapping[str, nn.Module]
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """What PEFT reads, where it can: its configuration and its weights, those of modules of the model's among them."""
-    config, beside = peft_config(state.model, prefix, list(modules)), saved_modules.tensors(modules)
+    config, beside = peft_config(installation.model, prefix, list(modules)), saved_modules.tensors(modules)
     if isinstance(prefix, SoftPrompt):
         return config, {EMBEDDINGS: prefix.embedding.detach().cpu().contiguous(), **beside}
     pairs = [(k.detach().cpu().contiguous(), v.detach().cpu().contiguous()) for k, v in prefix.key_values()]
-    if is_peft(prefix, state.facts.layers):
+    if is_peft(prefix, installation.facts.layers):
         return config, {EMBEDDINGS: pack([k for k, _ in pairs], [v for _, v in pairs]), **beside}
     tensors = {
         f"layers.{i}.{n}": x

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastprefix.errors import fail
 from fastprefix.hf.adapters.build import build, empty_prefix, new_encoder, prompt_dim
 from fastprefix.hf.adapters.installation import Installation
 from fastprefix.hf.storage import saved_modules
@@ -37,7 +38,6 @@ from fastprefix.hf.storage.validated_files import field, read_json, read_tensors
 from fastprefix.prefixes.config import PrefixConfig
 from fastprefix.prefixes.prefix import Prefix
 from fastprefix.prefixes.prompt import PromptConfig, SoftPrompt
-from fastprefix.validation import fail
 
 FILES = (CONFIG, WEIGHTS, OWN_CONFIG, ENCODER)
 
@@ -78,37 +78,38 @@ class SavedAdapter:
         projected = isinstance(self.config, PrefixConfig) and self.config.prefix_projection
         self.encoder = read_tensors(self.paths[ENCODER]) if projected else None
 
-    def make(self, state: Installation) -> Prefix | SoftPrompt:
+    def make(self, installation: Installation) -> Prefix | SoftPrompt:
         """A new prefix for a model; the sizes that the files claim are theirs before anything of that size is made."""
         path = self.paths[OWN_CONFIG if self.own is not None else CONFIG]
-        saved_modules.check(self.modules, state.modules.matching([*self.trained, *self.frozen]), self.paths[WEIGHTS])
+        modules = installation.modules.matching([*self.trained, *self.frozen])
+        saved_modules.check(self.modules, modules, self.paths[WEIGHTS])
         if isinstance(self.config, PromptConfig):
-            self.check_embedding(prompt_dim(state))
-            return self.made(state)
+            self.check_embedding(prompt_dim(installation))
+            return self.made(installation)
         with of(path):
-            empty = empty_prefix(state, self.config)
+            empty = empty_prefix(installation, self.config)
         stored_key_values(self.tensors, empty, self.paths[WEIGHTS])
         if EMBEDDINGS in self.tensors:
             check_geometry(self.peft, empty, self.paths[CONFIG])
         if self.encoder is not None:
-            self.check_hidden(state)
+            self.check_hidden(installation)
             with torch.device("meta"):
-                self.check_encoder(new_encoder(state, empty))
+                self.check_encoder(new_encoder(installation, empty))
         self.check_whole()
-        if self.own is None and self.config.parts is not None and state.facts.layers.main.has_position_bias:
-            name = type(state.model).__name__
+        if self.own is None and self.config.parts is not None and installation.facts.layers.main.has_position_bias:
+            name = type(installation.model).__name__
             warnings.warn(
                 f"fastprefix: PEFT adds {name}'s biases of relative positions to the scores of prefix tokens too; here "
                 "they are the content's alone, so that this adapter's outputs differ from those in PEFT",
                 stacklevel=3,
             )
-        return self.made(state)
+        return self.made(installation)
 
-    def made(self, state: Installation) -> Prefix | SoftPrompt:
+    def made(self, installation: Installation) -> Prefix | SoftPrompt:
         """What was checked, with its numbers."""
-        found = {path: name for name in (*self.frozen, *self.trained) for path in state.modules.matching([name])}
-        prefix = build(state, self.config)
-        modules = state.modules.copies(list(found))
+        found = {path: name for name in (*self.frozen, *self.trained) for path in installation.modules.matching([name])}
+        prefix = build(installation, self.config)
+        modules = installation.modules.copies(list(found))
         prefix.modules_to_save.put(modules)
         if trained := tuple(path for path, name in found.items() if name in self.trained):
             prefix.config = dataclasses.replace(prefix.config, modules_to_save=trained)
@@ -137,10 +138,10 @@ class SavedAdapter:
         check_tensors(self.tensors, want, self.paths[WEIGHTS])
         self.check_whole()
 
-    def check_hidden(self, state: Installation) -> None:
+    def check_hidden(self, installation: Installation) -> None:
         """The MLP is as wide as it is said to be."""
         assert isinstance(self.config, PrefixConfig) and self.encoder is not None
-        hidden = self.config.encoder_hidden_size or state.model.config.get_text_config().hidden_size
+        hidden = self.config.encoder_hidden_size or installation.model.config.get_text_config().hidden_size
         names = [name for name in self.encoder if name.endswith("down.bias")] or ["down.bias"]
         for name in names:
             x = self.encoder.get(name)

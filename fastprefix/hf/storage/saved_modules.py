@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastprefix.errors import fail
 from fastprefix.hf.adapters.installation import Installation
 from fastprefix.hf.adapters.modules_to_save import is_pefts, is_plain
 from fastprefix.hf.model import offload
@@ -22,7 +23,6 @@ from fastprefix.hf.storage.peft_format import check_finite, task
 from fastprefix.hf.storage.validated_files import field, shown
 from fastprefix.prefixes.prefix import Prefix
 from fastprefix.prefixes.prompt import SoftPrompt
-from fastprefix.validation import fail
 
 BASE = "base_model."
 FROZEN = "frozen_modules"  # saved, and not to be trained when they are loaded
@@ -33,9 +33,9 @@ HEADS = {
 }
 
 
-def saved_with(state: Installation, prefix: Prefix | SoftPrompt) -> dict[str, nn.Module]:
+def saved_with(installation: Installation, prefix: Prefix | SoftPrompt) -> dict[str, nn.Module]:
     """What is saved with a prefix: its own copies and, where it has none, the head of the model's task."""
-    heads = state.modules.matching(HEADS.get(task(state.model), ()))
+    heads = installation.modules.matching(HEADS.get(task(installation.model), ()))
     own = prefix.modules_to_save.named()
     # What PEFT has put into a head it saves itself, and what is quantised no file of its takes.
     return {**{path: m for path, m in heads.items() if is_plain(m) and not is_pefts(m)}, **own}
@@ -100,17 +100,17 @@ def names(data: dict[str, Any], name: str, path: Path) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def left_out(state: Installation) -> list[str]:
+def left_out(installation: Installation) -> list[str]:
     """Names of parameters that are trained and that no file of a prefix holds."""
-    kept = {id(p) for prefix in state.selection.prefixes.values() for p in prefix.parameters()}
-    for prefix in state.selection.prefixes.values():
-        kept |= {id(p) for module in saved_with(state, prefix).values() for p in module.parameters()}
-    return [name for name, p in state.model.named_parameters() if p.requires_grad and id(p) not in kept]
+    kept = {id(p) for prefix in installation.selection.prefixes.values() for p in prefix.parameters()}
+    for prefix in installation.selection.prefixes.values():
+        kept |= {id(p) for module in saved_with(installation, prefix).values() for p in module.parameters()}
+    return [name for name, p in installation.model.named_parameters() if p.requires_grad and id(p) not in kept]
 
 
-def warn_of_left_out(state: Installation, stacklevel: int) -> None:
+def warn_of_left_out(installation: Installation, stacklevel: int) -> None:
     """Say what is trained and not in the file."""
-    if found := left_out(state):
+    if found := left_out(installation):
         more = f" and {len(found) - 3} more" if found[3:] else ""
         warnings.warn(
             f"fastprefix: trained beside the prefix and not saved with it: {', '.join(found[:3])}{more}. Modules that "

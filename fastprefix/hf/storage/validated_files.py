@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fastprefix.validation import fail
+from fastprefix.errors import fail
 
 LARGEST_JSON = 2**20  # bytes
 
