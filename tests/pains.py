@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tests import pain_runs as runs
-from tests.peft_models import P_TUNING, PREFIX, PROMPT, P
+from tests.model_zoo.peft_models import P_TUNING, PREFIX, PROMPT, P
 from tests.support_table import README
 
 BEGIN, END = "<!-- pains: python -m tests.pains -->", "<!-- end of pains -->"

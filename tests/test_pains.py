@@ -15,10 +15,9 @@ peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 
 from tests import pains  # noqa: E402
-from tests.model_inputs import without_dropout  # noqa: E402
-from tests.models import ROWS  # noqa: E402
-from tests.pain_runs import RIGHT  # noqa: E402
-from tests.peft_models import (  # noqa: E402
+from tests.model_zoo.architectures import ROWS  # noqa: E402
+from tests.model_zoo.inputs import without_dropout  # noqa: E402
+from tests.model_zoo.peft_models import (  # noqa: E402
     GREEDY,
     PREFIX,
     PROMPT,
@@ -34,6 +33,7 @@ from tests.peft_models import (  # noqa: E402
     trained,
     tuned,
 )
+from tests.pain_runs import RIGHT  # noqa: E402
 
 PEFT = {
     "checkpointing-add": "ValueError: PREFIX_TUNING does not work with gradient checkpointing",
