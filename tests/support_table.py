@@ -56,7 +56,7 @@ MODES = {(True, False): "yes", (False,): "non-reentrant", (): "no: it has none"}
 
 
 def models() -> str:
-    """One row an architecture; cells are tests of ``tests/models/test_conformance.py`` and ``test_encoder_decoder.py``."""
+    """One row an architecture; cells are tests of ``test_conformance.py`` and ``test_encoder_decoder.py``."""
     lines = ["| " + " | ".join(HEAD) + " |", "|---" * len(HEAD) + "|"]
     for row in ROWS.values():
         padding = " ".join(side for side in row.paddings if side != "none") or "-"

@@ -94,8 +94,8 @@ def truth(call: Call) -> dict[str, Tensor]:
 def eager(call: Call) -> dict[str, Tensor]:
     """Concatenate, matmul, softmax, matmul, every step in the call's own dtype: the error that dtype is entitled to.
 
-    Content masks come from the library (``tests/operator/test_masks.py`` holds them to brute force). A bank is one long prefix,
-    of which a row sees its own part.
+    Content masks come from the library (``tests/operator/test_masks.py`` holds them to brute force). A bank is one
+    long prefix, of which a row sees its own part.
     """
     from fastprefix.masks import additive_bias, visible_keys
     from fastprefix.types import AttentionArgs
