@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -14,14 +13,7 @@ from tests.support.operator_calls import make_call, run
 from tests.support.operator_cases import CASES, EAGER, EAGER_BANKS
 from tests.support.operator_oracle import assert_close, assert_within_rule, truth
 
-
-@pytest.fixture(autouse=True)
-def _poison() -> Iterator[None]:
-    """Uninitialised memory is NaN: what a backend forgets to write is seen."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    assert torch.empty(3).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(False)
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
 @pytest.mark.parametrize("case", CASES)

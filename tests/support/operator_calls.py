@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastprefix import prefix_attention
 from fastprefix.dispatch import UnsupportedError
+from fastprefix.types import AttentionArgs
 
 
 @dataclass
@@ -67,6 +68,14 @@ def make_call(
         "prefix_v": torch.randn(*lead, H_kv, P, D_v, dtype=torch.float64),
     }
     return Call({n: x.to(dtype).requires_grad_() for n, x in values.items()}, options)
+
+
+def arguments(call: Call) -> AttentionArgs:
+    """The call as a backend sees it, without gradients."""
+    leaves = {name: x.detach() for name, x in call.leaves.items()}
+    options = {name: x.detach() if isinstance(x, Tensor) else x for name, x in call.options.items()}
+    scale = options.pop("scale", None)
+    return AttentionArgs(**leaves, scale=leaves["q"].shape[3] ** -0.5 if scale is None else scale, **options)
 
 
 def run(call: Call, backend: str) -> dict[str, Tensor]:
