@@ -1,4 +1,4 @@
-"""One call or two: the same numbers whichever is taken, and the one that was measured to be faster."""
+"""One vendor call or two in `aten`: the same numbers whichever is taken, and the one that was measured to be faster."""
 
 from __future__ import annotations
 
@@ -14,20 +14,18 @@ from tests.support.operator_oracle import assert_close, assert_within_rule, trut
 
 @pytest.mark.parametrize("one_call", [True, False])
 @pytest.mark.parametrize("case", CASES)
-def test_either_way_is_right(case: str, one_call: bool, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_either_way_is_right(case: str, one_call: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(joined, "preferred", lambda args: one_call and joined.possible(args))
     call = CASES[case]().to(torch.float64)
-    assert_close(run(call, backend), truth(call), 1e-10)
+    assert_close(run(call, "aten"), truth(call), 1e-10)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("case", EAGER)
-def test_one_call_keeps_the_error_rule(
-    case: str, dtype: torch.dtype, backend: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_one_call_keeps_the_error_rule(case: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(joined, "preferred", joined.possible)
     call = CASES[case]().to(dtype)
-    assert_within_rule(run(call, backend), call)
+    assert_within_rule(run(call, "aten"), call)
 
 
 @pytest.mark.parametrize(
