@@ -54,6 +54,7 @@ def assert_equal(module: Any, got: Tensor, ids: Tensor, mask: Tensor, tolerance:
     fastprefix.set_prefix(module.model, "default")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_torch_export(name: str) -> None:
     module, first, second = attached(name), batch(2, 9, 2), batch(3, 7, 4)
@@ -68,7 +69,7 @@ def test_torch_export(name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["llama_gqa", "gpt2"])
+@pytest.mark.parametrize("name", ["llama_gqa", pytest.param("gpt2", marks=pytest.mark.exhaustive)])
 def test_onnx(name: str, tmp_path: Path) -> None:
     import onnxruntime
 

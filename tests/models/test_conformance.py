@@ -14,7 +14,7 @@ from fastprefix import PrefixConfig
 from fastprefix.hf.formats import pack
 from fastprefix.hf.state import installation
 from fastprefix.prefixes.prefix import Prefix
-from tests.model_zoo.architectures import REFUSED, ROWS
+from tests.model_zoo.architectures import REFUSED, ROWS, one_of_each_kind
 from tests.model_zoo.inputs import P, S, gradients, inputs, output, positions, without_dropout
 from tests.model_zoo.row import NO_CACHE, STATES, TWO_DIMS
 from tests.support.concat_oracle import run_cached, run_concat
@@ -168,7 +168,8 @@ def no_cache(name: str) -> dict[str, bool]:
     return {"use_cache": False} if ROWS[name].causal and ROWS[name].peft != NO_CACHE else {}
 
 
-@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", one_of_each_kind(ROWS))
 def test_compiled(name: str) -> None:
     """Logits and gradients of a compiled model are those of the model."""
     torch._dynamo.reset()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from typing import Any
 
 import pytest
@@ -24,20 +25,25 @@ def test_fp64(case: str, backend: str) -> None:
 
 @pytest.mark.parametrize("case", CASES)
 def test_fp32(case: str, backend: str) -> None:
+    """Near the truth and, where eager can compute the case, within the error rule too."""
     call = CASES[case]().to(torch.float32)
-    assert_close(run(call, backend), truth(call), 1e-5)
+    got = run(call, backend)
+    assert_close(got, truth(call), 1e-5)
+    if case in (*EAGER, *EAGER_BANKS):
+        assert_within_rule(got, call)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("case", [*EAGER, *EAGER_BANKS])
 def test_error_rule(case: str, dtype: torch.dtype, backend: str) -> None:
     call = CASES[case]().to(dtype)
     assert_within_rule(run(call, backend), call)
 
 
-# Each value of each axis of DESIGN section 7 appears; the product would be 5 * 5 * 5 * 3 calls.
+# Each value of each axis of DESIGN section 7 appears; the product would be 5 * 5 * 5 * 3 calls. The largest batch goes
+# with the smallest group: a tile's rows are those of a whole group, and an interpreter takes its time for each tile.
 GRID = list(zip(*(itertools.islice(itertools.cycle(x), 15) for x in (
-    (1, 63, 128, 200), (0, 1, 7, 16, 129), (32, 64, 80, 128, 256), (1, 3, 8), (1, 2, 5))), strict=True))  # fmt: skip
+    (1, 63, 128, 200), (0, 1, 7, 16, 129), (32, 64, 80, 128, 256), (1, 3, 8), (5, 2, 1))), strict=True))  # fmt: skip
 
 
 @pytest.mark.parametrize(("S", "P", "D", "group", "B"), GRID)
@@ -48,8 +54,14 @@ def test_odd_shapes(S: int, P: int, D: int, group: int, B: int, backend: str) ->
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_a_thousand_rows(dtype: torch.dtype, backend: str) -> None:
-    call = make_call(B=2, H=8, H_kv=1, S=1000, P=129, D=64, dtype=dtype)
+def test_many_rows(dtype: torch.dtype, backend: str) -> None:
+    """A thousand rows of eight heads; of Triton's interpreter fewer, across the same boundaries.
+
+    Its tiles hold 128 rows of a group, 64 keys and 32 prefix tokens (``tiles/interpreter.json``). 200 rows of eight
+    heads fill 12 tiles and a half of the next, 200 keys three and an eighth, 129 tokens four and one token more.
+    """
+    interpreted = backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+    call = make_call(B=2, H=8, H_kv=1, S=200 if interpreted else 1000, P=129, D=64, dtype=dtype)
     assert_within_rule(run(call, backend), call)
 
 

@@ -10,6 +10,7 @@ import torch
 from fastprefix import ops, prefix_attention
 from fastprefix.backends import vendor
 from fastprefix.measure.saved import saved_bytes
+from fastprefix.types import BACKENDS
 from tests.support.operator_calls import Call, make_call, run
 from tests.support.operator_cases import CASES
 
@@ -26,9 +27,23 @@ def raw_inputs(call: Call, backend: str) -> tuple[Any, ...]:
     return seen[0]
 
 
+# Every case on the vendor's ops and on the reference; of Triton's interpreter, which takes seconds for each, a few.
+INTERPRETED = ("plain", "sinks", "bank", "bank_packed_per_row")
+
+
+def on_every_backend(*cases: str) -> list[Any]:
+    """Parameters ``case, backend``; on Triton all but ``INTERPRETED`` are marked exhaustive."""
+    return [
+        pytest.param(case, name, marks=pytest.mark.exhaustive if name == "triton" and case not in INTERPRETED else ())
+        for case in cases
+        for name in BACKENDS
+    ]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    "case",
-    [
+    ("case", "backend"),
+    on_every_backend(
         "plain",
         "no_prefix",
         "d_v_smaller",
@@ -40,14 +55,17 @@ def raw_inputs(call: Call, backend: str) -> tuple[Any, ...]:
         "sinks",
         "bias_trained",
         "with_a_cache",
-    ],
+    ),
 )
 def test_opcheck(case: str, backend: str) -> None:
     inputs = raw_inputs(CASES[case]().to(torch.float32), backend)
     torch.library.opcheck(torch.ops.fastprefix.prefix_attn_fwd, inputs)
 
 
-@pytest.mark.parametrize("case", ["plain", "d_v_smaller", "bank", "bank_packed", "bias_trained", "sinks"])
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("case", "backend"), on_every_backend("plain", "d_v_smaller", "bank", "bank_packed", "bias_trained", "sinks")
+)
 def test_opcheck_backward(case: str, backend: str) -> None:
     inputs = raw_inputs(CASES[case]().to(torch.float32), backend)
     o, lse = torch.ops.fastprefix.prefix_attn_fwd(*inputs)
@@ -63,7 +81,10 @@ def test_opcheck_backward(case: str, backend: str) -> None:
 COMPILED = ("plain", "left_padding", "gate", "bank", "bank_packed", "softcap", "q_start_scalar", "window")
 
 
-@pytest.mark.parametrize("case", [*COMPILED, "bank_packed_per_row", "bank_packed_and_gate"])
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("case", "backend"), on_every_backend(*COMPILED, "bank_packed_per_row", "bank_packed_and_gate")
+)
 def test_compile_fullgraph(case: str, backend: str) -> None:
     torch._dynamo.reset()
     call = CASES[case]().to(torch.float32)
@@ -82,6 +103,7 @@ def test_compile_fullgraph(case: str, backend: str) -> None:
         torch.testing.assert_close(grad, want[f"d{name}"])
 
 
+@pytest.mark.slow
 def test_compile_with_inductor_and_dynamic_shapes(backend: str) -> None:
     torch._dynamo.reset()
     f = torch.compile(lambda *a: prefix_attention(*a, backend=backend) * 2, fullgraph=True, dynamic=True)

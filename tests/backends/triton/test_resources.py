@@ -7,7 +7,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -45,15 +45,29 @@ def rows(out: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
 
 
-def check_survey(done: subprocess.CompletedProcess[str]) -> None:
+def check_survey(done: subprocess.CompletedProcess[str], targets: Sequence[str] = tuple(TARGETS)) -> None:
     found = rows(done.stdout)
     told = "\n".join(line for line in done.stdout.splitlines() if not line.endswith("good |"))
     assert done.returncode == 0 and found, told + done.stderr
     assert all(row[-1] == "good" and row[11] == "0" for row in found)
-    for target in TARGETS:
+    for target in targets:
         assert {tiles.launched(row[0]) for row in found if row[1] == target} == {*FAMILIES, *HELPERS}
 
 
+@pytest.mark.slow
+@tables_are_for_this_compiler
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_kernel_compiles_and_fits(target: str, tmp_path: Path) -> None:
+    """Of every kernel and its general form one shipped tile, that of bf16 and D = 128, where registers are scarce."""
+    shipped = tiles.read(tiles.FOLDER / f"{target}.json")
+    sizes = {name: [row for row in rows if (row["D"], row["itemsize"]) == (128, 2)] for name, rows in shipped.items()}
+    table = tmp_path / "sample.json"
+    table.write_text(json.dumps({name: [max(rows, key=lambda row: row.get("S", 0))] for name, rows in sizes.items()}))
+    check_survey(bench("--quick", "--target", target, table=table), [target])
+
+
+@pytest.mark.slow
+@pytest.mark.exhaustive
 @tables_are_for_this_compiler
 def test_what_takes_most_of_every_tile_compiles_and_fits() -> None:
     check_survey(bench("--quick"))
@@ -189,6 +203,16 @@ def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Write]:
 def planned(jobs: list[Job]) -> set[tuple[str, int, str]]:
     """Kernel, head dim and variant of every call that is compiled."""
     return {(call.kernel, call.D, call.variant.name) for job in jobs for call in job.calls}
+
+
+def test_the_shipped_tables_lack_nothing_and_have_nothing_in_vain(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "INTERPRETED", False)
+    monkeypatch.delenv("FASTPREFIX_TILES", raising=False)
+    jobs, missing = plan(list(TARGETS.values()), quick=True)
+    assert not missing
+    assert {(call.capability, call.kernel) for job in jobs for call in job.calls} == {
+        (capability, kernel) for capability in TARGETS.values() for kernel in FAMILIES
+    }
 
 
 def test_every_row_is_planned_in_every_variant(write: Write) -> None:

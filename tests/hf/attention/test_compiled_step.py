@@ -36,9 +36,15 @@ def step_of(projected: bool) -> Callable[[Tensor], Tensor]:
     return step
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("backend", "projected"),
-    [("aot_eager", False), ("aot_eager", True), pytest.param("inductor", False, marks=pytest.mark.slow)],
+    [
+        ("aot_eager", False),
+        ("inductor", True),
+        pytest.param("aot_eager", True, marks=pytest.mark.exhaustive),
+        pytest.param("inductor", False, marks=pytest.mark.exhaustive),
+    ],
 )
 def test_compiled_step(backend: str, projected: bool) -> None:
     if backend == "inductor" and shutil.which("g++") is None:
