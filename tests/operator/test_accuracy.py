@@ -10,13 +10,30 @@ import pytest
 import torch
 
 from fastprefix import prefix_attention
-from tests.support.operator_calls import make_call, run
+from fastprefix.types import BACKENDS
+from tests.support.operator_calls import backends_of, make_call, run
 from tests.support.operator_cases import CASES, EAGER, EAGER_BANKS
 from tests.support.operator_oracle import assert_close, assert_within_rule, truth
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
+in_fp64 = pytest.mark.parametrize("backend", backends_of(torch.float64))
+in_bf16 = pytest.mark.parametrize("backend", backends_of(torch.bfloat16))
 
 
+def in_dtypes(*dtypes: torch.dtype) -> pytest.MarkDecorator:
+    """Parameters ``dtype, backend``: every backend in each of the dtypes that it computes."""
+    pairs = [(dtype, backend) for dtype in dtypes for backend in backends_of(dtype)]
+    return pytest.mark.parametrize(("dtype", "backend"), pairs)
+
+
+def test_which_backends_compute_in_which_dtypes() -> None:
+    for dtype in (torch.float16, torch.float32):
+        assert backends_of(dtype) == list(BACKENDS)
+    for dtype in (torch.bfloat16, torch.float64):
+        assert {"reference", "aten"} <= set(backends_of(dtype))
+
+
+@in_fp64
 @pytest.mark.parametrize("case", CASES)
 def test_fp64(case: str, backend: str) -> None:
     call = CASES[case]().to(torch.float64)
@@ -33,7 +50,7 @@ def test_fp32(case: str, backend: str) -> None:
         assert_within_rule(got, call)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@in_dtypes(torch.float16, torch.bfloat16)
 @pytest.mark.parametrize("case", [*EAGER, *EAGER_BANKS])
 def test_error_rule(case: str, dtype: torch.dtype, backend: str) -> None:
     call = CASES[case]().to(dtype)
@@ -53,7 +70,7 @@ def test_odd_shapes(S: int, P: int, D: int, group: int, B: int, backend: str) ->
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@in_dtypes(torch.float16, torch.bfloat16, torch.float32)
 def test_many_rows(dtype: torch.dtype, backend: str) -> None:
     """A thousand rows of eight heads; of Triton's interpreter fewer, across the same boundaries.
 
@@ -65,6 +82,7 @@ def test_many_rows(dtype: torch.dtype, backend: str) -> None:
     assert_within_rule(run(call, backend), call)
 
 
+@in_fp64
 def test_a_sink_that_is_off_in_an_empty_row_gets_no_gradient(backend: str) -> None:
     call = CASES["sinks_off_in_an_empty_row"]().to(torch.float64)
     call.options["sinks"].requires_grad_()
@@ -73,6 +91,7 @@ def test_a_sink_that_is_off_in_an_empty_row_gets_no_gradient(backend: str) -> No
     assert torch.equal(got["dsinks"], torch.zeros(6, dtype=torch.float64))
 
 
+@in_fp64
 @pytest.mark.parametrize("case", ["plain", "left_padding", "bank_ragged", "bank_packed", "sinks", "with_a_cache"])
 def test_gradcheck(case: str, backend: str) -> None:
     call = CASES[case]().to(torch.float64)
@@ -85,6 +104,7 @@ def test_gradcheck(case: str, backend: str) -> None:
     assert torch.autograd.gradcheck(f, tuple(call.leaves.values()), fast_mode=True)
 
 
+@in_bf16
 @pytest.mark.parametrize("prefix_dtype", [torch.float32, torch.float16, torch.float64])
 def test_the_prefix_keeps_its_own_dtype(prefix_dtype: torch.dtype, backend: str) -> None:
     call = make_call(dtype=torch.bfloat16)
@@ -98,6 +118,7 @@ def test_the_prefix_keeps_its_own_dtype(prefix_dtype: torch.dtype, backend: str)
         torch.testing.assert_close(got[name].float(), x.float(), rtol=1e-2, atol=1e-2)
 
 
+@in_fp64
 @pytest.mark.parametrize("layout", ["bhsd", "bshd", "every_other", "last_dim_strided"])
 def test_any_strides(layout: str, backend: str) -> None:
     call = make_call(S=40, dtype=torch.float64)
@@ -203,6 +224,7 @@ def test_a_packed_bank_is_each_prefix_alone(backend: str) -> None:
     assert_close(whole, want, 2e-6)
 
 
+@in_bf16
 def test_a_packed_bank_keeps_its_own_dtype(backend: str) -> None:
     """fp32 masters under a bf16 model, each read in the model's dtype."""
     call = make_call(B=3, packed=(5, 0, 9), prefix_ids=torch.tensor([2, 0, 2]), dtype=torch.bfloat16)

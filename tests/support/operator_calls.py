@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from fastprefix import prefix_attention
-from fastprefix.dispatch import UnsupportedError
-from fastprefix.types import AttentionArgs
+from fastprefix.dispatch import UnsupportedError, module
+from fastprefix.types import BACKENDS, AttentionArgs
 
 
 @dataclass
@@ -76,6 +76,12 @@ def arguments(call: Call) -> AttentionArgs:
     options = {name: x.detach() if isinstance(x, Tensor) else x for name, x in call.options.items()}
     scale = options.pop("scale", None)
     return AttentionArgs(**leaves, scale=leaves["q"].shape[3] ** -0.5 if scale is None else scale, **options)
+
+
+def backends_of(dtype: torch.dtype) -> list[str]:
+    """The backends that compute in a dtype here; a test that is of one dtype is made for these alone."""
+    args = arguments(make_call(dtype=dtype))
+    return [name for name in BACKENDS if not module(name).unsupported(args)]
 
 
 def run(call: Call, backend: str) -> dict[str, Tensor]:
