@@ -37,6 +37,7 @@ def losses(out: str) -> tuple[float, float]:
     return before, after
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
@@ -93,6 +94,7 @@ def test_explain_shows_the_layers(folder: Path, capsys: pytest.CaptureFixture[st
     assert "P=3" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_memory_and_bench_run(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["memory", "--model", str(folder / "model"), "--batch", "2", "--seq", "8", "--prefix", "4"]) == 0
     assert "MiB" in capsys.readouterr().out

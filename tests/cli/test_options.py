@@ -16,6 +16,7 @@ from fastprefix.quiet import quiet_imports
 from tests.support.tiny_models import save_tiny
 
 
+@pytest.mark.slow
 def test_commands_are_quiet(tmp_path: Path) -> None:
     """Nothing of what importing transformers, torchao among it, has to say."""
     folder = save_tiny(tmp_path / "model")

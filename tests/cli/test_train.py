@@ -41,6 +41,7 @@ def key_of(ids: list[int]) -> torch.Tensor:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "ids", "told", "warning"),
     [
@@ -84,6 +85,7 @@ def word_id(word: str) -> int:
     return int(tiny_tokenizer().convert_tokens_to_ids(word))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "method"), [("pairs", "prefix"), ("pairs", "prompt"), ("chat", "prefix"), ("text", "prompt")]
 )

@@ -14,6 +14,8 @@ import fastprefix
 from fastprefix import PrefixConfig, PromptConfig, init
 from tests.support.tiny_models import tiny_model
 
+pytestmark = pytest.mark.slow
+
 P, S = 4, 7
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CONFIGS: dict[str, Any] = {

@@ -20,6 +20,8 @@ from fastprefix.data import collator, load_pairs, read_pairs  # noqa: E402
 from fastprefix.hf.trainer import PrefixTrainer, restore  # noqa: E402
 from fastprefix.train import checkpoint_layers  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 CONFIGS = {
     "direct": {"num_frozen_tokens": 1},
     "projected": {"prefix_projection": True, "encoder_hidden_size": 8},

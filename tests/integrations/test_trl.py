@@ -18,6 +18,8 @@ from fastprefix import PrefixConfig, init
 from tests.support.concat_oracle import concatenating
 from tests.support.tiny_models import ROWS, save_tiny, tiny_tokenizer
 
+pytestmark = pytest.mark.slow
+
 P, STEPS, LR, BETA = 4, 3, 0.05, 0.3
 OPTIONS: dict[str, Any] = {
     "max_steps": STEPS,

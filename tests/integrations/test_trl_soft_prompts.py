@@ -14,6 +14,8 @@ from fastprefix import PromptConfig, init
 from tests.integrations.test_trl import OPTIONS, folder, loaded, logged, sft_dataset  # noqa: F401  a fixture
 from tests.support.tiny_models import tiny_tokenizer
 
+pytestmark = pytest.mark.slow
+
 P = 4
 
 

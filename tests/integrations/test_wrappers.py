@@ -57,6 +57,7 @@ WRAPPERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("group")
 @pytest.mark.parametrize("name", WRAPPERS)
 def test_functions_look_through_wrappers(name: str, tmp_path: Path) -> None:
@@ -161,6 +162,7 @@ def test_patch_looks_through_wrappers() -> None:
         fastprefix.patch(AveragedModel(peft_model("PrefixTuningConfig", model())))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["whole", "wrapped", "layers"])
 def test_attach_to_what_is_compiled_already(what: str) -> None:
     made, _ = attached()

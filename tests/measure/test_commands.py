@@ -32,6 +32,7 @@ def test_the_bench_command(capsys: pytest.CaptureFixture[str]) -> None:
         _options(add_bench_arguments, "--shape", "2,4,3,16,8,16")
 
 
+@pytest.mark.slow
 def test_the_memory_command(capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("peft")
     from fastprefix.measure.commands import add_memory_arguments, memory_main

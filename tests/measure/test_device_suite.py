@@ -119,6 +119,7 @@ def test_a_part_keeps_the_rows_of_the_others(tmp_path: Path) -> None:
     assert "## Training step" in (folder / "results.md").read_text()
 
 
+@pytest.mark.slow
 def test_the_device_suite_runs_here(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "benches.device", "--smoke", "--out", str(tmp_path)]
     parts = ["--only", "correctness", "--only", "operator"]

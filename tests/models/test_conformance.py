@@ -138,6 +138,7 @@ CHECKPOINTED = [(name, False, mode) for name, row in ROWS.items() for mode in ro
 CHECKPOINTED += [(name, True, mode) for name in ("llama_gqa", "gpt2", "bert") for mode in (True, False)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "projected", "reentrant"), CHECKPOINTED)
 def test_gradient_checkpointing(name: str, projected: bool, reentrant: bool) -> None:
     model, prefix = attached(name, prefix_projection=projected)

@@ -89,6 +89,7 @@ def test_their_kin_equal_explicit_concatenation(name: str, padded: bool) -> None
     check(model, key_values(model, prefix, leaves=True), inputs, got, grads, **extra)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("beams", [1, 3])
 @pytest.mark.parametrize("name", ALL)
 def test_generate_equals_explicit_concatenation(name: str, beams: int) -> None:
@@ -130,6 +131,7 @@ def test_positions_may_stay(name: str) -> None:
     torch.testing.assert_close(got, run_concat(model, pairs, **inputs).logits, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize(("name", "projected"), [(name, name == "bart") for name in ALL])
 def test_gradient_checkpointing(name: str, projected: bool, reentrant: bool) -> None:

@@ -92,6 +92,7 @@ def test_a_class_that_ends_its_process_does_not_end_the_sweep(
     assert worker.process is None
 
 
+@pytest.mark.slow
 def test_every_exported_class_is_found_once() -> None:
     classes = found()
     assert len(classes) > 1500 and {"LlamaForCausalLM", "LlavaForConditionalGeneration", "ViTModel"} <= set(classes)

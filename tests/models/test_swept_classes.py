@@ -27,6 +27,7 @@ KINDS: dict[str, tuple[str, tuple[str | None, ...]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", KINDS)
 def test_is_right_or_refused(name: str) -> None:
     _, want = KINDS[name]
@@ -36,6 +37,7 @@ def test_is_right_or_refused(name: str) -> None:
     assert [None if outcome == "PEFT refuses" else outcome for outcome in got] == list(want), said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "reason"),
     [

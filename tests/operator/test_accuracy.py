@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 from typing import Any
 
 import pytest
@@ -11,18 +10,22 @@ import torch
 
 from fastprefix import prefix_attention
 from fastprefix.types import BACKENDS
-from tests.support.operator_calls import backends_of, make_call, run
+from tests.support.operator_calls import backend_params, backends_of, interpreted, make_call, run
 from tests.support.operator_cases import CASES, EAGER, EAGER_BANKS
 from tests.support.operator_oracle import assert_close, assert_within_rule, truth
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
-in_fp64 = pytest.mark.parametrize("backend", backends_of(torch.float64))
-in_bf16 = pytest.mark.parametrize("backend", backends_of(torch.bfloat16))
+in_fp64 = pytest.mark.parametrize("backend", backend_params(backends_of(torch.float64)))
+in_bf16 = pytest.mark.parametrize("backend", backend_params(backends_of(torch.bfloat16)))
 
 
 def in_dtypes(*dtypes: torch.dtype) -> pytest.MarkDecorator:
     """Parameters ``dtype, backend``: every backend in each of the dtypes that it computes."""
-    pairs = [(dtype, backend) for dtype in dtypes for backend in backends_of(dtype)]
+    pairs = [
+        pytest.param(dtype, backend, marks=pytest.mark.slow if interpreted(backend) else ())
+        for dtype in dtypes
+        for backend in backends_of(dtype)
+    ]
     return pytest.mark.parametrize(("dtype", "backend"), pairs)
 
 
@@ -40,6 +43,7 @@ def test_fp64(case: str, backend: str) -> None:
     assert_close(run(call, backend), truth(call), 1e-10)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)  # in the quick run too, as the one look that it takes at the kernels
 @pytest.mark.parametrize("case", CASES)
 def test_fp32(case: str, backend: str) -> None:
     """Near the truth and, where eager can compute the case, within the error rule too."""
@@ -77,8 +81,7 @@ def test_many_rows(dtype: torch.dtype, backend: str) -> None:
     Its tiles hold 128 rows of a group, 64 keys and 32 prefix tokens (``tiles/interpreter.json``). 200 rows of eight
     heads fill 12 tiles and a half of the next, 200 keys three and an eighth, 129 tokens four and one token more.
     """
-    interpreted = backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
-    call = make_call(B=2, H=8, H_kv=1, S=200 if interpreted else 1000, P=129, D=64, dtype=dtype)
+    call = make_call(B=2, H=8, H_kv=1, S=200 if interpreted(backend) else 1000, P=129, D=64, dtype=dtype)
     assert_within_rule(run(call, backend), call)
 
 

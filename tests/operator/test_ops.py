@@ -11,7 +11,7 @@ from fastprefix import ops, prefix_attention
 from fastprefix.backends import vendor
 from fastprefix.measure.saved import saved_bytes
 from fastprefix.types import BACKENDS
-from tests.support.operator_calls import Call, make_call, run
+from tests.support.operator_calls import Call, interpreted, make_call, run
 from tests.support.operator_cases import CASES
 
 
@@ -28,13 +28,13 @@ def raw_inputs(call: Call, backend: str) -> tuple[Any, ...]:
 
 
 # Every case on the vendor's ops and on the reference; of Triton's interpreter, which takes seconds for each, a few.
-INTERPRETED = ("plain", "sinks", "bank", "bank_packed_per_row")
+FEW = ("plain", "sinks", "bank", "bank_packed_per_row")
 
 
 def on_every_backend(*cases: str) -> list[Any]:
-    """Parameters ``case, backend``; on Triton all but ``INTERPRETED`` are marked exhaustive."""
+    """Parameters ``case, backend``; where kernels are interpreted, all cases but ``FEW`` are marked exhaustive."""
     return [
-        pytest.param(case, name, marks=pytest.mark.exhaustive if name == "triton" and case not in INTERPRETED else ())
+        pytest.param(case, name, marks=pytest.mark.exhaustive if interpreted(name) and case not in FEW else ())
         for case in cases
         for name in BACKENDS
     ]

@@ -114,6 +114,7 @@ def test_the_plan_reaches_every_kernel() -> None:
     assert reached == sanitize.kernels()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="compiles for no device")
 def test_other_processes_compile() -> None:
     pytest.importorskip("triton")
@@ -125,6 +126,7 @@ def test_other_processes_compile() -> None:
         assert compilers.wait() is None
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the whole of it is run by hand there")
 def test_every_kernel_is_launched_for_the_sanitizer(capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("triton")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -76,6 +77,16 @@ def arguments(call: Call) -> AttentionArgs:
     options = {name: x.detach() if isinstance(x, Tensor) else x for name, x in call.options.items()}
     scale = options.pop("scale", None)
     return AttentionArgs(**leaves, scale=leaves["q"].shape[3] ** -0.5 if scale is None else scale, **options)
+
+
+def interpreted(backend: str) -> bool:
+    """Whether a backend's kernels run in Triton's interpreter, which takes some 12 ms for each program."""
+    return backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def backend_params(names: Iterable[str]) -> list[Any]:
+    """Parameters of a test; what is interpreted is marked slow."""
+    return [pytest.param(name, marks=pytest.mark.slow if interpreted(name) else ()) for name in names]
 
 
 def backends_of(dtype: torch.dtype) -> list[str]:

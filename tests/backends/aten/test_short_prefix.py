@@ -18,7 +18,7 @@ pytest.importorskip("triton")
 
 from fastprefix.backends.launch import epilogue
 
-pytestmark = pytest.mark.usefixtures("poisoned_memory")
+pytestmark = [pytest.mark.usefixtures("poisoned_memory"), pytest.mark.slow]
 
 ALL = Needs(True, True, True, True, True)
 

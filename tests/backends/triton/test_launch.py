@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -17,14 +16,9 @@ from tests.support.operator_calls import Call, make_call
 from tests.support.operator_calls import run as run_call
 from tests.support.operator_oracle import assert_close, assert_within_rule, truth
 
+pytestmark = [pytest.mark.usefixtures("poisoned_memory"), pytest.mark.slow]
+
 EVERYTHING = Needs(True, True, True, True, True)
-
-
-@pytest.fixture(autouse=True)
-def _poison() -> Iterator[None]:
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def impose(monkeypatch: pytest.MonkeyPatch, tile: Tile) -> list[str]:

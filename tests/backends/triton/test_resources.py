@@ -80,6 +80,7 @@ def test_everything_compiles_and_fits() -> None:
     check_survey(bench())
 
 
+@pytest.mark.slow
 def test_tiles_that_are_too_large_fail_the_gate(tmp_path: Path) -> None:
     tile = {"itemsize": 2, "BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_P": 16, "num_stages": 2, "TMA": True}
     spilling, piled = {**tile, "D": 128, "num_warps": 4}, {**tile, "D": 64, "num_warps": 8, "num_stages": 8}

@@ -221,6 +221,7 @@ def test_every_route_gives_all_that_it_can_and_gives_it_right(route: Route) -> N
     assert broken_rule(route.problem, leaves, got) is None
 
 
+@pytest.mark.slow
 def test_every_kernel_is_found_and_timed_alone(tmp_path: Path) -> None:
     outcomes = tune(PROBLEMS, tmp_path / "tuned.json", None, lambda kernel, D, tile: [], 1)
     assert [x.asked.kernel for x in outcomes] == list(AXES) == list(tiles.read(tmp_path / "tuned.json"))

@@ -101,6 +101,7 @@ USES: tuple[Callable[[Any], None], ...] = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("use", USES, ids=("nothing", *(use.__name__ for use in USES[1:])))
 @pytest.mark.parametrize("kind", MAKERS)
 def test_a_deleted_model_is_gone(kind: str, use: Callable[[Any], None]) -> None:

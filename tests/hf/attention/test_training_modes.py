@@ -73,6 +73,7 @@ def test_compile_equals_eager(name: str, projected: bool) -> None:
         torch.testing.assert_close(grad, expected, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_compiled_model_follows_the_parameters_and_set_prefix() -> None:
     torch._dynamo.reset()
     model, prefix = attached("llama_gqa")

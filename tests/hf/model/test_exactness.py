@@ -72,6 +72,7 @@ def concatenated(bare: Any, embedding: Tensor, ids: Tensor, mask: Tensor | None)
     return output.logits[:, len(embedding) :]
 
 
+@pytest.mark.slow
 @settings(max_examples=80, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(
     rope=st.sampled_from(list(ROPES)),

@@ -55,6 +55,7 @@ def test_packed_rows_of_a_hybrid_are_refused(name: str) -> None:
     model(ids, position_ids=torch.arange(S)[None])
 
 
+@pytest.mark.slow
 def test_packed_rows_of_a_compiled_hybrid_are_refused() -> None:
     """Ids cannot be read in a graph: there a mask beside them has to say that a row is one document."""
     ids, where = inputs("lfm2")["input_ids"][:1], torch.arange(S)[None]

@@ -89,6 +89,7 @@ def runs_bf16_lstm() -> bool:
     return True
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["prefix", "prompt", "multitask"])
 def test_compiles_in_one_graph(kind: str) -> None:
     """As PEFT's do; but which tasks a batch has is read from their tensor, which breaks the graph."""
@@ -100,6 +101,7 @@ def test_compiles_in_one_graph(kind: str) -> None:
     torch.testing.assert_close(got, want, **CLOSE)
 
 
+@pytest.mark.slow
 def test_compiles_and_checkpoints() -> None:
     batch = {"input_ids": ids(), "labels": ids(), "use_cache": False}
     want = gradient(tuned(False), **batch)
@@ -150,6 +152,7 @@ def test_checkpointing_in_both_modes(kind: str, row: str, reentrant: bool) -> No
     assert want.abs().max() > 0
 
 
+@pytest.mark.slow
 def test_trainer_with_checkpointing_learns_the_same(tmp_path: Path) -> None:
     found = []
     for on in (False, True):
@@ -159,6 +162,7 @@ def test_trainer_with_checkpointing_learns_the_same(tmp_path: Path) -> None:
     torch.testing.assert_close(*found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "multitask"])
 def test_trainer_arrives_where_peft_s_does(kind: str, tmp_path: Path) -> None:
     models = [made(on, kind, base=tiny_model()) for on in (False, True)]

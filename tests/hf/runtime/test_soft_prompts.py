@@ -234,6 +234,7 @@ def test_gradient_checkpointing(reentrant: bool) -> None:
     torch.testing.assert_close(prompt.embedding.grad, want)
 
 
+@pytest.mark.slow
 def test_compiles() -> None:
     torch._dynamo.reset()  # models of other tests count towards its limit of recompilations
     _, model, prompt = prompted("llama_gqa", torch.float32)

@@ -32,6 +32,7 @@ FULL = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("mode", "count", "kills"), [("steps", 2, 50), ("random", 50, 50), *FULL])
 def test_killed_saves(mode: str, count: int, kills: int, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "tests.support.kill_during_save", mode, str(tmp_path / "adapter"), str(count)]
@@ -50,6 +51,7 @@ def no_space() -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("old", "new"), [("direct", "projected"), ("projected", "direct")])
 def test_a_full_disk(old: str, new: str, tmp_path: Path) -> None:
     """At whatever step: the error arrives, the old adapter stays or the new one is whole, and the next save works."""
