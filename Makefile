@@ -8,11 +8,12 @@ STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip install -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-peft sweep lint bench clean
+.PHONY: help demo test test-quick test-peft sweep lint bench clean
 
 help:
 	@echo "make demo       train a prefix on a real model (fastprefix demo)"
 	@echo "make test       ruff, mypy, then pytest (PYTEST_ARGS='-k name' to choose)"
+	@echo "make test-quick pytest without what takes seconds a test: for the loop at a desk"
 	@echo "make test-peft  PEFT's own tests, as they are and through fastprefix.patch (PEFT_ARGS='--only FILE')"
 	@echo "make sweep      every class of transformers, tiny: right, refused or red; docs/models.md (SWEEP_ARGS='--only NAME')"
 	@echo "make lint       ruff and mypy only"
@@ -36,9 +37,15 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-# Each worker gets one thread, or they fight for the cores; pytest-benchmark only warns under xdist.
+# Each worker gets one thread, or they fight for the cores, and takes tests from the other when it has none left;
+# pytest-benchmark only warns under xdist.
+RUN_TESTS := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal --benchmark-disable
+
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --benchmark-disable $(PYTEST_ARGS)
+	$(RUN_TESTS) $(PYTEST_ARGS)
+
+test-quick: $(STAMP)
+	$(RUN_TESTS) -m 'not slow and not exhaustive' $(PYTEST_ARGS)
 
 # PEFT's sdist holds its tests: it is downloaded on the first run and kept in build/.
 test-peft: $(STAMP)

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.peft_suite import lifted, patching, selection, stand_ins
+from tests.peft_suite import patching, selection, stubs, unskipped
 from tests.peft_suite.source import PACKAGE
 
 PATCHED = "FASTPREFIX_PEFT_SUITE_PATCHED"  # "1": every PeftModel goes through fastprefix.patch
@@ -38,12 +38,12 @@ class Suite:
 
     def pytest_collectstart(self, collector: pytest.Collector) -> None:
         if isinstance(collector, pytest.Class):
-            lifted.add_counterpart(collector.obj)
+            unskipped.add_counterpart(collector.obj)
 
     def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
         keep: list[pytest.Item] = []
         for item in items:
-            if lifted.redundant(item):
+            if unskipped.redundant(item):
                 continue
             if not selection.selected(item):
                 self.others += 1
@@ -63,7 +63,7 @@ class Suite:
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_call(self, item: pytest.Item) -> Iterator[None]:
-        with lifted.running(item) as limits:
+        with unskipped.running(item) as limits:
             try:
                 return (yield)
             finally:
@@ -119,11 +119,11 @@ def _why(report: pytest.TestReport) -> str:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    stand_ins.install()
+    stubs.install()
     # Theirs goes online for a name's first use; here no name is ever looked up.
     utils = importlib.import_module(f"{PACKAGE}.testing_utils")
     utils.hub_online_once = lambda name: contextlib.nullcontext()
     if os.environ.get(PATCHED) == "1":
         patching.install()
-    lifted.install()
+    unskipped.install()
     config.pluginmanager.register(Suite(config), "fastprefix-peft-suite")

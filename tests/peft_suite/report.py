@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-from tests.peft_suite import lifted
+from tests.peft_suite import unskipped
 from tests.peft_suite.selection import FILES
 
 Run = dict[str, Any]
@@ -22,7 +22,7 @@ def summary(plain: Run, patched: Run | None) -> dict[str, Any]:
     tests = plain["tests"]
     ran = {name: record for name, record in tests.items() if not record.get("lifted")}
     after = patched["tests"] if patched else {}
-    own = [name for name in tests if not lifted.is_counterpart(name)]
+    own = [name for name in tests if not unskipped.is_counterpart(name)]
     files = {file: _row([name for name in own if name.startswith(file)], tests, after) for file in FILES}
     for file, row in files.items():
         row["left_out"] = sum(name.startswith(file) for name in plain["left_out"])
@@ -34,7 +34,7 @@ def summary(plain: Run, patched: Run | None) -> dict[str, Any]:
         "skips": dict(Counter(record["why"] for record in ran.values() if record["outcome"] == "skipped")),
         "fail_unpatched": {name: ran[name]["why"] for name in ran if ran[name]["outcome"] in ("failed", "error")},
         "refused": dict(Counter(why for record in after.values() for why in record.get("refused", {}))),
-        "lifted": {limit: _limit(limit, tests, after) for limit in (*lifted.LIMITS, lifted.CHECKPOINTED)},
+        "lifted": {limit: _limit(limit, tests, after) for limit in (*unskipped.LIMITS, unskipped.CHECKPOINTED)},
         "broken": plain["broken"] | (patched["broken"] if patched else {}),
         "worse": worse(tests, after) if patched else {},
     }

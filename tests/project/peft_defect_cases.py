@@ -14,8 +14,8 @@ import peft
 import torch
 from torch import Tensor
 
-from tests.models import ROWS
-from tests.peft_models import (
+from tests.model_zoo.architectures import ROWS
+from tests.model_zoo.peft_models import (
     ENCODERS,
     GREEDY,
     PREFIX,
@@ -30,7 +30,7 @@ from tests.peft_models import (
     trainer,
     tuned,
 )
-from tests.tiny import tiny_model
+from tests.support.tiny_models import tiny_model
 
 RIGHT = "right"
 

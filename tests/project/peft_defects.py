@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.peft_models import P_TUNING, PREFIX, PROMPT, P
+from tests.model_zoo.peft_models import P_TUNING, PREFIX, PROMPT, P
 from tests.project import peft_defect_cases as cases
 
 PAGE = Path(__file__).parents[2] / "docs" / "peft.md"

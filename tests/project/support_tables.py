@@ -18,12 +18,12 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from fastprefix import dispatch, prefix_attention
 from fastprefix.types import BACKENDS, AttentionArgs
-from tests.behind_padding import measured
-from tests.encoder_decoders import ALL as ENCODER_DECODERS
-from tests.encoder_decoders import LOADED
-from tests.helpers import make_call
-from tests.models import REFUSED, ROWS
-from tests.rows import Row
+from tests.model_zoo.architectures import REFUSED, ROWS
+from tests.model_zoo.encoder_decoders import ALL as ENCODER_DECODERS
+from tests.model_zoo.encoder_decoders import LOADED
+from tests.model_zoo.row import Row
+from tests.support.nan_behind_padding import measured
+from tests.support.operator_calls import make_call
 
 ROOT = Path(__file__).parents[2]
 ARCHITECTURES, OPERATOR = ROOT / "docs" / "architectures.md", ROOT / "docs" / "operator.md"
@@ -60,7 +60,7 @@ MODES = {(True, False): "yes", (False,): "non-reentrant", (): "no: it has none"}
 
 
 def models() -> str:
-    """One row an architecture; cells are tests of ``tests/test_conformance.py`` and ``test_encoder_decoder.py``."""
+    """One row an architecture; cells are tests of ``test_conformance.py`` and ``test_encoder_decoder.py``."""
     lines = ["| " + " | ".join(HEAD) + " |", "|---" * len(HEAD) + "|"]
     for row in ROWS.values():
         padding = " ".join(side for side in row.paddings if side != "none") or "-"

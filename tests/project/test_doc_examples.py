@@ -13,7 +13,7 @@ import torch
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
-from tests.tiny import save_tiny, tiny_model  # noqa: E402
+from tests.support.tiny_models import save_tiny, tiny_model  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 HUB = "HuggingFaceTB/SmolLM2-135M"

@@ -14,9 +14,9 @@ from torch import Tensor
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 
-from tests.model_inputs import without_dropout  # noqa: E402
-from tests.models import ROWS  # noqa: E402
-from tests.peft_models import (  # noqa: E402
+from tests.model_zoo.architectures import ROWS  # noqa: E402
+from tests.model_zoo.inputs import without_dropout  # noqa: E402
+from tests.model_zoo.peft_models import (  # noqa: E402
     GREEDY,
     PREFIX,
     PROMPT,

@@ -47,7 +47,7 @@ def main() -> int:
 
 def sweep(options: argparse.Namespace) -> None:
     """Check the classes that are due."""
-    from tests.sweep.classes import found
+    from tests.sweep.models.classes import found
     from tests.sweep.pool import Worker
 
     known = read()

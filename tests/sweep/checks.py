@@ -9,8 +9,8 @@ from torch import Tensor
 
 from fastprefix import PrefixConfig, PromptConfig, init
 from tests.sweep import oracles, positions
-from tests.sweep.build import as_built
-from tests.sweep.inputs import Case
+from tests.sweep.models.build import as_built
+from tests.sweep.models.inputs import Case
 from tests.sweep.oracles import P
 from tests.sweep.outcome import ORACLE, RAISED, RIGHT, Outcome, compare, line, tensors, worst
 from tests.sweep.running import (

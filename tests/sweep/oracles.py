@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tests.sweep.inputs import Case, ids, takes
+from tests.sweep.models.inputs import Case, ids, takes
 from tests.sweep.outcome import tensors
 
 P = 4
@@ -122,7 +122,7 @@ def embedded(model: Any, inputs: dict[str, Any], prompt: Tensor) -> Any:
 @contextmanager
 def moved(model: Any, by: int) -> Iterator[Any]:
     """A copy of an encoder-decoder whose decoder's table of positions is moved by hand; None where it has none."""
-    from tests.encoder_decoders import move_positions
+    from tests.model_zoo.encoder_decoders import move_positions
 
     twin = copy.deepcopy(model)
     before = {k: v.clone() for k, v in twin.state_dict().items()}

@@ -12,9 +12,9 @@ from torch import Tensor
 import fastprefix
 from fastprefix import PrefixConfig, init
 from tests.sweep import oracles
-from tests.sweep.build import as_built
 from tests.sweep.checks import own_differences
-from tests.sweep.inputs import Case
+from tests.sweep.models.build import as_built
+from tests.sweep.models.inputs import Case
 from tests.sweep.oracles import P
 from tests.sweep.outcome import DIFFERS, ORACLE, PEFT, RAISED, RIGHT, Outcome, compare, line, tensors
 from tests.sweep.running import attached as attach_in_fp64

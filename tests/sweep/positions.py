@@ -9,8 +9,9 @@ from torch import Tensor
 
 from fastprefix import PrefixConfig, init
 from fastprefix.hf.adapters.lookup import require_installation
-from tests.sweep import inputs, oracles
-from tests.sweep.inputs import Case, takes
+from tests.sweep import oracles
+from tests.sweep.models import inputs
+from tests.sweep.models.inputs import Case, takes
 from tests.sweep.oracles import P
 from tests.sweep.outcome import ORACLE, RAISED, RIGHT, Outcome, compare, line, tensors
 from tests.sweep.running import Concatenating, Refused, attached, judged, only_real, pairs_by_name, run, with_gradients

@@ -12,9 +12,9 @@ from torch import Tensor
 
 import fastprefix
 from fastprefix.hf.adapters.lookup import require_installation
-from tests.concat import run_concat
-from tests.sweep.build import as_built
-from tests.sweep.inputs import Case
+from tests.support.concat_oracle import run_concat
+from tests.sweep.models.build import as_built
+from tests.sweep.models.inputs import Case
 from tests.sweep.outcome import ORACLE, RAISED, REFUSED, UNTRUE, Outcome, compare, line, tensors
 
 # What a refusal reads like.

@@ -19,10 +19,10 @@ def check(name: str) -> dict[str, Any]:
     """Every check of one class."""
     import transformers
 
-    from tests.sweep.build import NotBuilt, build
-    from tests.sweep.classes import class_name
+    from tests.sweep.models.build import NotBuilt, build
+    from tests.sweep.models.classes import class_name
+    from tests.sweep.models.overrides import VARIANTS
     from tests.sweep.outcome import line
-    from tests.sweep.overrides import VARIANTS
 
     cls = getattr(transformers, class_name(name))
     found: dict[str, Any] = {"class": name, "config": cls.config_class.__name__, "checks": {}}
@@ -45,7 +45,8 @@ def _checks(bare: Any) -> dict[str, Any]:
     import peft
 
     from fastprefix import PrefixConfig, PromptConfig
-    from tests.sweep import checks, inputs, outcome, peft_checks, running
+    from tests.sweep import checks, outcome, peft_checks, running
+    from tests.sweep.models import inputs
 
     try:
         cases = inputs.cases(bare)

@@ -1,0 +1,1 @@
+"""Every class of transformers: which there are, a tiny model of each, and what it reads."""
