@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 SMOLLM2 = "smollm2"
 EXPECTED = f"a model's folder, its name on the Hugging Face hub, or {SMOLLM2}"
@@ -115,6 +116,25 @@ def load_model(found: Found, dtype: torch.dtype = torch.float32, causal: bool = 
         del options["trust_remote_code"]
     with _loading(found, "its weights"):
         return kind.from_pretrained(found.source, dtype=dtype, **options).eval()
+
+
+@torch.no_grad()
+def complete(model: Any, tokenizer: Any, ids: Tensor, max_new_tokens: int) -> str:
+    """What a model in eval mode says after a prompt ``[L]``, the likeliest token each time."""
+    ids = ids[None].to(model.device)
+    eos = model.generation_config.eos_token_id
+    ends = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
+    pad = tokenizer.pad_token_id
+    out = model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=max_new_tokens,
+        max_length=None,  # a model that brings its own would be told in a warning that both are set
+        do_sample=False,
+        eos_token_id=sorted(ends) or None,
+        pad_token_id=min(ends, default=None) if pad is None else pad,
+    )
+    return str(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True))
 
 
 @contextmanager

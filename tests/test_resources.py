@@ -16,10 +16,10 @@ import pytest
 
 from fastprefix import cli
 from fastprefix.backends.launch import run, tiles
+from fastprefix.cli.bench_kernels import TARGETS
 from fastprefix.measure import resources
 from fastprefix.measure.configurations import Call, Job, plan, trace
 from fastprefix.measure.families import FAMILIES, HELPERS, SHORT
-from fastprefix.measure.kernel_commands import TARGETS
 from fastprefix.measure.resources import SHARED, Usage, verdict
 
 CONSTRAINTS = (Path(__file__).parents[1] / "constraints.txt").read_text()

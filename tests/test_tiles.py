@@ -15,11 +15,11 @@ pytest.importorskip("triton")
 from fastprefix import prefix_attention
 from fastprefix.backends.launch import tiles
 from fastprefix.backends.launch.tiles import Tile
+from fastprefix.cli.bench_kernels import DECODING, TRAINING
 from fastprefix.measure import Leaves, Problem, Timing
 from fastprefix.measure import tune as tune_module
 from fastprefix.measure.check import broken_rule
 from fastprefix.measure.grids import AXES, grid
-from fastprefix.measure.kernel_commands import DECODING, TRAINING
 from fastprefix.measure.routes import Route, routes
 from fastprefix.measure.tune import tune
 

@@ -22,8 +22,8 @@ from fastprefix.train.progress import Progress
 from fastprefix.train.start import choose_start
 
 
-def run(options: argparse.Namespace, found: Found, data: Data, heldout: Data | None) -> int:
-    """What :func:`fastprefix.train.train` does once its options were checked."""
+def run_training(options: argparse.Namespace, found: Found, data: Data, heldout: Data | None) -> int:
+    """Train with options that ``fastprefix train`` has checked already; returns 0, the exit status."""
     checkpoint = _checkpoint(options)
     tokenizer = load_tokenizer(found)
     rows = data.encode(tokenizer, options.max_length)

@@ -9,7 +9,7 @@ from typing import Any
 
 import fastprefix
 from fastprefix.data import IGNORE_INDEX, Data, Row
-from fastprefix.generate import complete
+from fastprefix.models import complete
 
 NEW_TOKENS = 32
 SHOWN = 160  # characters of a text

@@ -8,14 +8,30 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from fastprefix.cli.options import whole_number
 from fastprefix.data.chat import render
 from fastprefix.data.pairs import prompt_ids
-from fastprefix.models import EXPECTED, Found, find_model, load_model, load_tokenizer
+from fastprefix.models import EXPECTED, Found, complete, find_model, load_model, load_tokenizer
 
 
-def generate(options: argparse.Namespace) -> int:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``fastprefix generate``."""
+    parser.add_argument("adapter", metavar="ADAPTER", help="folder of a prefix or soft prompt, ours or PEFT's")
+    parser.add_argument(
+        "--model", metavar="DIR_OR_NAME", help="the one it was trained on; default what the adapter's files name"
+    )
+    parser.add_argument("--prompt", metavar="TEXT", help="as it is; default standard input, less its last newline")
+    parser.add_argument("--chat", action="store_true", help="the prompt is a user's message in the chat's template")
+    parser.add_argument("--system", metavar="TEXT", help="of --chat: the system's message")
+    parser.add_argument(
+        "--max-new-tokens", type=whole_number(), default=64, metavar="N", help="at most, default %(default)s"
+    )
+    parser.add_argument("--without", action="store_true", help="what the model says alone, to compare")
+    parser.add_argument("--bf16", action="store_true", help="the model's weights in bf16, as train --bf16")
+
+
+def run(options: argparse.Namespace) -> int:
     """Print a completion; options as ``fastprefix generate --help``.
 
     Returns:
@@ -47,25 +63,6 @@ def generate(options: argparse.Namespace) -> int:
         fastprefix.set_prefix(model, None)
     print(complete(model, tokenizer, torch.tensor(ids), options.max_new_tokens))
     return 0
-
-
-@torch.no_grad()
-def complete(model: Any, tokenizer: Any, ids: Tensor, max_new_tokens: int) -> str:
-    """What a model in eval mode says after a prompt ``[L]``, the likeliest token each time."""
-    ids = ids[None].to(model.device)
-    eos = model.generation_config.eos_token_id
-    ends = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
-    pad = tokenizer.pad_token_id
-    out = model.generate(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=max_new_tokens,
-        max_length=None,  # a model that brings its own would be told in a warning that both are set
-        do_sample=False,
-        eos_token_id=sorted(ends) or None,
-        pad_token_id=min(ends, default=None) if pad is None else pad,
-    )
-    return str(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True))
 
 
 def _base_model(configuration: dict[str, Any], adapter: str) -> Found:

@@ -1,32 +1,26 @@
-"""``fastprefix bench`` and ``fastprefix memory``."""
+"""``fastprefix bench``: time the operator against other implementations of it in one process."""
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
-import sys
-from typing import TYPE_CHECKING
 
 import torch
 
-from fastprefix.measure import kernel_commands, tables
+from fastprefix.cli import bench_kernels
+from fastprefix.cli.options import whole_number
+from fastprefix.measure import tables
 from fastprefix.measure.floors import Cost, cost, measure_peaks
 from fastprefix.measure.peers import OURS, peers_for
 from fastprefix.measure.problem import DTYPES, Mode, Problem
 from fastprefix.measure.run import Measured, measure
 from fastprefix.measure.timing import ratio
-from fastprefix.options import whole_number
-
-if TYPE_CHECKING:
-    from torch import nn
 
 TRAIN_SHAPES = ((8, 12, 12, 128, 16, 64), (8, 12, 12, 128, 512, 64), (8, 9, 3, 128, 512, 64))
 DECODE_SHAPES = ((1, 9, 3, 16, 2048, 64), (32, 9, 3, 16, 2048, 64))
-PREFIXES = (16, 128, 512)
 
 
-def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of ``fastprefix bench``."""
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``fastprefix bench``."""
     sizes = "batch, query heads, key/value heads, tokens (with --decode: keys in the cache), prefix tokens, head dim"
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--shape", type=_shape, action="append", metavar="B,H,H_kv,S,P,D", help=f"{sizes}; repeatable")
@@ -36,11 +30,11 @@ def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--decode", action="store_true", help="one new token instead of training")
     parser.add_argument("--peer", action="append", metavar="NAME", help="only these peers; repeatable")
     parser.add_argument("--markdown", action="store_true", help="print Markdown tables")
-    kernel_commands.add_kernel_arguments(parser)
+    bench_kernels.add_kernel_arguments(parser)
 
 
-def bench_main(args: argparse.Namespace) -> int:
-    """Time the operator against its peers, one table a shape; or what :mod:`kernel_commands` does.
+def run(args: argparse.Namespace) -> int:
+    """Time the operator against its peers, one table a shape; or what :mod:`bench_kernels` does.
 
     Returns:
         1 if a result of some peer disagrees with the others, or a kernel is bad, else 0.
@@ -48,12 +42,12 @@ def bench_main(args: argparse.Namespace) -> int:
     Raises:
         ValueError: a shape, peer or device that there is not, or options that do not go together.
     """
-    kernel_commands.check_options(args)
+    bench_kernels.check_options(args)
     if args.resources:
-        return kernel_commands.resources_main(args.target, args.quick, args.markdown)
+        return bench_kernels.resources_main(args.target, args.quick, args.markdown)
     _check_device(args.device)
     if args.tune:
-        return kernel_commands.tune_main(args)
+        return bench_kernels.tune_main(args)
     dtype_name, wrong = args.dtype or "fp32", False
     dtype = DTYPES[dtype_name]
     modes: tuple[Mode, ...] = ("decode",) if args.decode else ("forward", "backward")
@@ -88,54 +82,6 @@ def _table(found: Measured, least: Cost, markdown: bool) -> str:
         rows.append((name, *times, against, *speed, about[name]))
     draw = tables.markdown_table if markdown else tables.text_table
     return draw(("peer", "median", "best", "time / ours", "GB/s", "GFLOP/s", "what it is"), rows)
-
-
-def add_memory_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of ``fastprefix memory``."""
-    parser.add_argument("--model", metavar="DIR_OR_NAME", help="causal model (default: a tiny random Llama)")
-    parser.add_argument("--batch", type=whole_number(), default=8, metavar="B", help="(%(default)s)")
-    parser.add_argument("--seq", type=whole_number(), default=128, metavar="S", help="tokens a sample (%(default)s)")
-    parser.add_argument("--prefix", type=whole_number(), action="append", metavar="P", help=f"repeatable ({PREFIXES})")
-
-
-def memory_main(args: argparse.Namespace) -> int:
-    """Print the bytes saved for backward, ours and PEFT's, by prefix length; parameters are not counted.
-
-    Returns:
-        0.
-
-    Raises:
-        ValueError, OSError: a model that there is not, or that a prefix cannot be attached to.
-    """
-    from fastprefix.measure.step import FROZEN, OURS, PEFT, candidates
-
-    names = [OURS, PEFT]
-    if importlib.util.find_spec("peft") is None:
-        names.remove(PEFT)
-        print("peft is not installed: its column is left out", file=sys.stderr)
-    model = _model(args.model)
-    vocab = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
-    ids = torch.randint(0, vocab, (args.batch, args.seq), generator=torch.Generator().manual_seed(0))
-    frozen = candidates(model, ids, 1, [FROZEN])[FROZEN].saved_bytes()
-    rows: list[tuple[str, ...]] = [("0", *(tables.mebibytes(frozen) for _ in names), *("-" for _ in names))]
-    for P in sorted(args.prefix or PREFIXES):
-        saved = [step.saved_bytes() for step in candidates(model, ids, P, names).values()]
-        rows.append((str(P), *map(tables.mebibytes, saved), *(tables.mebibytes(x - frozen) for x in saved)))
-    print(f"saved for backward by one forward of {args.batch} x {args.seq} tokens, parameters not counted;")
-    print("P = 0 is the frozen model, its gradient going down as far as a prefix makes it go")
-    print(tables.text_table(("P", *names, *(f"{name}: beyond P = 0" for name in names)), rows))
-    return 0
-
-
-def _model(name: str | None) -> nn.Module:
-    if name is None:
-        from fastprefix.measure.models import random_llama
-
-        return random_llama()
-    from fastprefix.models import find_model, load_model
-
-    model: nn.Module = load_model(find_model(name))
-    return model.train()
 
 
 def _check_device(name: str) -> None:
