@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from benches.arguments import Call
-from fastprefix.measure import Leaves, Mode, Peer, Problem, peers_for, runner
-from fastprefix.measure.check import broken_rule, disagreement, results
-from fastprefix.measure.peers import OURS
+from fastprefix.measure import Candidate, Leaves, Mode, Problem, candidates_for, runner
+from fastprefix.measure.operator.candidates import OURS
+from fastprefix.measure.operator.correctness import broken_rule, disagreement, results
 
 PROBLEMS: tuple[tuple[Problem, Mode], ...] = (
     (Problem.train(8, 12, 12, 128, 16, 64), "forward"),
@@ -30,7 +30,7 @@ PROBLEMS: tuple[tuple[Problem, Mode], ...] = (
     (Problem.decode(1, 9, 3, 16, 2048, 64), "decode"),
     (Problem.decode(32, 9, 3, 16, 2048, 64), "decode"),
 )
-CASES = [(problem, mode, peer) for problem, mode in PROBLEMS for peer in peers_for(problem, mode)]
+CASES = [(problem, mode, peer) for problem, mode in PROBLEMS for peer in candidates_for(problem, mode)]
 
 
 @cache
@@ -40,7 +40,7 @@ def _leaves(problem: Problem, mode: Mode) -> Leaves:
 
 @cache
 def _ours(problem: Problem, mode: Mode) -> dict[str, Tensor]:
-    ours = next(peer for peer in peers_for(problem, mode) if peer.name == OURS)
+    ours = next(peer for peer in candidates_for(problem, mode) if peer.name == OURS)
     small = replace(problem, B=min(problem.B, 2), P=min(problem.P, 128))
     leaves = Leaves.random(small, requires_grad=True)
     problem_with_it = broken_rule(small, leaves, results(leaves, causal=small.causal, backend="auto"))
@@ -49,7 +49,9 @@ def _ours(problem: Problem, mode: Mode) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize(("problem", "mode", "peer"), CASES, ids=lambda x: getattr(x, "label", getattr(x, "name", x)))
-def test_operator(problem: Problem, mode: Mode, peer: Peer, time_it: Callable[[str, Callable[[], Any]], None]) -> None:
+def test_operator(
+    problem: Problem, mode: Mode, peer: Candidate, time_it: Callable[[str, Callable[[], Any]], None]
+) -> None:
     if reason := peer.unavailable(problem, mode):
         pytest.skip(reason)
     call = runner(peer, problem, mode, _leaves(problem, mode))

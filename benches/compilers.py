@@ -16,7 +16,7 @@ import torch
 
 from benches.kernels import Device, Source, distinct, launches, sources
 from benches.plan import Job
-from fastprefix.measure.run import why
+from fastprefix.measure.device_errors import describe_error
 
 PATIENCE = 150.0  # seconds; then rows compile what is still missing themselves
 MOST_PROCESSES = 14
@@ -76,5 +76,5 @@ def _compile(task: tuple[Source, int], device: Device) -> str | None:
         launch = launches(source, device)[index]
         launch.kernel.warmup(*launch.args, grid=(1,), **launch.options)
     except Exception as error:
-        return f"{source.problem.label}: {why(error)}"
+        return f"{source.problem.label}: {describe_error(error)}"
     return None

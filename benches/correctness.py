@@ -13,8 +13,8 @@ from benches.arguments import CALLS, Call
 from fastprefix import prefix_attention
 from fastprefix.dispatch import UnsupportedError
 from fastprefix.measure import DTYPES, Problem
-from fastprefix.measure.check import broken_rule, results
-from fastprefix.measure.run import why
+from fastprefix.measure.device_errors import describe_error
+from fastprefix.measure.operator.correctness import broken_rule, results
 from fastprefix.types import BackendName
 
 # What is to be judged: its label, and what says in words what is wrong with it, None when nothing is.
@@ -86,10 +86,10 @@ def verdict(judge: Callable[[], str | None]) -> str:
         wrong = judge()
     except ModuleNotFoundError as error:
         ours = str(error.name).startswith(("fastprefix", "benches"))
-        return f"failed: {why(error)}" if ours else f"cannot: {error}"
+        return f"failed: {describe_error(error)}" if ours else f"cannot: {error}"
     except UnsupportedError as error:
         _, *reasons = str(error).splitlines()
         return "cannot: " + "; ".join(reason.strip() for reason in reasons)
     except Exception as error:
-        return f"failed: {why(error)}"
+        return f"failed: {describe_error(error)}"
     return f"wrong: {wrong}" if wrong else "ok"

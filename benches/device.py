@@ -25,8 +25,8 @@ from benches.plan import PARTS, Check, Equal, Job, jobs, part
 from benches.report import markdown
 from benches.suite import Suite
 from benches.work import do
-from fastprefix.measure.run import DeviceLostError, why
-from fastprefix.measure.tables import write_atomically
+from fastprefix.measure.device_errors import DeviceLostError, describe_error
+from fastprefix.measure.report_tables import write_atomically
 
 BUDGET = 420.0
 RESULTS = Path(__file__).parent / "results"
@@ -101,7 +101,7 @@ def _compilers(plan: list[Job], device: str, smoke: bool) -> contextlib.Abstract
     try:
         return Compilers(plan, this_device())
     except Exception as error:
-        print(f"kernels are compiled one by one: {why(error)}", flush=True)
+        print(f"kernels are compiled one by one: {describe_error(error)}", flush=True)
         return contextlib.nullcontext()
 
 

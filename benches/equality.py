@@ -102,10 +102,10 @@ class Pair:
 
     def broken(self, backend: BackendName, padded: bool) -> str | None:
         """What of logits and gradients breaks the bound, in words."""
-        from fastprefix.measure.candidate import overruled
+        from fastprefix.measure.training.training_step import force_backend
 
         inputs = self._inputs(padded)
-        with overruled(backend):
+        with force_backend(backend):
             got = self._results(self.model(**inputs), list(self.prefix.parameters()), inputs)
         inputs["position_ids"] = self._positions(inputs)
         want = self._concatenated(self.exact, torch.float64, inputs)
@@ -120,10 +120,10 @@ class Pair:
 
     def other_tokens(self, backend: BackendName) -> str | None:
         """Where greedy tokens are not those of concatenation, in words; either of two equally likely ones is right."""
-        from fastprefix.measure.candidate import overruled
+        from fastprefix.measure.training.training_step import force_backend
 
         inputs, new = self._inputs(padded=False), self.shape.new
-        with overruled(backend), torch.no_grad():
+        with force_backend(backend), torch.no_grad():
             found = self.model.generate(
                 **inputs, attention_mask=torch.ones_like(inputs["input_ids"]), max_new_tokens=new, do_sample=False
             )

@@ -14,26 +14,14 @@ from benches.arguments import CALLS
 from benches.plan import Check, Equal, Job, Time, Train
 from fastprefix.backends import aten, triton
 from fastprefix.measure import Mode, Problem
-from fastprefix.measure.problem import INPUTS, TRAINED
-from fastprefix.measure.run import why
+from fastprefix.measure.device_errors import describe_error
+from fastprefix.measure.kernels.launch_recording import Launch, recorded_launches
+from fastprefix.measure.operator.problem import INPUTS, TRAINED
 from fastprefix.types import BACKENDS, AttentionArgs, Needs
 
 # What a model's layers call: all but the lowest, the lowest, and with padding.
 STEPS: tuple[tuple[Mode, bool], ...] = (("backward", False), ("lowest", False), ("backward", True))
 Device = tuple[int, str]  # compute capability and name
-
-
-class Launch(NamedTuple):
-    """What would be launched."""
-
-    kernel: Any
-    args: tuple[Any, ...]
-    options: dict[str, Any]
-
-    @property
-    def compiled_for(self) -> object:
-        """What Triton compiles anew for."""
-        return self.kernel.__name__, _specialised(self.args), *sorted(self.options.items())
 
 
 class Source(NamedTuple):
@@ -101,11 +89,8 @@ def launches(source: Source, device: Device) -> list[Launch]:
     Raises:
         ValueError: no tile table has a row for the call.
     """
-    from fastprefix.backends.launch import run
-
-    found: list[Launch] = []
     args = _args(source)
-    with run.observed(lambda kernel, grid, args, options: found.append(Launch(kernel, args, options)), *device):
+    with recorded_launches(*device) as found:
         if args is not None and source.beside:
             _epilogue(args, source.needs)
         elif args is not None:
@@ -133,23 +118,10 @@ def distinct(calls: Iterable[Source], device: Device) -> tuple[list[tuple[Source
     for source in calls:
         try:
             for index, launch in enumerate(launches(source, device)):
-                found.setdefault(launch.compiled_for, (source, index))
+                found.setdefault(launch.fingerprint, (source, index))
         except Exception as error:
-            reasons.append(f"{source.problem.label}: {why(error)}")
+            reasons.append(f"{source.problem.label}: {describe_error(error)}")
     return list(found.values()), reasons
-
-
-def _specialised(x: Any) -> object:
-    """Dtypes, boxes, what is absent, and of numbers whether they are 1 or multiples of 16."""
-    if isinstance(x, Tensor):
-        return x.dtype
-    if isinstance(x, tuple):
-        return type(x).__name__, *map(_specialised, x)
-    if hasattr(x, "block_shape"):
-        return x.base.dtype, tuple(x.block_shape)
-    if isinstance(x, int):
-        return x == 1, x % 16 == 0
-    return type(x).__name__ if isinstance(x, float) else x
 
 
 def _args(source: Source) -> AttentionArgs | None:

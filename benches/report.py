@@ -6,9 +6,9 @@ from collections.abc import Iterable
 from typing import Any
 
 from benches.suite import Suite
-from fastprefix.measure.peers import OURS
-from fastprefix.measure.rivals import FLOOR
-from fastprefix.measure.tables import markdown_table, mebibytes, seconds
+from fastprefix.measure.operator.baselines import NO_PREFIX
+from fastprefix.measure.operator.candidates import OURS
+from fastprefix.measure.report_tables import markdown_table, mebibytes, seconds
 
 TITLES = {
     "backward": "Forward and backward",
@@ -79,7 +79,7 @@ def _time_and_rate(row: dict[str, Any], found: dict[str, float]) -> str:
 def _against(times: dict[str, float]) -> str:
     """The fastest other way to the same result over our fastest."""
     ours = [t for name, t in times.items() if name.startswith(OURS)]
-    others = {t: name for name, t in times.items() if not name.startswith(OURS) and name != FLOOR}
+    others = {t: name for name, t in times.items() if not name.startswith(OURS) and name != NO_PREFIX}
     if not ours or not others:
         return "-"
     return f"{min(others) / min(ours):.2f} ({others[min(others)]})"
@@ -115,4 +115,4 @@ def _notes(suite: Suite) -> list[str]:
 
 def _ordered(names: Iterable[str]) -> list[str]:
     """Ours first, the floor last."""
-    return sorted(names, key=lambda name: (name == FLOOR, not name.startswith(OURS), name))
+    return sorted(names, key=lambda name: (name == NO_PREFIX, not name.startswith(OURS), name))

@@ -27,7 +27,7 @@ from benches.arguments import CALLS, Call
 from benches.correctness import Case, verdict
 from fastprefix.backends import aten
 from fastprefix.measure import Problem
-from fastprefix.measure.check import broken_rule, results
+from fastprefix.measure.operator.correctness import broken_rule, results
 from fastprefix.types import AttentionArgs
 
 PROBLEMS = (

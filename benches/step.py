@@ -10,12 +10,12 @@ import torch
 from benches.plan import Train
 from benches.rows import median
 from fastprefix.measure import Peaks, Problem
-from fastprefix.measure.peers import INTERPRETED, OURS, backend_reasons, chosen_backend
-from fastprefix.measure.run import recover, synchronize, why
+from fastprefix.measure.device_errors import describe_error, recover, synchronize
+from fastprefix.measure.operator.candidates import INTERPRETED, OURS, backend_reasons, chosen_backend
 from fastprefix.types import BACKENDS
 
 if TYPE_CHECKING:
-    from fastprefix.measure.candidate import Step
+    from fastprefix.measure.training.training_step import TrainingStep
 
 TOGETHER = "together"
 ORACLE = "auto takes the reference on this device: an oracle, not timed"
@@ -63,25 +63,25 @@ def train(
         "bad": sum(name.startswith((OURS, TOGETHER)) for name in blamed),
     }
     try:
-        from fastprefix.measure.models import random_llama
-        from fastprefix.measure.step import CAT, FROZEN, PEFT, candidates, measure_steps, step_cost
+        from fastprefix.measure.training.compare_steps import CAT, FROZEN, PEFT, build_steps, measure_steps, step_cost
+        from fastprefix.measure.training.random_models import random_llama
     except ImportError as error:
-        return {**row, "failures": {**row["failures"], "everybody": why(error)}}
+        return {**row, "failures": {**row["failures"], "everybody": describe_error(error)}}
     torch.manual_seed(0)
     model = random_llama(**shape, device=device)
     ids = torch.randint(0, shape["vocab"], (job.batch, job.tokens), device=device)
     least = step_cost(model, problem(job, device))
     row.update(floor_s=peaks.seconds(least), bound=peaks.bound(least))
 
-    def attempt(who: str, names: list[str], work: Callable[[dict[str, Step]], Any]) -> Any:
+    def attempt(who: str, names: list[str], work: Callable[[dict[str, TrainingStep]], Any]) -> Any:
         """``work`` on these candidates; None and a failure in the row where that fails."""
         before(who)
         result = None
         try:
-            result = work(candidates(model, ids, job.num_virtual_tokens, names))
+            result = work(build_steps(model, ids, job.num_virtual_tokens, names))
             synchronize(device)
         except Exception as error:
-            row["failures"][who] = why(error)
+            row["failures"][who] = describe_error(error)
             row["bad"] += who.startswith((OURS, TOGETHER))
         recover(device, who, row["failures"].get(who))
         return result

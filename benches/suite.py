@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from benches.plan import PARTS, Part
-from fastprefix.measure.tables import ResultFile, environment, slug, write_atomically
+from fastprefix.measure.report_tables import ResultFile, environment, slug, write_atomically
 
 
 class Suite:

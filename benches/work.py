@@ -14,10 +14,10 @@ from benches.correctness import Case, verdict
 from benches.plan import Check, Equal, Job, Time, Train
 from benches.rows import median, plain
 from benches.suite import Suite
-from fastprefix.measure import Peaks, cost, measure, measure_peaks, peers_for
-from fastprefix.measure.peers import OURS, chosen_backend
-from fastprefix.measure.rivals import FLOOR
-from fastprefix.measure.run import DeviceLostError, recover, why
+from fastprefix.measure import Peaks, candidates_for, cost, measure, measure_peaks
+from fastprefix.measure.device_errors import DeviceLostError, describe_error, recover
+from fastprefix.measure.operator.baselines import NO_PREFIX
+from fastprefix.measure.operator.candidates import OURS, chosen_backend
 
 NO_FLEX = "not compiled for this row: every shape is a compilation"
 REPEATS, STEP_REPEATS = 20, 8
@@ -80,7 +80,7 @@ def _time(job: Time, suite: Suite, repeats: int) -> dict[str, Any]:
         "floor_s": peaks.seconds(least),
         "bound": peaks.bound(least),
     }
-    skip = {x.name: reason for x in peers_for(problem, mode) if (reason := x.unavailable(problem, mode))}
+    skip = {x.name: reason for x in candidates_for(problem, mode) if (reason := x.unavailable(problem, mode))}
     if not job.flex:
         skip["flex"] = NO_FLEX
     if auto == "reference":
@@ -93,9 +93,9 @@ def _time(job: Time, suite: Suite, repeats: int) -> dict[str, Any]:
     except Exception as error:  # nobody's own: random leaves that do not fit
         if isinstance(error, DeviceLostError):
             raise
-        return {**row, "peers": {}, "failures": {"everybody": why(error)}, "wrong": [], "bad": 1}
+        return {**row, "peers": {}, "failures": {"everybody": describe_error(error)}, "wrong": [], "bad": 1}
     ours = [name for name in found.failures if name.startswith(OURS) and (name not in skip or name in blamed)]
-    peers = {name: median(t, bare if name == FLOOR else least) for name, t in found.timings.items()}
+    peers = {name: median(t, bare if name == NO_PREFIX else least) for name, t in found.timings.items()}
     bad = len(set(ours) | set(found.wrong))
     return {**row, "peers": peers, "failures": found.failures, "wrong": found.wrong, "bad": bad}
 

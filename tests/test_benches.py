@@ -13,7 +13,7 @@ from benches.arguments import CALLS
 from benches.compilers import Compilers
 from benches.plan import Check, Time, Train, jobs
 from fastprefix.measure import Problem
-from fastprefix.measure.check import broken_rule, eager, results, truth
+from fastprefix.measure.operator.correctness import broken_rule, eager, results, truth
 
 SMALL = {name: call.small() for name, call in CALLS.items()}
 H100 = (90, "NVIDIA H100 80GB HBM3")

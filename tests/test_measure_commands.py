@@ -47,13 +47,13 @@ def test_the_memory_command(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_training_steps_beside_each_other() -> None:
     pytest.importorskip("peft")
-    from fastprefix.measure.models import random_llama
-    from fastprefix.measure.step import CAT, FROZEN, OURS, PEFT, candidates, measure_steps
+    from fastprefix.measure.training.compare_steps import CAT, FROZEN, OURS, PEFT, build_steps, measure_steps
+    from fastprefix.measure.training.random_models import random_llama
 
     model = random_llama(hidden=64, layers=2, heads=4, ffn=96, vocab=50)
     ids = torch.randint(0, 50, (2, 9))
     attention = model.config._attn_implementation
-    steps = candidates(model, ids, 5, (OURS, f"{OURS}:{BACKENDS[0]}", CAT, PEFT, FROZEN))
+    steps = build_steps(model, ids, 5, (OURS, f"{OURS}:{BACKENDS[0]}", CAT, PEFT, FROZEN))
     assert model.config._attn_implementation == attention
     weights = {p.data_ptr() for p in model.parameters()}
     for name, step in steps.items():

@@ -14,8 +14,8 @@ import torch
 
 from benches.equality import MODELS
 from benches.plan import jobs
-from fastprefix.measure.run import DeviceLostError
-from fastprefix.measure.tables import ResultFile, markdown_table, seconds, slug, text_table
+from fastprefix.measure.device_errors import DeviceLostError
+from fastprefix.measure.report_tables import ResultFile, markdown_table, seconds, slug, text_table
 from fastprefix.types import BACKENDS
 
 ROOT = Path(__file__).parent.parent

@@ -9,7 +9,7 @@ import torch
 
 from fastprefix import ops, prefix_attention
 from fastprefix.backends import vendor
-from fastprefix.measure.saved import saved_bytes
+from fastprefix.measure.training.saved_bytes import saved_bytes
 from tests.cases import CASES
 from tests.helpers import Call, make_call, run
 

@@ -8,11 +8,11 @@ import torch
 
 from fastprefix.cli import bench_kernels
 from fastprefix.cli.options import whole_number
-from fastprefix.measure import tables
-from fastprefix.measure.floors import Cost, cost, measure_peaks
-from fastprefix.measure.peers import OURS, peers_for
-from fastprefix.measure.problem import DTYPES, Mode, Problem
-from fastprefix.measure.run import Measured, measure
+from fastprefix.measure import report_tables
+from fastprefix.measure.operator.candidates import OURS, candidates_for
+from fastprefix.measure.operator.problem import DTYPES, Mode, Problem
+from fastprefix.measure.operator.roofline import Cost, cost, measure_peaks
+from fastprefix.measure.operator.runner import Measured, measure
 from fastprefix.measure.timing import ratio
 
 TRAIN_SHAPES = ((8, 12, 12, 128, 16, 64), (8, 12, 12, 128, 512, 64), (8, 9, 3, 128, 512, 64))
@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
     problems = [build(*shape, dtype=dtype, device=args.device) for shape in shapes]
     _check_peers(args.peer, problems[0], modes[0])
     peaks = measure_peaks(args.device, dtype)
-    print(f"{tables.device_name(args.device)}, {torch.get_num_threads()} threads, torch {torch.__version__}:")
+    print(f"{report_tables.device_name(args.device)}, {torch.get_num_threads()} threads, torch {torch.__version__}:")
     print(f"copies at {peaks.gb_s:.0f} GB/s, multiplies at {peaks.tflop_s:.2f} TFLOP/s in {dtype_name}")
     for problem in problems:
         for mode in modes:
@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
             wrong = wrong or bool(found.wrong)
             least = cost(problem, mode)
             title = "forward and backward" if mode == "backward" else mode
-            floor = f"{tables.seconds(peaks.seconds(least))} ({peaks.bound(least)})"
+            floor = f"{report_tables.seconds(peaks.seconds(least))} ({peaks.bound(least)})"
             print(f"\n{problem.label}, {title}; floor {floor}")
             print(_table(found, least, args.markdown))
             for name, reason in found.failures.items():
@@ -73,14 +73,14 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _table(found: Measured, least: Cost, markdown: bool) -> str:
-    about = {peer.name: peer.about for peer in peers_for(found.problem, found.mode)}
+    about = {peer.name: peer.about for peer in candidates_for(found.problem, found.mode)}
     rows = []
     for name, timing in sorted(found.timings.items(), key=lambda item: item[1].median):
-        times = [tables.seconds(x) for x in (timing.median, timing.best)]
+        times = [report_tables.seconds(x) for x in (timing.median, timing.best)]
         against = str(ratio(found.timings, name, OURS)) if OURS in found.timings else "-"
         speed = f"{least.bandwidth(timing.median):.1f}", f"{1e3 * least.rate(timing.median):.1f}"
         rows.append((name, *times, against, *speed, about[name]))
-    draw = tables.markdown_table if markdown else tables.text_table
+    draw = report_tables.markdown_table if markdown else report_tables.text_table
     return draw(("peer", "median", "best", "time / ours", "GB/s", "GFLOP/s", "what it is"), rows)
 
 
@@ -92,7 +92,7 @@ def _check_device(name: str) -> None:
 
 
 def _check_peers(names: list[str] | None, problem: Problem, mode: Mode) -> None:
-    known = [peer.name for peer in peers_for(problem, mode)]
+    known = [peer.name for peer in candidates_for(problem, mode)]
     unknown = sorted(set(names or ()) - set(known))
     if unknown:
         raise ValueError(f"--peer {', '.join(unknown)}: expected one of {', '.join(known)}")

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING
 import torch
 
 from fastprefix.backends.launch import tiles
-from fastprefix.measure import tables
-from fastprefix.measure.problem import DTYPES, Problem
+from fastprefix.measure import report_tables
+from fastprefix.measure.operator.problem import DTYPES, Problem
 
 if TYPE_CHECKING:
     from fastprefix.backends.launch.tiles import Tile
-    from fastprefix.measure.resources import Result
-    from fastprefix.measure.tune import Outcome
+    from fastprefix.measure.kernels.autotune import TuningResult
+    from fastprefix.measure.kernels.compile_report import CompileResult
 
 TARGETS = {"sm_80": 80, "sm_90": 90}
 # What --tune takes without a shape: B, H, H_kv, S, P, D of training and, S counting keys of the cache, of decoding.
@@ -56,14 +56,14 @@ def resources_main(target: str | None, quick: bool, markdown: bool) -> int:
     Raises:
         ValueError: nothing can be compiled here, or a table is none.
     """
-    from fastprefix.measure.configurations import plan
-    from fastprefix.measure.resources import compile_all, cuobjdump
+    from fastprefix.measure.kernels.compile_matrix import plan_compilation
+    from fastprefix.measure.kernels.compile_report import compile_all, cuobjdump
 
     cuobjdump()
-    jobs, missing = plan([TARGETS[target]] if target else list(TARGETS.values()), quick)
+    jobs, missing = plan_compilation([TARGETS[target]] if target else list(TARGETS.values()), quick)
     print(f"compiling {len(jobs)} kernels, about a second each on each processor", file=sys.stderr)
     results = list(compile_all(jobs))
-    draw = tables.markdown_table if markdown else tables.text_table
+    draw = report_tables.markdown_table if markdown else report_tables.text_table
     print(draw(HEADERS, [_row(result) for result in results]))
     for line in missing:
         print(f"  {line}")
@@ -81,8 +81,8 @@ def tune_main(args: argparse.Namespace) -> int:
     Raises:
         ValueError: the Triton backend cannot run here, a kernel that there is not, or a table that is none.
     """
-    from fastprefix.measure.grids import AXES
-    from fastprefix.measure.tune import tune
+    from fastprefix.measure.kernels.autotune import tune
+    from fastprefix.measure.kernels.search_space import AXES
 
     if unknown := sorted(set(args.kernel or ()) - set(AXES)):
         raise ValueError(f"--kernel {', '.join(unknown)}: expected one of {', '.join(AXES)}")
@@ -91,7 +91,7 @@ def tune_main(args: argparse.Namespace) -> int:
     decoding = (args.shape if args.decode else []) if args.shape else DECODING
     problems = [Problem.train(*shape, dtype=dtype, device=args.device) for shape in training]
     problems += [Problem.decode(*shape, dtype=dtype, device=args.device) for shape in decoding]
-    name = tables.device_name(args.device) if torch.device(args.device).type == "cuda" else "interpreter"
+    name = report_tables.device_name(args.device) if torch.device(args.device).type == "cuda" else "interpreter"
     out = args.out or Path(f"tiles-{tiles.slug(name)}.json")
     outcomes = tune(problems, out, args.kernel, repeats=args.repeats, report=lambda x: print(_line(x), flush=True))
     better = sum(x.best != x.asked.tile for x in outcomes)
@@ -101,11 +101,11 @@ def tune_main(args: argparse.Namespace) -> int:
     return 0
 
 
-def _line(x: Outcome) -> str:
+def _line(x: TuningResult) -> str:
     kernel, D, itemsize, S, tile = x.asked
     tried = f"{x.tried} tried, {len(x.discarded)} of them discarded"
-    times = f"{tables.seconds(x.before)} with {_words(tile)}"
-    change = "stays" if x.best == tile else f"-> {tables.seconds(x.after)} with {_words(x.best)}"
+    times = f"{report_tables.seconds(x.before)} with {_words(tile)}"
+    change = "stays" if x.best == tile else f"-> {report_tables.seconds(x.after)} with {_words(x.best)}"
     return f"{kernel} D{D} {8 * itemsize} bits S{S}: {times} {change}; {tried}"
 
 
@@ -120,9 +120,9 @@ HEADERS = (
 )
 
 
-def _row(result: Result) -> Sequence[object]:
-    from fastprefix.measure.families import DTYPE_NAMES
-    from fastprefix.measure.resources import SHARED
+def _row(result: CompileResult) -> Sequence[object]:
+    from fastprefix.measure.kernels.compile_report import SHARED
+    from fastprefix.measure.kernels.kernel_calls import DTYPE_NAMES
 
     call, options, usage = result.job.calls[0], result.options, result.usage
     tile = "/".join(str(options.get(name, "-")) for name in ("BLOCK_M", "BLOCK_N", "BLOCK_P"))

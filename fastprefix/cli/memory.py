@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from fastprefix.cli.options import whole_number
-from fastprefix.measure import tables
+from fastprefix.measure.report_tables import mebibytes, text_table
 
 if TYPE_CHECKING:
     from torch import nn
@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         ValueError, OSError: a model that there is not, or that a prefix cannot be attached to.
     """
-    from fastprefix.measure.step import FROZEN, OURS, PEFT, candidates
+    from fastprefix.measure.training.compare_steps import FROZEN, OURS, PEFT, build_steps
 
     names = [OURS, PEFT]
     if importlib.util.find_spec("peft") is None:
@@ -44,20 +44,20 @@ def run(args: argparse.Namespace) -> int:
     model = _model(args.model)
     vocab = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
     ids = torch.randint(0, vocab, (args.batch, args.seq), generator=torch.Generator().manual_seed(0))
-    frozen = candidates(model, ids, 1, [FROZEN])[FROZEN].saved_bytes()
-    rows: list[tuple[str, ...]] = [("0", *(tables.mebibytes(frozen) for _ in names), *("-" for _ in names))]
+    frozen = build_steps(model, ids, 1, [FROZEN])[FROZEN].saved_bytes()
+    rows: list[tuple[str, ...]] = [("0", *(mebibytes(frozen) for _ in names), *("-" for _ in names))]
     for P in sorted(args.prefix or PREFIXES):
-        saved = [step.saved_bytes() for step in candidates(model, ids, P, names).values()]
-        rows.append((str(P), *map(tables.mebibytes, saved), *(tables.mebibytes(x - frozen) for x in saved)))
+        saved = [step.saved_bytes() for step in build_steps(model, ids, P, names).values()]
+        rows.append((str(P), *map(mebibytes, saved), *(mebibytes(x - frozen) for x in saved)))
     print(f"saved for backward by one forward of {args.batch} x {args.seq} tokens, parameters not counted;")
     print("P = 0 is the frozen model, its gradient going down as far as a prefix makes it go")
-    print(tables.text_table(("P", *names, *(f"{name}: beyond P = 0" for name in names)), rows))
+    print(text_table(("P", *names, *(f"{name}: beyond P = 0" for name in names)), rows))
     return 0
 
 
 def _model(name: str | None) -> nn.Module:
     if name is None:
-        from fastprefix.measure.models import random_llama
+        from fastprefix.measure.training.random_models import random_llama
 
         return random_llama()
     from fastprefix.models import find_model, load_model

@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fastprefix.measure.step import FROZEN, OURS, PEFT, candidates, measure_steps
-from fastprefix.measure.tables import text_table
+from fastprefix.measure.report_tables import text_table
 from fastprefix.measure.timing import ratio
+from fastprefix.measure.training.compare_steps import FROZEN, OURS, PEFT, build_steps, measure_steps
 
 LENGTHS, ROWS, TOKENS = (16, 512), 8, 64
 BUDGET, LEAST, MOST = 60.0, 3, 9  # seconds to time one prefix length in, and rounds
@@ -37,7 +37,7 @@ class Row:
 
 def compare(model: nn.Module, ids: Tensor, num_virtual_tokens: int) -> list[Row]:
     """Measure the three in turns in this process, on copies that share the model's weights; ``ids`` is ``[B, S]``."""
-    steps = candidates(model, ids, num_virtual_tokens, (PEFT, OURS, FROZEN))
+    steps = build_steps(model, ids, num_virtual_tokens, (PEFT, OURS, FROZEN))
     start = time.perf_counter()
     for step in steps.values():
         step()

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from fastprefix.demo.compare import LENGTHS, ROWS, TITLES, TOKENS, Row
-from fastprefix.measure.step import FROZEN, OURS, PEFT
-from fastprefix.measure.tables import environment
+from fastprefix.measure.report_tables import environment
+from fastprefix.measure.training.compare_steps import FROZEN, OURS, PEFT
 
 GREEN, GREY = "#1b7a5a", "#9aa0a6"
 COLOURS = {PEFT: "#d95f02", OURS: GREEN, FROZEN: GREY}

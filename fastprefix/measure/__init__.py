@@ -3,12 +3,12 @@
 ``step`` needs transformers and peft and is imported by name; everything here needs torch alone.
 """
 
-from fastprefix.measure.floors import Cost, Peaks, cost, measure_peaks
-from fastprefix.measure.peers import Peer, peers_for
-from fastprefix.measure.problem import DTYPES, Leaves, Mode, Problem
-from fastprefix.measure.run import Measured, measure, runner
-from fastprefix.measure.saved import SavedBytes, saved_bytes
+from fastprefix.measure.operator.candidates import Candidate, candidates_for
+from fastprefix.measure.operator.problem import DTYPES, Leaves, Mode, Problem
+from fastprefix.measure.operator.roofline import Cost, Peaks, cost, measure_peaks
+from fastprefix.measure.operator.runner import Measured, measure, runner
 from fastprefix.measure.timing import Ratio, Timing, captured, interleaved, ratio
+from fastprefix.measure.training.saved_bytes import SavedBytes, saved_bytes
 
 __all__ = [
     "DTYPES",
@@ -17,7 +17,7 @@ __all__ = [
     "Measured",
     "Mode",
     "Peaks",
-    "Peer",
+    "Candidate",
     "Problem",
     "Ratio",
     "SavedBytes",
@@ -27,7 +27,7 @@ __all__ = [
     "interleaved",
     "measure",
     "measure_peaks",
-    "peers_for",
+    "candidates_for",
     "ratio",
     "runner",
     "saved_bytes",

@@ -62,7 +62,7 @@ AXES: dict[str, dict[str, tuple[Any, ...]]] = {
 MOST, LEAST = 128, 4
 
 
-def grid(kernel: str, D: int, tile: Tile) -> list[Tile]:
+def candidate_tiles(kernel: str, D: int, tile: Tile) -> list[Tile]:
     """Candidates for a kernel and padded head dim ``D`` in the place of ``tile``; none for a kernel without tiles."""
     axes = AXES.get(tiles.launched(kernel), {})
     if kernel.endswith(tiles.GENERAL):

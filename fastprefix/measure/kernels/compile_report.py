@@ -20,9 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fastprefix.measure.configurations import Job, Launch, trace
-from fastprefix.measure.families import matmul_rows
-from fastprefix.measure.run import why
+from fastprefix.measure.device_errors import describe_error
+from fastprefix.measure.kernels.compile_matrix import CompileJob, trace_launches
+from fastprefix.measure.kernels.kernel_calls import matmul_rows
+from fastprefix.measure.kernels.launch_recording import Launch
 
 # Bytes of shared memory that one block can have. The table of sm_80 is also that of every device without one, and 8.6,
 # 8.9 and 12.0 give a block 99 KiB where 8.0 gives 163.
@@ -47,17 +48,17 @@ class Usage:
         return " + ".join(name for name, there in (("wgmma", self.wgmma), ("mma.sync", self.mma)) if there) or "none"
 
 
-class Result(NamedTuple):
+class CompileResult(NamedTuple):
     """One kernel compiled, under the name that its tile has in the tables; and in words what is wrong with it."""
 
-    job: Job
+    job: CompileJob
     kernel: str
     options: dict[str, Any]
     usage: Usage | None
     reasons: list[str]
 
 
-def verdict(kernel: str, options: Mapping[str, Any], usage: Usage, capability: int) -> list[str]:
+def find_faults(kernel: str, options: Mapping[str, Any], usage: Usage, capability: int) -> list[str]:
     """What is wrong with a kernel, in words; empty when nothing is."""
     reasons = []
     if usage.stack:
@@ -74,7 +75,7 @@ def verdict(kernel: str, options: Mapping[str, Any], usage: Usage, capability: i
     return reasons
 
 
-def compile_all(jobs: Sequence[Job]) -> Iterator[Result]:
+def compile_all(jobs: Sequence[CompileJob]) -> Iterator[CompileResult]:
     """Compile every job, about a second each, on as many processors as there are; results in order.
 
     Raises:
@@ -83,19 +84,19 @@ def compile_all(jobs: Sequence[Job]) -> Iterator[Result]:
     cuobjdump()
     processes = min(PROCESSES, os.cpu_count() or 1)
     with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
-        yield from pool.map(compiled, jobs)
+        yield from pool.map(compile_job, jobs)
 
 
-def compiled(job: Job) -> Result:
+def compile_job(job: CompileJob) -> CompileResult:
     """Compile one kernel for its target and judge it; that it does not compile is a reason."""
     call = job.calls[0]
-    found = trace(call)
+    found = trace_launches(call)
     assert found is not None, "a job is of what was launched"
     launch, asked, usage = found.launches[job.index], found.last, None
     kernel = launch.name
     try:
         usage = usage_of(launch, call.capability)
-        reasons = verdict(kernel, launch.options, usage, call.capability)
+        reasons = find_faults(kernel, launch.options, usage, call.capability)
     except Exception as error:
         reasons = [f"does not compile: {_innermost(error)}"]
     if kernel == call.kernel:
@@ -103,7 +104,7 @@ def compiled(job: Job) -> Result:
         if launch.options.get("TMA", wanted) != wanted:
             reasons.append(f"TMA is {not wanted}, which its row and arguments do not say")
         kernel = asked.kernel
-    return Result(job, kernel, launch.options, usage, reasons)
+    return CompileResult(job, kernel, launch.options, usage, reasons)
 
 
 def _innermost(error: Exception) -> str:
@@ -113,7 +114,7 @@ def _innermost(error: Exception) -> str:
     inner: BaseException = error
     while isinstance(inner, CompilationError) and isinstance(inner.__cause__, CompilationError):
         inner = inner.__cause__
-    return str(inner).splitlines()[-1] if isinstance(inner, CompilationError) else why(error)
+    return str(inner).splitlines()[-1] if isinstance(inner, CompilationError) else describe_error(error)
 
 
 def usage_of(launch: Launch, capability: int) -> Usage:

@@ -20,15 +20,15 @@ import torch
 
 from fastprefix.backends.launch import tiles
 from fastprefix.backends.launch.tiles import Lookup, Tile
-from fastprefix.measure.check import broken_rule
-from fastprefix.measure.configurations import Launch
-from fastprefix.measure.grids import grid
-from fastprefix.measure.peers import backend_reasons
-from fastprefix.measure.problem import Leaves, Problem
-from fastprefix.measure.resources import usage_of
-from fastprefix.measure.routes import Route, routes
-from fastprefix.measure.run import recover, synchronize, why
-from fastprefix.measure.tables import write_atomically
+from fastprefix.measure.device_errors import describe_error, recover, synchronize
+from fastprefix.measure.kernels.compile_report import usage_of
+from fastprefix.measure.kernels.launch_recording import Launch, recorded_launches
+from fastprefix.measure.kernels.search_space import candidate_tiles
+from fastprefix.measure.kernels.tuning_targets import TuningTarget, tuning_targets
+from fastprefix.measure.operator.candidates import backend_reasons
+from fastprefix.measure.operator.correctness import broken_rule
+from fastprefix.measure.operator.problem import Leaves, Problem
+from fastprefix.measure.report_tables import write_atomically
 from fastprefix.measure.timing import interleaved, ratio
 
 # Only what is faster by this much takes the present tile's place: two runs of one kernel differ by about as much.
@@ -44,13 +44,13 @@ FOLLOWS = {
     "decode_content": "decode_combine",
 }
 
-Grid = Callable[[str, int, Tile], list[Tile]]
-Checked = dict[tuple[Route, str, Tile], "str | None"]
-Judge = Callable[[Route, str, Sequence[Tile]], dict[Tile, str]]
+SearchSpace = Callable[[str, int, Tile], list[Tile]]
+Checked = dict[tuple[TuningTarget, str, Tile], "str | None"]
+Judge = Callable[[TuningTarget, str, Sequence[Tile]], dict[Tile, str]]
 
 
 @dataclass
-class Outcome:
+class TuningResult:
     """One kernel at one size: what is taken now and what was best, and the seconds that each took in its turns."""
 
     asked: Lookup
@@ -65,10 +65,10 @@ def tune(
     problems: Sequence[Problem],
     out: Path,
     kernels: Collection[str] | None = None,
-    candidates: Grid = grid,
+    candidates: SearchSpace = candidate_tiles,
     repeats: int = 20,
-    report: Callable[[Outcome], None] = lambda outcome: None,
-) -> list[Outcome]:
+    report: Callable[[TuningResult], None] = lambda outcome: None,
+) -> list[TuningResult]:
     """Find the best tile of each kernel at each size that the problems need, and write them after every problem.
 
     Args:
@@ -85,22 +85,22 @@ def tune(
     for problem in problems:
         if reasons := backend_reasons(problem, "triton"):
             raise ValueError(f"--tune: {problem.label}: {'; '.join(reasons)}")
-    found: dict[tuple[str, int, int, int], Outcome] = {}
+    found: dict[tuple[str, int, int, int], TuningResult] = {}
     checked: Checked = {}
     place = torch.device(problems[0].device)
     with torch.cuda.device(place) if place.type == "cuda" else nullcontext(), _compilers(place) as judge:
-        for route in (route for problem in problems for route in routes(problem)):
-            leaves = Leaves.random(route.problem)
-            if route.refuses(leaves):
+        for target in (target for problem in problems for target in tuning_targets(problem)):
+            leaves = Leaves.random(target.problem)
+            if target.is_refused(leaves):
                 continue
             with tiles.recorded() as lookups:
-                route(leaves)
+                target(leaves)
             for asked in dict.fromkeys(lookups):
                 if asked[:4] in found or (kernels is not None and asked.kernel not in kernels):
                     continue
                 tried = candidates(asked.kernel, asked.D, asked.tile)
-                outcome = Outcome(asked, asked.tile, 0.0, 0.0, len(tried), judge(route, asked.kernel, tried))
-                _choose(outcome, tried, route, leaves, checked, repeats)
+                outcome = TuningResult(asked, asked.tile, 0.0, 0.0, len(tried), judge(target, asked.kernel, tried))
+                _choose(outcome, tried, target, leaves, checked, repeats)
                 found[asked[:4]] = outcome
                 report(outcome)
             _write(out, place, found.values())
@@ -113,7 +113,7 @@ def _compilers(place: torch.device) -> Iterator[Judge]:
     from fastprefix.backends.launch import run
 
     if place.type != "cuda":
-        yield lambda route, kernel, candidates: {}
+        yield lambda target, kernel, candidates: {}
         return
     properties: Any = torch.cuda.get_device_properties(place)
     limit = properties.shared_memory_per_block_optin
@@ -121,28 +121,21 @@ def _compilers(place: torch.device) -> Iterator[Judge]:
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(min(PROCESSES, os.cpu_count() or 1), mp_context=context) as pool:
 
-        def judge(route: Route, kernel: str, candidates: Sequence[Tile]) -> dict[Tile, str]:
-            found = pool.map(_flaw, ((route, kernel, tile, device, limit) for tile in candidates))
+        def judge(target: TuningTarget, kernel: str, candidates: Sequence[Tile]) -> dict[Tile, str]:
+            found = pool.map(_flaw, ((target, kernel, tile, device, limit) for tile in candidates))
             return {tile: flaw for tile, flaw in zip(candidates, found, strict=True) if flaw}
 
         yield judge
 
 
-def _flaw(task: tuple[Route, str, Tile, tuple[int, str], int]) -> str | None:
-    from fastprefix.backends.launch import run
-
-    route, kernel, tile, device, limit = task
-    launches: list[Launch] = []
-
-    def observe(function: Any, programs: int, args: tuple[Any, ...], options: dict[str, Any]) -> None:
-        launches.append(Launch(function, args, options))
-
+def _flaw(task: tuple[TuningTarget, str, Tile, tuple[int, str], int]) -> str | None:
+    target, kernel, tile, device, limit = task
     try:
-        with tiles.forced(kernel, tile), run.observed(observe, *device):
-            route(route.blank())
+        with tiles.forced(kernel, tile), recorded_launches(*device) as launches:
+            target(target.meta_leaves())
         usages = [usage_of(x, device[0]) for x in launches if x.name == tiles.launched(kernel)]
     except Exception as error:
-        return why(error)
+        return describe_error(error)
     spilt, shared = (max((getattr(x, name) for x in usages), default=0) for name in ("stack", "shared"))
     if spilt:
         return f"spills: {spilt} bytes of stack"
@@ -150,23 +143,28 @@ def _flaw(task: tuple[Route, str, Tile, tuple[int, str], int]) -> str | None:
 
 
 def _choose(
-    outcome: Outcome, candidates: Sequence[Tile], route: Route, leaves: Leaves, checked: Checked, repeats: int
+    outcome: TuningResult,
+    candidates: Sequence[Tile],
+    target: TuningTarget,
+    leaves: Leaves,
+    checked: Checked,
+    repeats: int,
 ) -> None:
     """Time what is not discarded yet, and fill in the rest of the outcome."""
-    kernel, place, least = outcome.asked.kernel, route.problem.device, WORTH
-    now = _launches(route, leaves, kernel, outcome.asked.tile)
+    kernel, place, least = outcome.asked.kernel, target.problem.device, WORTH
+    now = _launches(target, leaves, kernel, outcome.asked.tile)
     outcome.before = outcome.after = interleaved({"now": now}, repeats, WARMUP, place)["now"].median
     for tile in candidates:
         if tile in outcome.discarded:
             continue
         try:
-            if wrong := _wrong(route.small(), kernel, tile, checked):
+            if wrong := _wrong(target.reduced(), kernel, tile, checked):
                 outcome.discarded[tile] = f"wrong: {wrong}"
                 continue
-            new = _launches(route, leaves, kernel, tile)
+            new = _launches(target, leaves, kernel, tile)
             times = interleaved({"now": now, "new": new}, repeats, WARMUP, place)
         except Exception as error:
-            outcome.discarded[tile] = why(error)
+            outcome.discarded[tile] = describe_error(error)
             recover(place, kernel, outcome.discarded[tile])
             continue
         share = ratio(times, "new", "now").median
@@ -175,17 +173,17 @@ def _choose(
             outcome.before, outcome.after = times["now"].median, times["new"].median
 
 
-def _wrong(route: Route, kernel: str, tile: Tile, checked: Checked) -> str | None:
-    """What is off in a route's results with this tile; seen once, since many problems come down to the same."""
-    if (route, kernel, tile) not in checked:
-        leaves = Leaves.random(route.problem, requires_grad=route.name != "decode")
+def _wrong(target: TuningTarget, kernel: str, tile: Tile, checked: Checked) -> str | None:
+    """What is off in a target's results with this tile; seen once, since many problems come down to the same."""
+    if (target, kernel, tile) not in checked:
+        leaves = Leaves.random(target.problem, requires_grad=target.name != "decode")
         with tiles.forced(kernel, tile):
-            checked[route, kernel, tile] = broken_rule(route.problem, leaves, route(leaves))
-    return checked[route, kernel, tile]
+            checked[target, kernel, tile] = broken_rule(target.problem, leaves, target(leaves))
+    return checked[target, kernel, tile]
 
 
-def _launches(route: Route, leaves: Leaves, kernel: str, tile: Tile) -> Callable[[], None]:
-    """The launches of a kernel in a route, and of the one whose work depends on its tile, made once more."""
+def _launches(target: TuningTarget, leaves: Leaves, kernel: str, tile: Tile) -> Callable[[], None]:
+    """The launches of a kernel in a target, and of the one whose work depends on its tile, made once more."""
     from fastprefix.backends.launch import run
 
     launches: list[tuple[int, Launch]] = []
@@ -197,8 +195,8 @@ def _launches(route: Route, leaves: Leaves, kernel: str, tile: Tile) -> Callable
             launches.append((programs, launch))
 
     with tiles.forced(kernel, tile), run.observed(observe, *run.device(leaves.q)):
-        route(leaves)
-    synchronize(route.problem.device)
+        target(leaves)
+    synchronize(target.problem.device)
 
     def again() -> None:
         for programs, launch in launches:
@@ -207,7 +205,7 @@ def _launches(route: Route, leaves: Leaves, kernel: str, tile: Tile) -> Callable
     return again
 
 
-def _write(out: Path, place: torch.device, outcomes: Iterable[Outcome]) -> None:
+def _write(out: Path, place: torch.device, outcomes: Iterable[TuningResult]) -> None:
     """The table, a row a line."""
     from fastprefix.backends.launch import run
 

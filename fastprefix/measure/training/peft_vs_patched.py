@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 
 import fastprefix
-from fastprefix.measure.saved import saved_bytes
-from fastprefix.measure.step import share_weights
+from fastprefix.measure.training.compare_steps import share_weights
+from fastprefix.measure.training.saved_bytes import saved_bytes
 
 PEFT, PATCHED, ATTACHED, FROZEN = "peft", "patched", "attached", "no prefix"
 
 
 @dataclass
-class Run:
+class Workload:
     """Something to time: a step's forward and backward, or a generation."""
 
     model: Any
@@ -45,7 +45,7 @@ def peft_models(model: nn.Module, config: Any) -> dict[str, Any]:
     return {PEFT: made, PATCHED: patched}
 
 
-def prefix_steps(model: nn.Module, ids: Tensor, num_virtual_tokens: int) -> dict[str, Run]:
+def prefix_steps(model: nn.Module, ids: Tensor, num_virtual_tokens: int) -> dict[str, Workload]:
     """Training steps of PREFIX_TUNING, ``ids [B, S]`` the labels too."""
     from peft import PrefixTuningConfig
 
@@ -53,7 +53,7 @@ def prefix_steps(model: nn.Module, ids: Tensor, num_virtual_tokens: int) -> dict
     return _steps(models, ids)
 
 
-def prompt_steps(model: nn.Module, ids: Tensor, num_virtual_tokens: int) -> dict[str, Run]:
+def prompt_steps(model: nn.Module, ids: Tensor, num_virtual_tokens: int) -> dict[str, Workload]:
     """Training steps of PROMPT_TUNING, and of an attached soft prompt with the same numbers."""
     from peft import PromptTuningConfig
 
@@ -65,17 +65,17 @@ def prompt_steps(model: nn.Module, ids: Tensor, num_virtual_tokens: int) -> dict
     return _steps({**models, ATTACHED: mine}, ids)
 
 
-def generations(model: nn.Module, ids: Tensor, num_virtual_tokens: int, new_tokens: int) -> dict[str, Run]:
+def generations(model: nn.Module, ids: Tensor, num_virtual_tokens: int, new_tokens: int) -> dict[str, Workload]:
     """Greedy generations of so many tokens behind ``ids [B, S]`` with a PREFIX_TUNING prefix, and without one."""
     from peft import PrefixTuningConfig
 
     models = peft_models(model, PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=num_virtual_tokens))
     options = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "do_sample": False, "pad_token_id": 0}
 
-    def run(mine: Any) -> Run:
+    def run(mine: Any) -> Workload:
         mine.eval()
         mask = torch.ones_like(ids)
-        return Run(mine, lambda: mine.generate(input_ids=ids, attention_mask=mask, **options))
+        return Workload(mine, lambda: mine.generate(input_ids=ids, attention_mask=mask, **options))
 
     runs = {name: run(mine) for name, mine in {**models, FROZEN: share_weights(model)}.items()}
     first, second = (runs[name].forward() for name in (PEFT, PATCHED))
@@ -84,7 +84,7 @@ def generations(model: nn.Module, ids: Tensor, num_virtual_tokens: int, new_toke
     return runs
 
 
-def mixed_steps(model: nn.Module, ids: Tensor, num_virtual_tokens: int) -> dict[str, Run]:
+def mixed_steps(model: nn.Module, ids: Tensor, num_virtual_tokens: int) -> dict[str, Workload]:
     """Training steps with one prefix for all ``B`` rows, and with a prefix of its own for each."""
     runs = {}
     for name, count in (("one", 1), ("mixed", len(ids))):
@@ -97,11 +97,11 @@ def mixed_steps(model: nn.Module, ids: Tensor, num_virtual_tokens: int) -> dict[
             with fastprefix.prefix_batch(mine, names):
                 return mine(input_ids=ids, labels=ids, use_cache=False).loss
 
-        runs[name] = Run(mine.train(), forward)
+        runs[name] = Workload(mine.train(), forward)
     return runs
 
 
-def _steps(models: dict[str, Any], ids: Tensor) -> dict[str, Run]:
+def _steps(models: dict[str, Any], ids: Tensor) -> dict[str, Workload]:
     runs = {}
     for name, mine in models.items():
         mine.train()
@@ -110,7 +110,7 @@ def _steps(models: dict[str, Any], ids: Tensor) -> dict[str, Run]:
         def forward(mine: Any = mine, mask: Tensor = mask) -> Any:
             return mine(input_ids=ids, attention_mask=mask, labels=ids).loss
 
-        runs[name] = Run(mine, forward)
+        runs[name] = Workload(mine, forward)
     with torch.no_grad():
         want = runs[PEFT].forward().item()
         for name, run in runs.items():

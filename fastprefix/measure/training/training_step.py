@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from fastprefix.hf.api import attach
-from fastprefix.measure import concatenated
-from fastprefix.measure.saved import SavedBytes
+from fastprefix.measure.training import concatenated_attention
+from fastprefix.measure.training.saved_bytes import SavedBytes
 from fastprefix.prefixes.config import PrefixConfig
 from fastprefix.prefixes.prefix import Prefix
 
 
-class Step:
+class TrainingStep:
     """Forward, backward and AdamW on what is trained. A call takes a step and returns the loss.
 
     Attributes:
@@ -50,7 +50,7 @@ class Step:
 
     def loss(self) -> Tensor:
         """The forward alone."""
-        with overruled(self.backend):
+        with force_backend(self.backend):
             loss: Tensor = self.model(input_ids=self.ids, labels=self.ids, **self._forward).loss
         return loss
 
@@ -83,8 +83,8 @@ class Step:
 
 
 @contextmanager
-def overruled(backend: str) -> Iterator[None]:
-    """Run whole models by the named backend: they take it from the environment only. ``auto`` leaves that as it is."""
+def force_backend(backend: str) -> Iterator[None]:
+    """Run whole models with the named backend, which they read from the environment; ``auto`` changes nothing."""
     before = os.environ.get("FASTPREFIX_BACKEND")
     if backend != "auto":
         os.environ["FASTPREFIX_BACKEND"] = backend
@@ -97,7 +97,7 @@ def overruled(backend: str) -> Iterator[None]:
                 os.environ["FASTPREFIX_BACKEND"] = before
 
 
-def frozen_step(model: nn.Module, ids: Tensor) -> Step:
+def frozen_step(model: nn.Module, ids: Tensor) -> TrainingStep:
     """P = 0: the frozen model, with the gradient going down exactly as far as a prefix makes it go.
 
     A zero vector is added to the values of the lowest layer (its ``v_proj``) and trained. Like a prefix, it makes
@@ -112,27 +112,27 @@ def frozen_step(model: nn.Module, ids: Tensor) -> Step:
     width = start.out_features if isinstance(start, nn.Linear) else start.weight.shape[1]
     shift = nn.Parameter(torch.zeros(width, dtype=start.weight.dtype, device=start.weight.device))
     start.register_forward_hook(lambda module, args, out: out + shift)
-    return Step(model, [shift], ids, use_cache=False)
+    return TrainingStep(model, [shift], ids, use_cache=False)
 
 
-def ours_step(model: nn.Module, ids: Tensor, num_virtual_tokens: int, backend: str = "auto") -> Step:
+def ours_step(model: nn.Module, ids: Tensor, num_virtual_tokens: int, backend: str = "auto") -> TrainingStep:
     """``fastprefix.attach``, its operator by the named backend."""
     prefix = attach(model, PrefixConfig(num_virtual_tokens=num_virtual_tokens))
-    return Step(model, prefix.parameters(), ids, prefix, backend, use_cache=False)
+    return TrainingStep(model, prefix.parameters(), ids, prefix, backend, use_cache=False)
 
 
-def cat_step(model: nn.Module, ids: Tensor, num_virtual_tokens: int) -> Step:
-    """The best that concatenation does: see :mod:`concatenated`.
+def cat_step(model: nn.Module, ids: Tensor, num_virtual_tokens: int) -> TrainingStep:
+    """The best that concatenation does: see :mod:`concatenated_attention`.
 
     Raises:
         ValueError: the model's attention cannot be given a prefix in this way.
     """
-    trained = concatenated.install(model, num_virtual_tokens)
+    trained = concatenated_attention.install(model, num_virtual_tokens)
     positions = torch.arange(num_virtual_tokens, num_virtual_tokens + ids.shape[1], device=ids.device)[None]
-    return Step(model, trained, ids, use_cache=False, position_ids=positions)
+    return TrainingStep(model, trained, ids, use_cache=False, position_ids=positions)
 
 
-def peft_step(model: nn.Module, ids: Tensor, num_virtual_tokens: int) -> Step:
+def peft_step(model: nn.Module, ids: Tensor, num_virtual_tokens: int) -> TrainingStep:
     """``peft.get_peft_model`` with PREFIX_TUNING, as shipped; it needs the cache, so that stays on.
 
     Raises:
@@ -142,4 +142,4 @@ def peft_step(model: nn.Module, ids: Tensor, num_virtual_tokens: int) -> Step:
 
     config = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=num_virtual_tokens)
     wrapped = get_peft_model(model, config)
-    return Step(wrapped, [p for p in wrapped.parameters() if p.requires_grad], ids)
+    return TrainingStep(wrapped, [p for p in wrapped.parameters() if p.requires_grad], ids)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastprefix.functional import prefix_attention
 from fastprefix.masks import additive_bias, prefix_owner, visible_keys
-from fastprefix.measure.problem import Leaves, Problem
+from fastprefix.measure.operator.problem import Leaves, Problem
 from fastprefix.types import AttentionArgs
 
 Options = Mapping[str, Any]  # of prefix_attention, beside its five inputs

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from fastprefix.measure.problem import Mode, Problem
+from fastprefix.measure.operator.problem import Mode, Problem
 
 
 @dataclass(frozen=True)

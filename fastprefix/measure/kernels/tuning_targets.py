@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from fastprefix.backends import triton
-from fastprefix.measure.families import ALL, FAMILIES, content
-from fastprefix.measure.problem import Leaves, Problem
+from fastprefix.measure.kernels.kernel_calls import ALL, KERNEL_CALLS, content
+from fastprefix.measure.operator.problem import Leaves, Problem
 from fastprefix.types import AttentionArgs, Needs
 
 CHECKED = {"B": 3, "S": 321, "T": 321, "P": 130}  # sizes at most, where results are compared with truth in fp64
@@ -22,15 +22,15 @@ Results = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
-class Route:
+class TuningTarget:
     """A way through the kernels, and the problem that is sent along it."""
 
     name: Literal["fused", "epilogue", "decode"]
     problem: Problem
 
-    def refuses(self, x: Leaves) -> bool:
+    def is_refused(self, x: Leaves) -> bool:
         """Whether this way is not for such leaves."""
-        return bool(FAMILIES["epilogue_bwd" if self.name == "epilogue" else "fwd"].refuses(_args(x)))
+        return bool(KERNEL_CALLS["epilogue_bwd" if self.name == "epilogue" else "fwd"].refuses(_args(x)))
 
     def __call__(self, x: Leaves) -> Results:
         """``o``, ``lse`` and, where rows are trained, the five gradients."""
@@ -42,12 +42,12 @@ class Route:
                 return _epilogue(args, x.do)
         return _fused(args, x.do)
 
-    def small(self) -> Route:
+    def reduced(self) -> TuningTarget:
         """The same kernels on a problem that can be checked, its sizes no multiples of any tile."""
         sizes = {name: min(getattr(self.problem, name), most) for name, most in CHECKED.items()}
         return replace(self, problem=replace(self.problem, **sizes))
 
-    def blank(self) -> Leaves:
+    def meta_leaves(self) -> Leaves:
         """Leaves without numbers: enough to see what would be launched."""
         x = self.problem
         shapes = ((x.H, x.S), (x.H_kv, x.T), (x.H_kv, x.T), (x.H, x.S))
@@ -56,12 +56,12 @@ class Route:
         return Leaves(q, k, v, prefix, prefix, do)
 
 
-def routes(problem: Problem) -> list[Route]:
+def tuning_targets(problem: Problem) -> list[TuningTarget]:
     """The ways that a problem can take: decoding, or in one pass and, its prefix cut short, beside another kernel."""
     if problem.S < problem.T:
-        return [Route("decode", problem)]
+        return [TuningTarget("decode", problem)]
     short = replace(problem, P=min(problem.P, SHORT_PREFIX))
-    return [Route("fused", problem), Route("epilogue", short)]
+    return [TuningTarget("fused", problem), TuningTarget("epilogue", short)]
 
 
 def _args(x: Leaves) -> AttentionArgs:

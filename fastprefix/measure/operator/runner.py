@@ -9,23 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastprefix.measure.check import disagreement
-from fastprefix.measure.peers import OURS, Peer, peers_for
-from fastprefix.measure.problem import TRAINED, Leaves, Mode, Problem
+from fastprefix.measure.device_errors import describe_error, recover, synchronize
+from fastprefix.measure.operator.candidates import OURS, Candidate, candidates_for
+from fastprefix.measure.operator.correctness import disagreement
+from fastprefix.measure.operator.problem import TRAINED, Leaves, Mode, Problem
 from fastprefix.measure.timing import Timing, captured, interleaved
 
 Results = dict[str, Tensor]
 
 
-class DeviceLostError(RuntimeError):
-    """The device answers nothing any more in this process; ``who`` was running."""
-
-    def __init__(self, who: str, reason: str) -> None:
-        super().__init__(f"{who}: {reason}")
-        self.who, self.reason = who, reason
-
-
-def runner(peer: Peer, problem: Problem, mode: Mode, leaves: Leaves | None = None) -> Callable[[], Results]:
+def runner(peer: Candidate, problem: Problem, mode: Mode, leaves: Leaves | None = None) -> Callable[[], Results]:
     """One call of the peer: ``{"o": ...}``, and the gradients that the mode asks for, ``dq`` to ``dprefix_v``.
 
     Args:
@@ -95,7 +88,7 @@ def measure(
     ready: dict[str, Callable[[], Any]] = {}
     want: Results | None = None
     # Ours go last, so that it is ours that is called wrong when it differs from everybody's.
-    for peer in sorted(peers_for(problem, mode), key=lambda p: p.name.startswith(OURS)):
+    for peer in sorted(candidates_for(problem, mode), key=lambda p: p.name.startswith(OURS)):
         if peer.name in found.failures or (only is not None and peer.name not in only):
             continue
         if reason := peer.unavailable(problem, mode):
@@ -114,41 +107,12 @@ def measure(
                     continue
             ready[peer.name] = captured(call) if graphs else call
         except Exception as error:
-            found.failures[peer.name] = why(error)
+            found.failures[peer.name] = describe_error(error)
         recover(problem.device, peer.name, found.failures.get(peer.name))
     if ready:
         try:
             found.timings = interleaved(ready, repeats, warmup, problem.device)
         except Exception as error:
-            found.failures.update({name: f"while timing: {why(error)}" for name in ready})
+            found.failures.update({name: f"while timing: {describe_error(error)}" for name in ready})
         recover(problem.device, "timing", "; ".join(found.failures.values()))
     return found
-
-
-def why(error: BaseException) -> str:
-    """An exception as one short line."""
-    if isinstance(error, torch.OutOfMemoryError):
-        return "out of memory"
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
-
-
-def synchronize(device: torch.device | str) -> None:
-    """Wait until the device has done all it was given, and raise what went wrong there."""
-    if torch.device(device).type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def recover(device: torch.device | str, who: str, failure: str | None) -> None:
-    """After a failure, give cached memory back and see whether the device still answers.
-
-    Raises:
-        DeviceLostError: it does not.
-    """
-    if failure is None or torch.device(device).type != "cuda":
-        return
-    try:
-        torch.cuda.synchronize(device)
-        torch.cuda.empty_cache()
-    except Exception as error:
-        raise DeviceLostError(who, failure or why(error)) from error

@@ -13,20 +13,20 @@ import torch
 from torch import Tensor, nn
 
 from fastprefix.hf.formats import pack
-from fastprefix.measure.candidate import Step, cat_step, frozen_step, ours_step, peft_step
-from fastprefix.measure.floors import Cost, cost
-from fastprefix.measure.problem import Problem
+from fastprefix.measure.operator.problem import Problem
+from fastprefix.measure.operator.roofline import Cost, cost
 from fastprefix.measure.timing import Timing, interleaved
+from fastprefix.measure.training.training_step import TrainingStep, cat_step, frozen_step, ours_step, peft_step
 
 OURS, PEFT, CAT, FROZEN = "ours", "peft", "cat", "frozen"
 
 
-def candidates(
+def build_steps(
     model: nn.Module,
     ids: Tensor,
     num_virtual_tokens: int,
     names: Iterable[str] = (OURS, PEFT, FROZEN),
-) -> dict[str, Step]:
+) -> dict[str, TrainingStep]:
     """The steps by name, each on a copy of the model; all copies share the model's frozen weights.
 
     Args:
@@ -39,7 +39,7 @@ def candidates(
         ValueError: cat is asked for, and the model's attention cannot be given a prefix by hand.
         AssertionError: given the same prefix, not all compute the same loss.
     """
-    found: dict[str, Step] = {}
+    found: dict[str, TrainingStep] = {}
     for name in names:
         mine = share_weights(model)
         if name == FROZEN:
@@ -85,7 +85,7 @@ def step_cost(model: nn.Module, problem: Problem) -> Cost:
 
 
 @torch.no_grad()
-def _same_numbers(ours: list[Step], peft: Step | None, cat: Step | None) -> None:
+def _same_numbers(ours: list[TrainingStep], peft: TrainingStep | None, cat: TrainingStep | None) -> None:
     first = ours[0]
     assert first.prefix is not None
     for step in ours[1:]:
@@ -100,7 +100,7 @@ def _same_numbers(ours: list[Step], peft: Step | None, cat: Step | None) -> None
 
 
 @torch.no_grad()
-def _same_loss(ours: Step, other: Step) -> None:
+def _same_loss(ours: TrainingStep, other: TrainingStep) -> None:
     a, b = ours.loss().item(), other.loss().item()
     exact = next(ours.model.parameters()).dtype == torch.float32
     if not abs(a - b) <= (1e-4 if exact else 2e-2) * max(1.0, abs(b)):  # so written that nan fails
@@ -116,7 +116,7 @@ class StepResult:
     peak_bytes: int | None
 
 
-def measure_steps(steps: dict[str, Step], repeats: int = 5, warmup: int = 1) -> dict[str, StepResult]:
+def measure_steps(steps: dict[str, TrainingStep], repeats: int = 5, warmup: int = 1) -> dict[str, StepResult]:
     """Memory of each candidate, then their times in turns."""
     device = next(iter(steps.values())).ids.device
     saved = {name: step.saved_bytes() for name, step in steps.items()}

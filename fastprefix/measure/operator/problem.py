@@ -132,10 +132,10 @@ class Leaves:
     @cached_property
     def cache(self) -> tuple[Tensor, Tensor]:
         """What a cache holds that keeps the prefix of every sample, ``[B, H_kv, P + T, D]``: made once."""
-        keys, values = self.joined()
+        keys, values = self.concatenated()
         return keys.detach(), values.detach()
 
-    def joined(self) -> tuple[Tensor, Tensor]:
+    def concatenated(self) -> tuple[Tensor, Tensor]:
         """Keys and values with the prefix copied in front of every sample, ``[B, H_kv, P + T, D]`` each."""
         batch = self.k.shape[0]
         keys = torch.cat([self.prefix_k.expand(batch, -1, -1, -1), self.k], dim=2)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastprefix.backends import triton
-from fastprefix.measure.problem import DTYPES
+from fastprefix.measure.operator.problem import DTYPES
 from fastprefix.types import AttentionArgs, Needs
 
 DTYPE_NAMES = {2: "bf16", 4: "fp32"}  # by bytes an element
@@ -31,7 +31,7 @@ class Variant:
 
 
 @dataclass(frozen=True)
-class Family:
+class KernelCall:
     """How a kernel is called: the variants that matter to it, and the call's sizes for a row's ``S``."""
 
     run: Callable[[AttentionArgs, Needs], object]
@@ -90,26 +90,26 @@ def _decode(args: AttentionArgs, needs: Needs) -> None:
     decode.fwd(args)
 
 
-SHORT, LONG, PADDED = Variant("P 16", P=16), Variant("G 3", groups=3), Variant("padding, window", ("padding", "window"))
+P16, G3, PADDED = Variant("P 16", P=16), Variant("G 3", groups=3), Variant("padding, window", ("padding", "window"))
 PREFIX_ONLY = Variant("prefix only", needs=Needs(False, False, False, True, True))
 STRIDES = Variant("strides", ("strides",), groups=3)
 CAPPED, PACKED = Variant("softcap, window", ("softcap", "window")), Variant("segments", ("segments",))
 BIASED, BANK = Variant("bias", ("bias",)), Variant("bank, padding", ("bank", "padding"))
-USUAL, RARE = (SHORT, LONG, PADDED), (STRIDES, CAPPED, PACKED, BIASED)
-FAMILIES = {
-    "fwd": Family(_forward, (*USUAL, *RARE, BANK), (BIASED, LONG)),
-    "bwd_dq": Family(_backward, (*USUAL, *RARE, BANK), (BIASED, LONG), DQ),
-    "bwd_dkdv": Family(_backward, (SHORT, PADDED, *RARE), (BIASED, PADDED), DKDV),
-    "bwd_dprefix": Family(_backward, (SHORT, LONG, PREFIX_ONLY, CAPPED, BANK), (BANK, LONG)),
-    "epilogue_fwd": Family(_epilogue, (SHORT, LONG, CAPPED, BANK), (BANK, LONG), refuses=_epilogue_refuses),
-    "epilogue_bwd": Family(
-        _epilogue_backward, (SHORT, LONG, PREFIX_ONLY, CAPPED), (CAPPED, LONG), refuses=_epilogue_backward_refuses
+COMMON, RARE = (P16, G3, PADDED), (STRIDES, CAPPED, PACKED, BIASED)
+KERNEL_CALLS = {
+    "fwd": KernelCall(_forward, (*COMMON, *RARE, BANK), (BIASED, G3)),
+    "bwd_dq": KernelCall(_backward, (*COMMON, *RARE, BANK), (BIASED, G3), DQ),
+    "bwd_dkdv": KernelCall(_backward, (P16, PADDED, *RARE), (BIASED, PADDED), DKDV),
+    "bwd_dprefix": KernelCall(_backward, (P16, G3, PREFIX_ONLY, CAPPED, BANK), (BANK, G3)),
+    "epilogue_fwd": KernelCall(_epilogue, (P16, G3, CAPPED, BANK), (BANK, G3), refuses=_epilogue_refuses),
+    "epilogue_bwd": KernelCall(
+        _epilogue_backward, (P16, G3, PREFIX_ONLY, CAPPED), (CAPPED, G3), refuses=_epilogue_backward_refuses
     ),
     # Found by their rows, B * S * G and S * G, rounded up to a power of two.
-    "decode_prefix": Family(
-        _decode, (SHORT, LONG, CAPPED, BANK), (BANK, LONG), sizes=lambda S: (max(S // 4, 1), 1, 4096)
+    "decode_prefix": KernelCall(
+        _decode, (P16, G3, CAPPED, BANK), (BANK, G3), sizes=lambda S: (max(S // 4, 1), 1, 4096)
     ),
-    "decode_content": Family(_decode, (*USUAL, *RARE), (BIASED, LONG), sizes=lambda S: (8, max(S // 4, 1), 4096)),
+    "decode_content": KernelCall(_decode, (*COMMON, *RARE), (BIASED, G3), sizes=lambda S: (8, max(S // 4, 1), 4096)),
 }
 # Without tiles of their own: compiled wherever a call above launches them. No matrix products in them.
 HELPERS = ("bwd_delta", "bwd_reduce", "decode_combine")

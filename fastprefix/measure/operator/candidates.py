@@ -9,20 +9,20 @@ import torch
 
 from fastprefix import dispatch
 from fastprefix.functional import prefix_attention
-from fastprefix.measure.problem import Leaves, Mode, Problem
-from fastprefix.measure.rivals import DECODE_PEERS, TRAIN_PEERS, Attend, Peer
+from fastprefix.measure.operator.baselines import DECODE_BASELINES, TRAIN_BASELINES, Attend, Candidate
+from fastprefix.measure.operator.problem import Leaves, Mode, Problem
 from fastprefix.types import BACKENDS, AttentionArgs, BackendName
 
 OURS = "ours"
 INTERPRETED = "interpreted: not timed"
 
 
-def peers_for(problem: Problem, mode: Mode) -> list[Peer]:
+def candidates_for(problem: Problem, mode: Mode) -> list[Candidate]:
     """Ours first, as ``auto`` and by the name of every other backend that has no reasons, then all others.
 
     The reference is an oracle, not a contender: it is among ours only where ``auto`` takes it.
     """
-    return [*_ours(problem), *(DECODE_PEERS if mode == "decode" else TRAIN_PEERS)]
+    return [*_ours(problem), *(DECODE_BASELINES if mode == "decode" else TRAIN_BASELINES)]
 
 
 def chosen_backend(problem: Problem) -> BackendName:
@@ -44,7 +44,7 @@ def backend_reasons(problem: Problem, name: BackendName) -> list[str]:
     return reasons
 
 
-def attend_with(backend: str) -> Callable[[Problem, Leaves], Attend]:
+def prepare_with(backend: str) -> Callable[[Problem, Leaves], Attend]:
     """``prepare`` of ``prefix_attention`` with a backend's name or ``auto``."""
 
     def prepare(problem: Problem, x: Leaves) -> Attend:
@@ -62,12 +62,12 @@ def _args(problem: Problem) -> AttentionArgs:
     return AttentionArgs(q, k, k, prefix, prefix, scale=x.D**-0.5, causal=x.causal)
 
 
-def _ours(problem: Problem) -> list[Peer]:
+def _ours(problem: Problem) -> list[Candidate]:
     chosen = chosen_backend(problem)
-    found = [Peer(OURS, f"prefix_attention, auto takes {chosen}", attend_with("auto"), _untimed(chosen))]
+    found = [Candidate(OURS, f"prefix_attention, auto takes {chosen}", prepare_with("auto"), _untimed(chosen))]
     for name in BACKENDS:
         if name not in (chosen, "reference") and not backend_reasons(problem, name):
-            peer = Peer(f"{OURS}:{name}", f"prefix_attention by {name}", attend_with(name), _untimed(name))
+            peer = Candidate(f"{OURS}:{name}", f"prefix_attention by {name}", prepare_with(name), _untimed(name))
             found.append(peer)
     return found
 

@@ -17,15 +17,15 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
-from fastprefix.measure.problem import Leaves, Mode, Problem
+from fastprefix.measure.operator.problem import Leaves, Mode, Problem
 
 Attend = Callable[[], Tensor]  # -> o [B, H, S, D]
-FLOOR = "content_only"
+NO_PREFIX = "content_only"
 FA, FA3 = "flash_attn", "flash_attn_interface"  # FlashAttention-2's and -3's modules
 
 
 @dataclass(frozen=True)
-class Peer:
+class Candidate:
     """A way to compute a problem.
 
     ``prepare(problem, leaves)`` returns what is timed. ``unavailable(problem, mode)`` says why it cannot
@@ -39,7 +39,7 @@ class Peer:
     exact: bool = True
 
 
-def visible(problem: Problem) -> Tensor:
+def visible_mask(problem: Problem) -> Tensor:
     """The dense mask over ``[prefix ; content]``: ``[S, P + T]`` bool, True = attend."""
     mask = torch.ones(problem.S, problem.P + problem.T, dtype=torch.bool, device=problem.device)
     return mask.tril(problem.P + problem.T - problem.S) if problem.causal else mask
@@ -55,10 +55,10 @@ def _repeat(x: Tensor, groups: int) -> Tensor:
 
 
 def _cat_mask(problem: Problem, x: Leaves) -> Attend:
-    mask = visible(problem).expand(problem.B, 1, -1, -1).contiguous()
+    mask = visible_mask(problem).expand(problem.B, 1, -1, -1).contiguous()
 
     def attend() -> Tensor:
-        keys, values = (_repeat(t, problem.groups) for t in x.joined())
+        keys, values = (_repeat(t, problem.groups) for t in x.concatenated())
         return sdpa(x.q, keys, values, attn_mask=mask)
 
     return attend
@@ -73,16 +73,16 @@ def _lower_right(rows: int, keys: int) -> Tensor:
 
 def _cat_sdpa(problem: Problem, x: Leaves) -> Attend:
     bias = _lower_right(problem.S, problem.P + problem.T) if problem.causal else None
-    return lambda: sdpa(x.q, *x.joined(), attn_mask=bias, enable_gqa=problem.groups > 1)
+    return lambda: sdpa(x.q, *x.concatenated(), attn_mask=bias, enable_gqa=problem.groups > 1)
 
 
 def _cat_cudnn(problem: Problem, x: Leaves) -> Attend:
     # Its causal flag aligns at the top left, which would hide part of the prefix: a mask it has to be.
-    mask = visible(problem)[None, None] if problem.causal else None
+    mask = visible_mask(problem)[None, None] if problem.causal else None
 
     def attend() -> Tensor:
         with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-            return sdpa(x.q, *x.joined(), attn_mask=mask, enable_gqa=problem.groups > 1)
+            return sdpa(x.q, *x.concatenated(), attn_mask=mask, enable_gqa=problem.groups > 1)
 
     return attend
 
@@ -92,7 +92,7 @@ def _cat_fa(module: str) -> Callable[[Problem, Leaves], Attend]:
         attention = importlib.import_module(module).flash_attn_func
 
         def attend() -> Tensor:
-            keys, values = x.joined()
+            keys, values = x.concatenated()
             return _bhsd(attention(*(t.transpose(1, 2) for t in (x.q, keys, values)), causal=problem.causal))
 
         return attend
@@ -120,7 +120,7 @@ def _flex(problem: Problem, x: Leaves) -> Attend:
     # Every shape is a compilation of its own; past the limit torch would run uncompiled, which is no peer.
     torch.compiler.reset()
     compiled = torch.compile(flex_attention, dynamic=False)
-    return lambda: compiled(x.q, *x.joined(), block_mask=mask, enable_gqa=problem.groups > 1)
+    return lambda: compiled(x.q, *x.concatenated(), block_mask=mask, enable_gqa=problem.groups > 1)
 
 
 def _content_only(problem: Problem, x: Leaves) -> Attend:
@@ -187,21 +187,21 @@ def _no_flex(problem: Problem, mode: Mode) -> str | None:
     return None if problem.dtype != torch.float64 else "no fp64"
 
 
-TRAIN_PEERS = (
-    Peer("cat_mask", "cat, K and V repeated to all heads, dense mask: PEFT as shipped", _cat_mask, _always),
-    Peer("cat_sdpa", "cat and SDPA with a lower-right causal bias", _cat_sdpa, _always),
-    Peer("cat_cudnn", "cat and cuDNN attention with a dense mask", _cat_cudnn, _no_cuda),
-    Peer("cat_fa", "cat and FlashAttention-2", _cat_fa(FA), _no_fa(FA)),
-    Peer("cat_fa3", "cat and FlashAttention-3", _cat_fa(FA3), _no_fa(FA3)),
-    Peer("flex", "cat and compiled FlexAttention, the prefix in its block mask", _flex, _no_flex),
-    Peer(FLOOR, "no prefix at all: SDPA, is_causal", _content_only, _always, exact=False),
+TRAIN_BASELINES = (
+    Candidate("cat_mask", "cat, K and V repeated to all heads, dense mask: PEFT as shipped", _cat_mask, _always),
+    Candidate("cat_sdpa", "cat and SDPA with a lower-right causal bias", _cat_sdpa, _always),
+    Candidate("cat_cudnn", "cat and cuDNN attention with a dense mask", _cat_cudnn, _no_cuda),
+    Candidate("cat_fa", "cat and FlashAttention-2", _cat_fa(FA), _no_fa(FA)),
+    Candidate("cat_fa3", "cat and FlashAttention-3", _cat_fa(FA3), _no_fa(FA3)),
+    Candidate("flex", "cat and compiled FlexAttention, the prefix in its block mask", _flex, _no_flex),
+    Candidate(NO_PREFIX, "no prefix at all: SDPA, is_causal", _content_only, _always, exact=False),
 )
-DECODE_PEERS = (
-    Peer("cache_sdpa", "SDPA with native GQA, the prefix in every sample's cache", _cache_sdpa, _always),
-    Peer("cache_packed", "the same, a group's heads packed as rows", _cache_packed, _always),
-    Peer("cache_cudnn", "cuDNN attention, the prefix in every sample's cache", _cache_cudnn, _no_cuda),
-    Peer("cache_fa", "FlashAttention-2, the prefix in every sample's cache", _cache_fa(FA), _no_fa(FA)),
-    Peer("cache_fa3", "FlashAttention-3, the prefix in every sample's cache", _cache_fa(FA3), _no_fa(FA3)),
-    Peer("flex", "compiled FlexAttention, the prefix in every sample's cache", _cache_flex, _no_cuda),
-    Peer(FLOOR, "no prefix at all: SDPA", _content_only, _always, exact=False),
+DECODE_BASELINES = (
+    Candidate("cache_sdpa", "SDPA with native GQA, the prefix in every sample's cache", _cache_sdpa, _always),
+    Candidate("cache_packed", "the same, a group's heads packed as rows", _cache_packed, _always),
+    Candidate("cache_cudnn", "cuDNN attention, the prefix in every sample's cache", _cache_cudnn, _no_cuda),
+    Candidate("cache_fa", "FlashAttention-2, the prefix in every sample's cache", _cache_fa(FA), _no_fa(FA)),
+    Candidate("cache_fa3", "FlashAttention-3, the prefix in every sample's cache", _cache_fa(FA3), _no_fa(FA3)),
+    Candidate("flex", "compiled FlexAttention, the prefix in every sample's cache", _cache_flex, _no_cuda),
+    Candidate(NO_PREFIX, "no prefix at all: SDPA", _content_only, _always, exact=False),
 )

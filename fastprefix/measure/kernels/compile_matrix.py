@@ -7,13 +7,12 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import torch
+from typing import NamedTuple
 
 from fastprefix.backends.launch import tiles
 from fastprefix.backends.launch.tiles import Lookup
-from fastprefix.measure.families import DTYPE_NAMES, FAMILIES, HELPERS, Variant
+from fastprefix.measure.kernels.kernel_calls import DTYPE_NAMES, HELPERS, KERNEL_CALLS, Variant
+from fastprefix.measure.kernels.launch_recording import Launch, recorded_launches
 
 # Asked for whatever rows there are: each is the largest that some dtype may have.
 HEAD_DIMS = (64, 256)
@@ -21,7 +20,7 @@ TYPICAL = 2048
 
 
 @dataclass(frozen=True)
-class Call:
+class CompileCase:
     """A call of a kernel for a device of ``capability``; ``name`` is that of a device with a table of its own."""
 
     capability: int
@@ -37,26 +36,6 @@ class Call:
         return self.capability, self.name
 
 
-class Launch(NamedTuple):
-    """What a call hands to an observer in place of a launch."""
-
-    kernel: Any
-    args: tuple[Any, ...]
-    options: dict[str, Any]
-
-    @property
-    def name(self) -> str:
-        """The kernel as tables call it: ``fwd`` is ``_prefix_attn_fwd_kernel``."""
-        return str(self.kernel.__name__).removeprefix("_prefix_attn_").removesuffix("_kernel")
-
-    @property
-    def fingerprint(self) -> tuple[object, ...]:
-        """What Triton compiles anew for."""
-        plain = (parameter.do_not_specialize for parameter in getattr(self.kernel, "params", ()))
-        args = (type(x) if skip else _kind(x) for x, skip in itertools.zip_longest(self.args, plain))
-        return self.name, *args, *sorted(self.options.items())
-
-
 class Trace(NamedTuple):
     """What a call launches, and what it asked for its own kernel: first and, having seen its arguments, last."""
 
@@ -66,14 +45,14 @@ class Trace(NamedTuple):
 
 
 @dataclass
-class Job:
+class CompileJob:
     """One kernel to compile, the ``index``-th launch of the first of ``calls``; all of them launch this very kernel."""
 
-    calls: list[Call]
+    calls: list[CompileCase]
     index: int
 
 
-def plan(capabilities: Sequence[int], quick: bool = False) -> tuple[list[Job], list[str]]:
+def plan_compilation(capabilities: Sequence[int], quick: bool = False) -> tuple[list[CompileJob], list[str]]:
     """The kernels of these targets, each once, and in words what their tables lack.
 
     ``$FASTPREFIX_TILES``, where it is set, stands in the place of the tables that are shipped.
@@ -86,7 +65,7 @@ def plan(capabilities: Sequence[int], quick: bool = False) -> tuple[list[Job], l
         ValueError: a table that is none.
     """
     named = os.environ.get("FASTPREFIX_TILES")
-    jobs: dict[object, Job] = {}
+    jobs: dict[object, CompileJob] = {}
     missing: list[str] = []
     for capability in capabilities:
         tables = [(Path(named), "")] if named else list(_shipped(capability))
@@ -95,7 +74,7 @@ def plan(capabilities: Sequence[int], quick: bool = False) -> tuple[list[Job], l
         used: set[tuple[Path, str, int]] = set()
         for call in (call for _, name in tables for call in _calls(capability, name, quick)):
             try:
-                found = trace(call)
+                found = trace_launches(call)
             except ValueError as error:
                 missing += [] if named else [f"sm_{capability}: {error}"]
                 continue
@@ -112,7 +91,7 @@ def plan(capabilities: Sequence[int], quick: bool = False) -> tuple[list[Job], l
                 continue
             for index, launch in enumerate(found.launches):
                 if launch.name in (call.kernel, *HELPERS):
-                    jobs.setdefault((capability, launch.fingerprint), Job([], index)).calls.append(call)
+                    jobs.setdefault((capability, launch.fingerprint), CompileJob([], index)).calls.append(call)
         for path, _ in tables:
             every = ((path, kernel, row) for kernel, rows in tiles.read(path).items() for row in range(len(rows)))
             missing += [
@@ -121,7 +100,7 @@ def plan(capabilities: Sequence[int], quick: bool = False) -> tuple[list[Job], l
     return list(jobs.values()), list(dict.fromkeys(missing))
 
 
-def trace(call: Call) -> Trace | None:
+def trace_launches(call: CompileCase) -> Trace | None:
     """Make a call with launches observed; None where the backend refuses it.
 
     Raises:
@@ -131,28 +110,22 @@ def trace(call: Call) -> Trace | None:
     return found if call.variant.P or found is None else _watched(call, found.last.tile.BLOCK_P)
 
 
-def _watched(call: Call, P: int) -> Trace | None:
-    from fastprefix.backends.launch import run
-
-    launches: list[Launch] = []
-    with (
-        tiles.recorded() as lookups,
-        run.observed(lambda kernel, grid, args, options: launches.append(Launch(kernel, args, options)), *call.device),
-    ):
-        taken = FAMILIES[call.kernel](call.variant, call.D, call.itemsize, call.S, P)
+def _watched(call: CompileCase, P: int) -> Trace | None:
+    with tiles.recorded() as lookups, recorded_launches(*call.device) as launches:
+        taken = KERNEL_CALLS[call.kernel](call.variant, call.D, call.itemsize, call.S, P)
     mine = [x for x in lookups if tiles.launched(x.kernel) == call.kernel]
     return Trace(launches, mine[0], mine[-1]) if taken else None
 
 
-def _calls(capability: int, name: str, quick: bool) -> Iterator[Call]:
+def _calls(capability: int, name: str, quick: bool) -> Iterator[CompileCase]:
     """Every kernel at the sizes that its rows are written for, and at those that it must have a row for."""
-    for kernel, family in FAMILIES.items():
+    for kernel, family in KERNEL_CALLS.items():
         sizes = {(D, itemsize, TYPICAL) for D in HEAD_DIMS for itemsize in DTYPE_NAMES}
         for path in tiles.tables((capability, name)):
             rows = (tiles.read(path).get(key, []) for key in (kernel, kernel + tiles.GENERAL))
             sizes |= {(row["D"], row["itemsize"], row.get("S", TYPICAL)) for row in itertools.chain(*rows)}
         for size, variant in itertools.product(sorted(sizes), family.quick if quick else family.variants):
-            yield Call(capability, name, kernel, *size, variant)
+            yield CompileCase(capability, name, kernel, *size, variant)
 
 
 def _shipped(capability: int) -> Iterator[tuple[Path, str]]:
@@ -160,16 +133,3 @@ def _shipped(capability: int) -> Iterator[tuple[Path, str]]:
     for path in sorted(tiles.FOLDER.glob("*.json")):
         if path.stem != "interpreter" and tiles.capability(path) == capability:
             yield path, "" if path.stem.startswith("sm_") else path.stem
-
-
-def _kind(x: Any) -> object:
-    """Of an argument its dtype, whether it is absent, and of a number whether it is 1 or a multiple of 16."""
-    if isinstance(x, torch.Tensor):
-        return x.dtype
-    if isinstance(x, (tuple, list)):
-        return (type(x).__name__, *(_kind(y) for y in x))
-    if hasattr(x, "block_shape"):
-        return x.base.dtype, tuple(x.block_shape)
-    if isinstance(x, int):
-        return x == 1, x % 16 == 0
-    return type(x).__name__ if isinstance(x, float) else x
