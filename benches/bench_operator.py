@@ -1,7 +1,7 @@
-"""The operator against its peers, a group a problem: forward, forward and backward, decoding; one prefix and a bank.
+"""The operator against its baselines, a group for each problem: forward, forward and backward, decoding, banks.
 
-Nothing is timed before its result is right: ours against fp64 truth on a smaller problem of the same kind, a peer
-against ours on the problem itself.
+A result is checked before it is timed: ours against the reference in fp64 on a smaller problem of the same kind, a
+baseline against ours on the problem itself.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benches.arguments import Call
+from benches.device_suite.operator_calls import Call
 from fastprefix.measure import Candidate, Leaves, Mode, Problem, candidates_for, runner
 from fastprefix.measure.operator.candidates import OURS
 from fastprefix.measure.operator.correctness import broken_rule, disagreement, results
@@ -60,7 +60,7 @@ def test_operator(
     time_it(f"{mode}: {problem.label}", call)
 
 
-# A mixed batch: a prefix of its own for every sample, beside the one that all share.
+# A mixed batch, with another prefix for every sample, and one prefix that all samples share.
 _MIXED = Problem.train(8, 9, 3, 64, 128, 64)
 _LENGTHS = (16, 48, 80, 112, 144, 176, 208, 240)
 

@@ -1,4 +1,4 @@
-"""A PEFT model of a tiny Llama beside the same one patched: training steps and generation."""
+"""A PEFT model of a tiny Llama against the same model patched, in training steps and generation."""
 
 from __future__ import annotations
 

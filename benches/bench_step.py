@@ -1,4 +1,4 @@
-"""A training step of a tiny Llama: ours beside PEFT's and the frozen model's, and what each saves for backward."""
+"""A training step of a tiny Llama: ours, PEFT's and the frozen model's, and the bytes each saves for backward."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
-"""PEFT's models beside the same ones patched, on SmolLM2-135M: ``python -m benches.peft`` (some minutes on two cores).
+"""PEFT's models against the same models patched, on SmolLM2-135M: ``python -m benches.peft``, minutes on two cores.
 
-Also what a mixed batch of prefixes costs beside one prefix. Ratios of candidates taken in turns in one process.
+It also measures what a mixed batch of prefixes costs over one prefix. All figures are ratios of interleaved timings in
+one process.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ def _ids(batch: int, tokens: int) -> Tensor:
     return torch.randint(5, 40000, (batch, tokens), generator=torch.Generator().manual_seed(0))
 
 
-# What it is, how its candidates are made, which are divided by which, whether their saved bytes say something.
+# Title, a function that builds the workloads, the pairs to divide, whether their saved bytes are of interest.
 CASES: tuple[tuple[str, Make, tuple[tuple[str, str], ...], bool], ...] = (
     (
         "step, PREFIX_TUNING B8 S64 P512",
@@ -54,7 +55,7 @@ CASES: tuple[tuple[str, Make, tuple[tuple[str, str], ...], bool], ...] = (
 
 
 def take(model: Any, repeats: int) -> list[dict[str, Any]]:
-    """Measure every case on a model."""
+    """Measure every case on a model and return the rows."""
     rows = []
     for title, make, pairs, saves in CASES:
         runs = make(model)
@@ -75,7 +76,7 @@ def take(model: Any, repeats: int) -> list[dict[str, Any]]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """As Markdown."""
+    """The rows as a Markdown table."""
     lines = []
     for row in rows:
         first, second = row["names"]

@@ -34,13 +34,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Time the operator against its peers, one table a shape; or what :mod:`bench_kernels` does.
+    """Time the operator against the other candidates, a table for each shape; or run :mod:`bench_kernels`.
 
     Returns:
-        1 if a result of some peer disagrees with the others, or a kernel is bad, else 0.
+        1 if a candidate's result disagrees with the others, or a kernel is bad, else 0.
 
     Raises:
-        ValueError: a shape, peer or device that there is not, or options that do not go together.
+        ValueError: a shape, candidate or device does not exist, or options contradict each other.
     """
     bench_kernels.check_options(args)
     if args.resources:
@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _table(found: Measured, least: Cost, markdown: bool) -> str:
-    about = {peer.name: peer.about for peer in candidates_for(found.problem, found.mode)}
+    about = {candidate.name: candidate.about for candidate in candidates_for(found.problem, found.mode)}
     rows = []
     for name, timing in sorted(found.timings.items(), key=lambda item: item[1].median):
         times = [report_tables.seconds(x) for x in (timing.median, timing.best)]
@@ -92,7 +92,7 @@ def _check_device(name: str) -> None:
 
 
 def _check_peers(names: list[str] | None, problem: Problem, mode: Mode) -> None:
-    known = [peer.name for peer in candidates_for(problem, mode)]
+    known = [candidate.name for candidate in candidates_for(problem, mode)]
     unknown = sorted(set(names or ()) - set(known))
     if unknown:
         raise ValueError(f"--peer {', '.join(unknown)}: expected one of {', '.join(known)}")

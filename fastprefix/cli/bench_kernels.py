@@ -1,4 +1,4 @@
-"""``fastprefix bench --resources`` and ``--tune``: the Triton kernels' tiles, judged without a GPU and timed on one."""
+"""``fastprefix bench --resources`` and ``--tune``: check tiles of the Triton kernels without a GPU, or time them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from fastprefix.measure.kernels.compile_report import CompileResult
 
 TARGETS = {"sm_80": 80, "sm_90": 90}
-# What --tune takes without a shape: B, H, H_kv, S, P, D of training and, S counting keys of the cache, of decoding.
+# The shapes of --tune without --shape: B, H, H_kv, S, P, D; S counts tokens in training and cached keys in decoding.
 TRAINING = [
     (B, *heads, S, 128, D) for *heads, D in ((32, 8, 128), (12, 12, 64)) for B, S in ((32, 512), (8, 2048), (2, 8192))
 ]
@@ -28,7 +28,7 @@ DECODING = [(B, *heads, 512, 2048, D) for *heads, D in ((32, 8, 128), (12, 12, 6
 
 
 def add_kernel_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of ``fastprefix bench`` that are about tiles."""
+    """Add the options of ``fastprefix bench`` that concern tiles."""
     group = parser.add_argument_group("tiles of the Triton kernels")
     group.add_argument("--resources", action="store_true", help="compile every shipped tile and show what it takes")
     group.add_argument("--target", choices=sorted(TARGETS), help="of --resources (all); no GPU is needed")
@@ -39,7 +39,7 @@ def add_kernel_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def check_options(args: argparse.Namespace) -> None:
-    """Raise ValueError where options do not go together."""
+    """Raise ValueError where options contradict each other."""
     if args.resources and args.tune:
         raise ValueError("--resources and --tune: expected one of the two")
     for option, owner in (("target", "resources"), ("quick", "resources"), ("kernel", "tune"), ("out", "tune")):
@@ -48,13 +48,13 @@ def check_options(args: argparse.Namespace) -> None:
 
 
 def resources_main(target: str | None, quick: bool, markdown: bool) -> int:
-    """Print what every shipped kernel takes of its target: registers, spills, shared memory, instructions.
+    """Print the registers, spills, shared memory and instructions of every shipped kernel.
 
     Returns:
-        1 if one of them spills, does not fit or leaves the tensor cores idle, else 0.
+        1 if a kernel spills, does not fit into shared memory or leaves the tensor cores idle, else 0.
 
     Raises:
-        ValueError: nothing can be compiled here, or a table is none.
+        ValueError: nothing can be compiled on this machine, or a file is not a tile table.
     """
     from fastprefix.measure.kernels.compile_matrix import plan_compilation
     from fastprefix.measure.kernels.compile_report import compile_all, cuobjdump
@@ -79,7 +79,7 @@ def tune_main(args: argparse.Namespace) -> int:
         0.
 
     Raises:
-        ValueError: the Triton backend cannot run here, a kernel that there is not, or a table that is none.
+        ValueError: the Triton backend cannot run here, a kernel does not exist, or a file is not a tile table.
     """
     from fastprefix.measure.kernels.autotune import tune
     from fastprefix.measure.kernels.search_space import AXES

@@ -1,4 +1,4 @@
-"""``fastprefix generate``: what a model says with an adapter, or without it."""
+"""``fastprefix generate``: complete a prompt with an adapter, or with the model alone."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Print a completion; options as ``fastprefix generate --help``.
+    """Print a completion.
 
     Returns:
         0, the exit status.
@@ -44,14 +44,14 @@ def run(options: argparse.Namespace) -> int:
         raise ValueError("--system: expected --chat with it")
     if not Path(options.adapter).is_dir():
         raise ValueError(f"no folder {options.adapter}, expected an adapter's, as fastprefix train or PEFT writes it")
-    # Of what is wrong, the cheapest to find comes first: reading an adapter imports transformers.
+    # The cheapest checks come first: reading an adapter imports transformers.
     given = None if options.model is None else find_model(options.model)
     prompt = _prompt(options.prompt)
 
     import fastprefix
     from fastprefix.hf.stored import Stored
 
-    stored = Stored(options.adapter)  # told before the model is loaded, where something is malformed
+    stored = Stored(options.adapter)  # raises before the model is loaded if something is malformed
     found = given or _base_model(stored.peft, options.adapter)
     tokenizer = load_tokenizer(found)
     ids = _chat_ids(prompt, options.system, tokenizer) if options.chat else prompt_ids(prompt, tokenizer)
@@ -80,7 +80,7 @@ def _prompt(given: str | None) -> str:
     if given is None:
         if sys.stdin.isatty():
             print("the prompt, then Ctrl-D:", file=sys.stderr)
-        # A shell's echo ends its line; no prompt that was trained on does.
+        # echo in a shell ends with a newline; prompts in training data do not.
         given = sys.stdin.read().removesuffix("\n")
     if not given:
         raise ValueError("--prompt: got no text, expected some, or some on standard input")

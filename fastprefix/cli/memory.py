@@ -27,13 +27,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the bytes saved for backward, ours and PEFT's, by prefix length; parameters are not counted.
+    """Print the bytes that a step saves for backward, ours and PEFT's, by prefix length, without parameters.
 
     Returns:
         0.
 
     Raises:
-        ValueError, OSError: a model that there is not, or that a prefix cannot be attached to.
+        ValueError, OSError: the model does not exist, or a prefix cannot be attached to it.
     """
     from fastprefix.measure.training.compare_steps import FROZEN, OURS, PEFT, build_steps
 

@@ -1,4 +1,4 @@
-"""What options may hold: numbers, and files and folders, which are looked at before anything is loaded."""
+"""Checks of option values: numbers, and files and folders, which are checked before anything is loaded."""
 
 from __future__ import annotations
 

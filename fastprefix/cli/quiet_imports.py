@@ -1,4 +1,4 @@
-"""Messages of libraries that say nothing to whoever runs a command, kept off the terminal."""
+"""Keep messages of imported libraries that mean nothing to the user of a command off the terminal."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-# A logger, and how the template of its message goes. Both come from importing torchao, as transformers does:
-# extensions that were built for another CUDA or Python, and Enums that its own start-up registers.
+# A logger, and how the template of its message begins. Both come from importing torchao, as transformers does: from
+# extensions built for another CUDA or Python, and from Enums that its own start-up registers.
 _NOISE = {
     "torchao": "Failed to load ",
     "torch.utils._pytree": "%s is an Enum subclass and is now natively supported",

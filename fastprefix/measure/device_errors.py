@@ -6,7 +6,7 @@ import torch
 
 
 class DeviceLostError(RuntimeError):
-    """The device answers nothing any more in this process; ``who`` was running."""
+    """The device does not respond in this process any more; ``who`` was running."""
 
     def __init__(self, who: str, reason: str) -> None:
         super().__init__(f"{who}: {reason}")
@@ -22,16 +22,16 @@ def describe_error(error: BaseException) -> str:
 
 
 def synchronize(device: torch.device | str) -> None:
-    """Wait until the device has done all it was given, and raise what went wrong there."""
+    """Wait until the device has finished its work, and raise any error of it."""
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def recover(device: torch.device | str, who: str, failure: str | None) -> None:
-    """After a failure, give cached memory back and see whether the device still answers.
+    """After a failure, free cached memory and check that the device still responds.
 
     Raises:
-        DeviceLostError: it does not.
+        DeviceLostError: it does not respond.
     """
     if failure is None or torch.device(device).type != "cuda":
         return

@@ -1,4 +1,4 @@
-"""Tables for people, and results for programs: JSON, whole at every moment, with its origin."""
+"""Text and Markdown tables, and result files in JSON that are complete at every moment and name their machine."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Row = Sequence[object]
 
 
 def text_table(headers: Sequence[str], rows: Sequence[Row]) -> str:
-    """Columns aligned by spaces: numbers to the right, words to the left."""
+    """A table with columns aligned by spaces: numbers to the right, words to the left."""
     cells = [[str(x) for x in row] for row in (headers, *rows)]
     columns = []
     for title, *body in zip(*cells, strict=True):
@@ -37,7 +37,7 @@ def markdown_table(headers: Sequence[str], rows: Sequence[Row]) -> str:
 
 
 def seconds(value: float) -> str:
-    """``1.23 ms`` with three digits that mean something."""
+    """A time with three significant digits and its unit: ``1.23 ms``."""
     for unit, size in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
         if value >= size or unit == "us":
             return f"{value / size:.3g} {unit}" if value < 1000 * size else f"{value / size:.0f} {unit}"
@@ -45,12 +45,12 @@ def seconds(value: float) -> str:
 
 
 def mebibytes(value: int) -> str:
-    """``12.3 MiB``."""
+    """A number of bytes as ``12.3 MiB``."""
     return f"{value / 2**20:.1f} MiB"
 
 
 def device_name(device: torch.device | str) -> str:
-    """The processor's or the graphics card's own name."""
+    """The name that the processor or the graphics card gives itself."""
     if torch.device(device).type == "cuda":
         return str(torch.cuda.get_device_name(device))
     try:
@@ -61,12 +61,12 @@ def device_name(device: torch.device | str) -> str:
 
 
 def slug(name: str) -> str:
-    """A name as a folder's: ``NVIDIA H100 80GB HBM3`` -> ``nvidia-h100-80gb-hbm3``."""
+    """A name as a folder is called: ``NVIDIA H100 80GB HBM3`` -> ``nvidia-h100-80gb-hbm3``."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def environment(device: torch.device | str) -> dict[str, Any]:
-    """Where and with what a result was taken: device, versions, threads, UTC date."""
+    """Where and with which versions a result was measured: device, versions, threads, UTC date."""
     kind = torch.device(device).type
     return {
         "device": device_name(device),
@@ -80,7 +80,7 @@ def environment(device: torch.device | str) -> dict[str, Any]:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write aside, then rename: whoever reads, or whatever ends this process, finds a whole file."""
+    """Write to a temporary file, then rename it: a reader finds a whole file, also after a kill."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
@@ -94,15 +94,15 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 class ResultFile:
-    """A JSON file ``{"environment": {...}, "rows": [...]}``, rewritten whole after every row.
+    """A JSON file ``{"environment": {...}, "rows": [...]}`` that is rewritten after every row.
 
     Rows are dicts with a ``"key"``; a row with the key of an earlier one replaces it.
 
     Args:
-        resume: keep the rows that are there.
+        resume: keep the rows of an existing file.
 
     Raises:
-        ValueError: ``resume``, and the file is not such a file.
+        ValueError: ``resume`` is set and the existing file is not such a file.
     """
 
     def __init__(self, path: Path, environment: dict[str, Any], resume: bool = False) -> None:
@@ -118,11 +118,11 @@ class ResultFile:
         return any(row["key"] == key for row in self.rows)
 
     def add(self, row: dict[str, Any]) -> None:
-        """Add or replace a row, and write."""
+        """Add a row, or replace the row with its key, and write the file."""
         self.rows = [x for x in self.rows if x["key"] != row["key"]] + [row]
         self.write()
 
     def write(self) -> None:
-        """Write what there is."""
+        """Write the rows so far."""
         data = {"environment": self.environment, "rows": self.rows}
         write_atomically(self.path, json.dumps(data, indent=1) + "\n")

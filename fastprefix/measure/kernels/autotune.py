@@ -1,7 +1,7 @@
-"""Time candidate tiles of each kernel on this device, and write the best as a table.
+"""Autotuning: time candidate tiles of each kernel on this device, and write the best as a table.
 
-A candidate takes the place of one kernel's tile and leaves all others as they are. It has to compile without spills,
-to fit, and to keep the results right; then that kernel's launches alone are timed, in turns with the present tile's.
+A candidate replaces the tile of one kernel; all other tiles stay. It must compile without spills, fit into shared
+memory and give right results. Then only the launches of that kernel are timed, in turns with the present tile's.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from fastprefix.measure.operator.problem import Leaves, Problem
 from fastprefix.measure.report_tables import write_atomically
 from fastprefix.measure.timing import interleaved, ratio
 
-# Only what is faster by this much takes the present tile's place: two runs of one kernel differ by about as much.
-WORTH = 0.98
+# A candidate must take less than this share of the present tile's time: two runs of one kernel differ by about 2 %.
+MAX_TIME_RATIO = 0.98
 PROCESSES = 16
 WARMUP = 2
 
-# Kernels without tiles that put together what so many splits left.
-FOLLOWS = {
+# For kernels that split their work: the kernel that reduces the splits, whose time depends on their number.
+REDUCED_BY = {
     "bwd_dprefix": "bwd_reduce",
     "epilogue_bwd": "bwd_reduce",
     "decode_prefix": "decode_combine",
@@ -46,12 +46,12 @@ FOLLOWS = {
 
 SearchSpace = Callable[[str, int, Tile], list[Tile]]
 Checked = dict[tuple[TuningTarget, str, Tile], "str | None"]
-Judge = Callable[[TuningTarget, str, Sequence[Tile]], dict[Tile, str]]
+CompileCheck = Callable[[TuningTarget, str, Sequence[Tile]], dict[Tile, str]]
 
 
 @dataclass
 class TuningResult:
-    """One kernel at one size: what is taken now and what was best, and the seconds that each took in its turns."""
+    """One kernel at one size: the present tile and the best one, and the seconds that each took."""
 
     asked: Lookup
     best: Tile
@@ -69,18 +69,18 @@ def tune(
     repeats: int = 20,
     report: Callable[[TuningResult], None] = lambda outcome: None,
 ) -> list[TuningResult]:
-    """Find the best tile of each kernel at each size that the problems need, and write them after every problem.
+    """Find the best tile of each kernel at each size that the problems need; the table is written after every problem.
 
     Args:
-        problems: on one device; training where S = T, else decoding.
-        out: the table; one that is there is replaced.
+        problems: problems on one device; S = T is training, S < T decoding.
+        out: the file of the table; an existing file is replaced.
         kernels: names as in tables; all without.
-        candidates: tiles to try, given a kernel, its padded head dim and the present tile.
+        candidates: returns the tiles to try, given a kernel, its padded head dim and the present tile.
         repeats: timed rounds of each candidate.
-        report: told each outcome as soon as there is one.
+        report: called with each result as soon as it is known.
 
     Raises:
-        ValueError: the Triton backend cannot take a problem.
+        ValueError: the Triton backend does not support a problem.
     """
     for problem in problems:
         if reasons := backend_reasons(problem, "triton"):
@@ -88,7 +88,7 @@ def tune(
     found: dict[tuple[str, int, int, int], TuningResult] = {}
     checked: Checked = {}
     place = torch.device(problems[0].device)
-    with torch.cuda.device(place) if place.type == "cuda" else nullcontext(), _compilers(place) as judge:
+    with torch.cuda.device(place) if place.type == "cuda" else nullcontext(), _compilers(place) as check_compiles:
         for target in (target for problem in problems for target in tuning_targets(problem)):
             leaves = Leaves.random(target.problem)
             if target.is_refused(leaves):
@@ -99,7 +99,8 @@ def tune(
                 if asked[:4] in found or (kernels is not None and asked.kernel not in kernels):
                     continue
                 tried = candidates(asked.kernel, asked.D, asked.tile)
-                outcome = TuningResult(asked, asked.tile, 0.0, 0.0, len(tried), judge(target, asked.kernel, tried))
+                discarded = check_compiles(target, asked.kernel, tried)
+                outcome = TuningResult(asked, asked.tile, 0.0, 0.0, len(tried), discarded)
                 _choose(outcome, tried, target, leaves, checked, repeats)
                 found[asked[:4]] = outcome
                 report(outcome)
@@ -108,8 +109,8 @@ def tune(
 
 
 @contextmanager
-def _compilers(place: torch.device) -> Iterator[Judge]:
-    """What tells bad candidates by compiling all of them at once, which also fills Triton's cache for the others."""
+def _compilers(place: torch.device) -> Iterator[CompileCheck]:
+    """A function that finds bad candidates by compiling all in parallel, which also fills Triton's cache."""
     from fastprefix.backends.launch import run
 
     if place.type != "cuda":
@@ -121,14 +122,14 @@ def _compilers(place: torch.device) -> Iterator[Judge]:
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(min(PROCESSES, os.cpu_count() or 1), mp_context=context) as pool:
 
-        def judge(target: TuningTarget, kernel: str, candidates: Sequence[Tile]) -> dict[Tile, str]:
-            found = pool.map(_flaw, ((target, kernel, tile, device, limit) for tile in candidates))
-            return {tile: flaw for tile, flaw in zip(candidates, found, strict=True) if flaw}
+        def check_compiles(target: TuningTarget, kernel: str, candidates: Sequence[Tile]) -> dict[Tile, str]:
+            found = pool.map(_compile_fault, ((target, kernel, tile, device, limit) for tile in candidates))
+            return {tile: fault for tile, fault in zip(candidates, found, strict=True) if fault}
 
-        yield judge
+        yield check_compiles
 
 
-def _flaw(task: tuple[TuningTarget, str, Tile, tuple[int, str], int]) -> str | None:
+def _compile_fault(task: tuple[TuningTarget, str, Tile, tuple[int, str], int]) -> str | None:
     target, kernel, tile, device, limit = task
     try:
         with tiles.forced(kernel, tile), recorded_launches(*device) as launches:
@@ -150,9 +151,9 @@ def _choose(
     checked: Checked,
     repeats: int,
 ) -> None:
-    """Time what is not discarded yet, and fill in the rest of the outcome."""
-    kernel, place, least = outcome.asked.kernel, target.problem.device, WORTH
-    now = _launches(target, leaves, kernel, outcome.asked.tile)
+    """Time the candidates that are not discarded yet, and complete the result."""
+    kernel, place, least = outcome.asked.kernel, target.problem.device, MAX_TIME_RATIO
+    now = _relaunch_of(target, leaves, kernel, outcome.asked.tile)
     outcome.before = outcome.after = interleaved({"now": now}, repeats, WARMUP, place)["now"].median
     for tile in candidates:
         if tile in outcome.discarded:
@@ -161,7 +162,7 @@ def _choose(
             if wrong := _wrong(target.reduced(), kernel, tile, checked):
                 outcome.discarded[tile] = f"wrong: {wrong}"
                 continue
-            new = _launches(target, leaves, kernel, tile)
+            new = _relaunch_of(target, leaves, kernel, tile)
             times = interleaved({"now": now, "new": new}, repeats, WARMUP, place)
         except Exception as error:
             outcome.discarded[tile] = describe_error(error)
@@ -174,7 +175,7 @@ def _choose(
 
 
 def _wrong(target: TuningTarget, kernel: str, tile: Tile, checked: Checked) -> str | None:
-    """What is off in a target's results with this tile; seen once, since many problems come down to the same."""
+    """What is wrong with a target's results with this tile; remembered, as many problems reduce to the same."""
     if (target, kernel, tile) not in checked:
         leaves = Leaves.random(target.problem, requires_grad=target.name != "decode")
         with tiles.forced(kernel, tile):
@@ -182,8 +183,8 @@ def _wrong(target: TuningTarget, kernel: str, tile: Tile, checked: Checked) -> s
     return checked[target, kernel, tile]
 
 
-def _launches(target: TuningTarget, leaves: Leaves, kernel: str, tile: Tile) -> Callable[[], None]:
-    """The launches of a kernel in a target, and of the one whose work depends on its tile, made once more."""
+def _relaunch_of(target: TuningTarget, leaves: Leaves, kernel: str, tile: Tile) -> Callable[[], None]:
+    """A function that repeats a kernel's launches in a target, and those of the kernel that reduces its splits."""
     from fastprefix.backends.launch import run
 
     launches: list[tuple[int, Launch]] = []
@@ -191,22 +192,22 @@ def _launches(target: TuningTarget, leaves: Leaves, kernel: str, tile: Tile) -> 
     def observe(function: Any, programs: int, args: tuple[Any, ...], options: dict[str, Any]) -> None:
         launch = Launch(function, args, options)
         function[(programs,)](*args, **options)
-        if launch.name in (tiles.launched(kernel), FOLLOWS.get(kernel)):
+        if launch.name in (tiles.launched(kernel), REDUCED_BY.get(kernel)):
             launches.append((programs, launch))
 
     with tiles.forced(kernel, tile), run.observed(observe, *run.device(leaves.q)):
         target(leaves)
     synchronize(target.problem.device)
 
-    def again() -> None:
+    def relaunch() -> None:
         for programs, launch in launches:
             launch.kernel[(programs,)](*launch.args, **launch.options)
 
-    return again
+    return relaunch
 
 
 def _write(out: Path, place: torch.device, outcomes: Iterable[TuningResult]) -> None:
-    """The table, a row a line."""
+    """Write the table with one row in each line."""
     from fastprefix.backends.launch import run
 
     capability, _ = run.device(torch.empty(0, device=place))

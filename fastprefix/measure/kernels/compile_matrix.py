@@ -1,4 +1,4 @@
-"""What there is to compile for a target: every row of its tile tables, in every variant that a launch takes it for."""
+"""The kernels to compile for a target: every row of its tile tables in every variant for which a launch takes it."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from fastprefix.backends.launch.tiles import Lookup
 from fastprefix.measure.kernels.kernel_calls import DTYPE_NAMES, HELPERS, KERNEL_CALLS, Variant
 from fastprefix.measure.kernels.launch_recording import Launch, recorded_launches
 
-# Asked for whatever rows there are: each is the largest that some dtype may have.
+# These head dims must have rows: each is the largest that some dtype may have.
 HEAD_DIMS = (64, 256)
 TYPICAL = 2048
 
 
 @dataclass(frozen=True)
 class CompileCase:
-    """A call of a kernel for a device of ``capability``; ``name`` is that of a device with a table of its own."""
+    """A call of a kernel on a device of ``capability``; ``name`` is empty unless the device has its own table."""
 
     capability: int
     name: str
@@ -37,7 +37,7 @@ class CompileCase:
 
 
 class Trace(NamedTuple):
-    """What a call launches, and what it asked for its own kernel: first and, having seen its arguments, last."""
+    """A call's launches, and its look-ups of its kernel's tile: the first and, after seeing its arguments, the last."""
 
     launches: list[Launch]
     first: Lookup
@@ -46,23 +46,23 @@ class Trace(NamedTuple):
 
 @dataclass
 class CompileJob:
-    """One kernel to compile, the ``index``-th launch of the first of ``calls``; all of them launch this very kernel."""
+    """One kernel to compile: launch ``index`` of the first of ``calls``, all of which share the compilation."""
 
     calls: list[CompileCase]
     index: int
 
 
 def plan_compilation(capabilities: Sequence[int], quick: bool = False) -> tuple[list[CompileJob], list[str]]:
-    """The kernels of these targets, each once, and in words what their tables lack.
+    """The kernels of these targets, each once, and what their tables lack, in words.
 
-    ``$FASTPREFIX_TILES``, where it is set, stands in the place of the tables that are shipped.
+    If ``$FASTPREFIX_TILES`` is set, it replaces the shipped tables.
 
     Args:
-        capabilities: of the targets: 80, 90.
-        quick: each row once, in a variant that takes many registers.
+        capabilities: compute capabilities of the targets: 80, 90.
+        quick: take each row once, in a variant that needs many registers.
 
     Raises:
-        ValueError: a table that is none.
+        ValueError: a file is not a tile table.
     """
     named = os.environ.get("FASTPREFIX_TILES")
     jobs: dict[object, CompileJob] = {}
@@ -81,7 +81,7 @@ def plan_compilation(capabilities: Sequence[int], quick: bool = False) -> tuple[
             if found is None:
                 continue
             place, row = tiles.find(found.last.kernel, call.device, *found.last[1:4])
-            # A row is compiled for its own head dim; and where no descriptors are wanted, nothing refuses them.
+            # A row is compiled for its own head dim only; strides matter only if the tile wants descriptors.
             idle = "strides" in call.variant.has and not found.first.tile.TMA
             if idle or tiles.read(place)[found.last.kernel][row]["D"] != call.D or (named and place != Path(named)):
                 continue
@@ -101,16 +101,16 @@ def plan_compilation(capabilities: Sequence[int], quick: bool = False) -> tuple[
 
 
 def trace_launches(call: CompileCase) -> Trace | None:
-    """Make a call with launches observed; None where the backend refuses it.
+    """Make a call and record its launches; None where the backend refuses the call.
 
     Raises:
-        ValueError: no table has a row for it.
+        ValueError: no table has a row for the call.
     """
-    found = _watched(call, call.variant.P or 16)
-    return found if call.variant.P or found is None else _watched(call, found.last.tile.BLOCK_P)
+    found = _record_call(call, call.variant.P or 16)
+    return found if call.variant.P or found is None else _record_call(call, found.last.tile.BLOCK_P)
 
 
-def _watched(call: CompileCase, P: int) -> Trace | None:
+def _record_call(call: CompileCase, P: int) -> Trace | None:
     with tiles.recorded() as lookups, recorded_launches(*call.device) as launches:
         taken = KERNEL_CALLS[call.kernel](call.variant, call.D, call.itemsize, call.S, P)
     mine = [x for x in lookups if tiles.launched(x.kernel) == call.kernel]
@@ -118,18 +118,18 @@ def _watched(call: CompileCase, P: int) -> Trace | None:
 
 
 def _calls(capability: int, name: str, quick: bool) -> Iterator[CompileCase]:
-    """Every kernel at the sizes that its rows are written for, and at those that it must have a row for."""
-    for kernel, family in KERNEL_CALLS.items():
+    """The calls of every kernel, at the sizes of its rows and at those for which it must have a row."""
+    for kernel, kernel_call in KERNEL_CALLS.items():
         sizes = {(D, itemsize, TYPICAL) for D in HEAD_DIMS for itemsize in DTYPE_NAMES}
         for path in tiles.tables((capability, name)):
             rows = (tiles.read(path).get(key, []) for key in (kernel, kernel + tiles.GENERAL))
             sizes |= {(row["D"], row["itemsize"], row.get("S", TYPICAL)) for row in itertools.chain(*rows)}
-        for size, variant in itertools.product(sorted(sizes), family.quick if quick else family.variants):
+        for size, variant in itertools.product(sorted(sizes), kernel_call.quick if quick else kernel_call.variants):
             yield CompileCase(capability, name, kernel, *size, variant)
 
 
 def _shipped(capability: int) -> Iterator[tuple[Path, str]]:
-    """Tables for a target, and the device whose own each is; "" for the architecture's."""
+    """The shipped tables for a target, each with its device's name; empty for the table of the architecture."""
     for path in sorted(tiles.FOLDER.glob("*.json")):
         if path.stem != "interpreter" and tiles.capability(path) == capability:
             yield path, "" if path.stem.startswith("sm_") else path.stem

@@ -1,7 +1,7 @@
-"""What every shipped kernel takes of a GPU, found without one: compiled for its target and read from the binary.
+"""The registers, spills and shared memory of every shipped kernel, read from binaries compiled without a GPU.
 
-The calls are the backend's own, on meta tensors; where a launch would be there is a compilation, under a driver that
-knows its target and nothing else.
+The backend is called on meta tensors. Each launch is replaced by a compilation, under a stub of Triton's driver that
+knows the target and nothing else.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from fastprefix.measure.kernels.compile_matrix import CompileJob, trace_launches
 from fastprefix.measure.kernels.kernel_calls import matmul_rows
 from fastprefix.measure.kernels.launch_recording import Launch
 
-# Bytes of shared memory that one block can have. The table of sm_80 is also that of every device without one, and 8.6,
-# 8.9 and 12.0 give a block 99 KiB where 8.0 gives 163.
+# Bytes of shared memory that one block can have. Devices without a table use that of sm_80; among them 8.6, 8.9 and
+# 12.0 give a block 99 KiB only, where 8.0 gives 163 KiB.
 SHARED = {80: 101376, 90: 232448}
 WGMMA_ROWS = 64
 PROCESSES = 8
@@ -34,7 +34,7 @@ PROCESSES = 8
 
 @dataclass(frozen=True)
 class Usage:
-    """Registers a thread, bytes of stack (spills) and of shared memory, and which instructions there are."""
+    """What a binary uses: registers of a thread, bytes of stack (spills), of shared memory; and its instructions."""
 
     registers: int
     stack: int
@@ -49,7 +49,7 @@ class Usage:
 
 
 class CompileResult(NamedTuple):
-    """One kernel compiled, under the name that its tile has in the tables; and in words what is wrong with it."""
+    """One compiled kernel, under the name that its tile has in the tables, and what is wrong with it, in words."""
 
     job: CompileJob
     kernel: str
@@ -59,7 +59,7 @@ class CompileResult(NamedTuple):
 
 
 def find_faults(kernel: str, options: Mapping[str, Any], usage: Usage, capability: int) -> list[str]:
-    """What is wrong with a kernel, in words; empty when nothing is."""
+    """What is wrong with a compiled kernel, in words; empty when nothing is."""
     reasons = []
     if usage.stack:
         reasons.append(f"spills: {usage.stack} bytes of stack")
@@ -76,10 +76,10 @@ def find_faults(kernel: str, options: Mapping[str, Any], usage: Usage, capabilit
 
 
 def compile_all(jobs: Sequence[CompileJob]) -> Iterator[CompileResult]:
-    """Compile every job, about a second each, on as many processors as there are; results in order.
+    """Compile every job, about a second each, in several processes; results in order.
 
     Raises:
-        ValueError: kernels cannot be compiled here.
+        ValueError: kernels cannot be compiled on this machine.
     """
     cuobjdump()
     processes = min(PROCESSES, os.cpu_count() or 1)
@@ -88,17 +88,17 @@ def compile_all(jobs: Sequence[CompileJob]) -> Iterator[CompileResult]:
 
 
 def compile_job(job: CompileJob) -> CompileResult:
-    """Compile one kernel for its target and judge it; that it does not compile is a reason."""
+    """Compile one kernel for its target and check it; a failed compilation is a reason, not an exception."""
     call = job.calls[0]
     found = trace_launches(call)
-    assert found is not None, "a job is of what was launched"
+    assert found is not None, "jobs are made of recorded launches"
     launch, asked, usage = found.launches[job.index], found.last, None
     kernel = launch.name
     try:
         usage = usage_of(launch, call.capability)
         reasons = find_faults(kernel, launch.options, usage, call.capability)
     except Exception as error:
-        reasons = [f"does not compile: {_innermost(error)}"]
+        reasons = [f"does not compile: {_innermost_message(error)}"]
     if kernel == call.kernel:
         wanted = asked.tile.TMA and not {"strides", "bank"} & set(call.variant.has)
         if launch.options.get("TMA", wanted) != wanted:
@@ -107,8 +107,8 @@ def compile_job(job: CompileJob) -> CompileResult:
     return CompileResult(job, kernel, launch.options, usage, reasons)
 
 
-def _innermost(error: Exception) -> str:
-    """Triton wraps an error once for every function that it is in, below a listing of each."""
+def _innermost_message(error: Exception) -> str:
+    """The message of the innermost error: Triton wraps it once for every function, each time after a listing."""
     from triton.compiler.errors import CompilationError
 
     inner: BaseException = error
@@ -118,7 +118,7 @@ def _innermost(error: Exception) -> str:
 
 
 def usage_of(launch: Launch, capability: int) -> Usage:
-    """Compile a launch's kernel for a target and read what it takes."""
+    """Compile the kernel of a launch for a target and read the resources that it uses."""
     with _target(capability):
         binary = launch.kernel.warmup(*launch.args, grid=(1,), **launch.options)
     with tempfile.TemporaryDirectory() as folder:
@@ -139,10 +139,10 @@ def usage_of(launch: Launch, capability: int) -> Usage:
 
 
 def cuobjdump() -> str:
-    """NVIDIA's reader of binaries: Triton's own, or one on the path.
+    """The path of cuobjdump, NVIDIA's reader of binaries: the one in Triton's package, or one on the path.
 
     Raises:
-        ValueError: it, or Triton's compiler, is not here.
+        ValueError: cuobjdump or Triton's compiler is not installed.
     """
     if importlib.util.find_spec("triton") is None:
         raise ValueError("--resources: got no triton, expected triton 3.6 or later: pip install 'fastprefix[triton]'")
@@ -161,13 +161,13 @@ def cuobjdump() -> str:
 
 
 class _Driver:
-    """A device that has a target and nothing else."""
+    """A stub of Triton's driver: a device that has a target and nothing else."""
 
     def __init__(self, capability: int) -> None:
         self.capability = capability
 
     def get_current_device(self) -> int:
-        return 1000 + self.capability  # no real device's number, for kernels are kept by it
+        return 1000 + self.capability  # the number of no real device, since Triton caches kernels by device
 
     def get_current_stream(self, device: int) -> int:
         return 0
@@ -182,7 +182,7 @@ class _Driver:
 def _target(capability: int) -> Iterator[None]:
     from triton.runtime import driver
 
-    # Not `driver.active`: without a GPU that raises. None is how it starts, and finds the machine's own when asked.
+    # Not `driver.active`, which raises without a GPU. With `_active` None, Triton finds the machine's driver on demand.
     before = getattr(driver, "_active", None)
     driver.set_active(_Driver(capability))
     try:

@@ -1,4 +1,4 @@
-"""The calls that make kernels of tiles: one entry a kernel, on meta tensors."""
+"""For each kernel that has tiles, a call on meta tensors that launches it, and the variants of that call."""
 
 from __future__ import annotations
 
@@ -21,28 +21,28 @@ DQ, DKDV = Needs(True, False, False, False, False), Needs(False, True, True, Fal
 
 @dataclass(frozen=True)
 class Variant:
-    """A way to call a kernel that compiles to code of its own."""
+    """A variant of a kernel's call, for which Triton compiles separate code."""
 
     name: str
-    has: tuple[str, ...] = ()  # of padding, window, softcap, segments, bias, bank, strides
-    P: int | None = None  # prefix tokens; None: as many as the tile's BLOCK_P
-    groups: int = 4  # query heads a key/value head: three want divisions, and are no box of rows
-    needs: Needs | None = None  # None: the family's
+    has: tuple[str, ...] = ()  # any of padding, window, softcap, segments, bias, bank, strides
+    P: int | None = None  # prefix tokens; None for as many as the tile's BLOCK_P
+    groups: int = 4  # query heads of a key/value head; 3 needs divisions, and its rows fit no tensor descriptor
+    needs: Needs | None = None  # None for the needs of the kernel's call
 
 
 @dataclass(frozen=True)
 class KernelCall:
-    """How a kernel is called: the variants that matter to it, and the call's sizes for a row's ``S``."""
+    """How to call a kernel: the variants that change its code, and the sizes of a call for a row's ``S``."""
 
     run: Callable[[AttentionArgs, Needs], object]
     variants: tuple[Variant, ...]
-    quick: tuple[Variant, ...]  # of these what takes most, for a survey in little time; rows take the first
+    quick: tuple[Variant, ...]  # the variants that take most resources, for a quick survey; rows take the first
     needs: Needs = ALL
     refuses: Callable[[AttentionArgs], list[str]] = triton.unsupported
     sizes: Callable[[int], tuple[int, int, int]] = lambda S: (8, S, S)  # B, S, T
 
     def __call__(self, variant: Variant, D: int, itemsize: int, S: int, P: int) -> bool:
-        """Make the call with ``P`` prefix tokens, unless it would be refused; somebody must observe."""
+        """Make the call with ``P`` prefix tokens while launches are recorded; False if the backend refuses it."""
         args = _args(variant, D, DTYPES[DTYPE_NAMES[itemsize]], P, *self.sizes(S))
         if self.refuses(args):
             return False
@@ -105,18 +105,18 @@ KERNEL_CALLS = {
     "epilogue_bwd": KernelCall(
         _epilogue_backward, (P16, G3, PREFIX_ONLY, CAPPED), (CAPPED, G3), refuses=_epilogue_backward_refuses
     ),
-    # Found by their rows, B * S * G and S * G, rounded up to a power of two.
+    # Their rows in the tables count B * S * G and S * G queries, rounded up to a power of two.
     "decode_prefix": KernelCall(
         _decode, (P16, G3, CAPPED, BANK), (BANK, G3), sizes=lambda S: (max(S // 4, 1), 1, 4096)
     ),
     "decode_content": KernelCall(_decode, (*COMMON, *RARE), (BIASED, G3), sizes=lambda S: (8, max(S // 4, 1), 4096)),
 }
-# Without tiles of their own: compiled wherever a call above launches them. No matrix products in them.
+# Kernels without tiles, compiled wherever a call above launches them. They have no matrix products.
 HELPERS = ("bwd_delta", "bwd_reduce", "decode_combine")
 
 
 def matmul_rows(kernel: str, options: Mapping[str, Any]) -> int | None:
-    """The least M of a kernel's matrix products, which a wgmma wants to be 64; None where it has none."""
+    """The smallest M of a kernel's matrix products, of which wgmma needs 64; None for a kernel without them."""
     if kernel in HELPERS:
         return None
     rows = options["BLOCK_M"]
@@ -131,7 +131,7 @@ def matmul_rows(kernel: str, options: Mapping[str, Any]) -> int | None:
 
 
 def content(B: int, H: int, S: int, D: int, dtype: torch.dtype) -> Tensor:
-    """``[B, H, S, D]`` as models hold it, without numbers."""
+    """A meta tensor ``[B, H, S, D]`` with the strides that models give it."""
     return torch.empty(B, S, H, D, dtype=dtype, device="meta").transpose(1, 2)
 
 

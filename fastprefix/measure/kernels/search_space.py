@@ -1,4 +1,4 @@
-"""The tiles that ``--tune`` tries: explicit and few, for each is a compilation of about a second."""
+"""The tiles that ``--tune`` tries for each kernel: a small, explicit grid, as each takes about a second to compile."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fastprefix.backends.launch import tiles
 from fastprefix.backends.launch.tiles import Tile
 
 BOTH = (True, False)
-# What is not named stays as it is in the tile that is taken now.
+# Fields that are not named keep their values from the present tile.
 AXES: dict[str, dict[str, tuple[Any, ...]]] = {
     "fwd": {
         "BLOCK_M": (64, 128),
@@ -58,17 +58,17 @@ AXES: dict[str, dict[str, tuple[Any, ...]]] = {
         "TMA": BOTH,
     },
 }
-# fp32 numbers of one accumulator that a thread holds: beyond these it spills, or has hardly any work.
-MOST, LEAST = 128, 4
+# Bounds on the fp32 values of one accumulator in a thread: with more it spills, with fewer it has hardly any work.
+MAX_ACCUMULATOR, MIN_ACCUMULATOR = 128, 4
 
 
 def candidate_tiles(kernel: str, D: int, tile: Tile) -> list[Tile]:
-    """Candidates for a kernel and padded head dim ``D`` in the place of ``tile``; none for a kernel without tiles."""
+    """The tiles to try instead of ``tile`` for a kernel and padded head dim ``D``; empty for a kernel without tiles."""
     axes = AXES.get(tiles.launched(kernel), {})
     if kernel.endswith(tiles.GENERAL):
         axes = {**axes, "TMA": (False,)}
     found = [replace(tile, **dict(zip(axes, values, strict=True))) for values in itertools.product(*axes.values())]
-    return [x for x in found if x != tile and LEAST <= _accumulator(kernel, D, x) <= MOST]
+    return [x for x in found if x != tile and MIN_ACCUMULATOR <= _accumulator(kernel, D, x) <= MAX_ACCUMULATOR]
 
 
 def _accumulator(kernel: str, D: int, tile: Tile) -> float:

@@ -1,4 +1,4 @@
-"""The ways through the Triton kernels that ``--tune`` times, each as one call on the leaves of a problem."""
+"""The calls that ``--tune`` times: each runs some of the Triton kernels on the inputs of a problem."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from fastprefix.measure.kernels.kernel_calls import ALL, KERNEL_CALLS, content
 from fastprefix.measure.operator.problem import Leaves, Problem
 from fastprefix.types import AttentionArgs, Needs
 
-CHECKED = {"B": 3, "S": 321, "T": 321, "P": 130}  # sizes at most, where results are compared with truth in fp64
+# The largest sizes at which results are compared with the reference in fp64.
+CHECKED = {"B": 3, "S": 321, "T": 321, "P": 130}
 SHORT_PREFIX = 16
 CONTENT = Needs(True, True, True, False, False)
 
@@ -23,17 +24,17 @@ Results = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class TuningTarget:
-    """A way through the kernels, and the problem that is sent along it."""
+    """A problem, and which of the backend's implementations runs it: fused, epilogue or decode."""
 
     name: Literal["fused", "epilogue", "decode"]
     problem: Problem
 
     def is_refused(self, x: Leaves) -> bool:
-        """Whether this way is not for such leaves."""
+        """Whether this implementation does not support such inputs."""
         return bool(KERNEL_CALLS["epilogue_bwd" if self.name == "epilogue" else "fwd"].refuses(_args(x)))
 
     def __call__(self, x: Leaves) -> Results:
-        """``o``, ``lse`` and, where rows are trained, the five gradients."""
+        """``o``, ``lse`` and, except in decoding, the five gradients."""
         args = _args(x)
         match self.name:
             case "decode":
@@ -43,12 +44,12 @@ class TuningTarget:
         return _fused(args, x.do)
 
     def reduced(self) -> TuningTarget:
-        """The same kernels on a problem that can be checked, its sizes no multiples of any tile."""
+        """The same kernels on a problem small enough to check, with sizes that are no multiples of any tile."""
         sizes = {name: min(getattr(self.problem, name), most) for name, most in CHECKED.items()}
         return replace(self, problem=replace(self.problem, **sizes))
 
     def meta_leaves(self) -> Leaves:
-        """Leaves without numbers: enough to see what would be launched."""
+        """Inputs on the meta device, which suffice to record the launches."""
         x = self.problem
         shapes = ((x.H, x.S), (x.H_kv, x.T), (x.H_kv, x.T), (x.H, x.S))
         q, k, v, do = (content(x.B, heads, length, x.D, x.dtype) for heads, length in shapes)
@@ -57,7 +58,7 @@ class TuningTarget:
 
 
 def tuning_targets(problem: Problem) -> list[TuningTarget]:
-    """The ways that a problem can take: decoding, or in one pass and, its prefix cut short, beside another kernel."""
+    """The targets of a problem: decode; or fused, and epilogue with a prefix cut short."""
     if problem.S < problem.T:
         return [TuningTarget("decode", problem)]
     short = replace(problem, P=min(problem.P, SHORT_PREFIX))
@@ -83,7 +84,7 @@ def _fused(args: AttentionArgs, do: Tensor) -> Results:
 
 
 def _epilogue(args: AttentionArgs, do: Tensor) -> Results:
-    """Content without a prefix first, then the prefix onto what that has left."""
+    """Attention over the content first; then the epilogue merges the prefix into that result."""
     from fastprefix.backends.launch import epilogue, forward
 
     alone = replace(args, prefix_k=args.prefix_k[:, :0], prefix_v=args.prefix_v[:, :0])

@@ -1,7 +1,7 @@
-"""Whom fastprefix is measured against: the same operator call by other means, from the same :class:`Leaves`.
+"""The implementations that fastprefix is compared with: they compute the same call from the same :class:`Leaves`.
 
-A peer gets what it could prepare once for all layers (its mask) outside the time, and pays inside it for what
-every layer has to do (the concatenation). In decoding its cache already holds the prefix of every sample.
+Work that a model does once for all layers (making the mask) is not timed; work that every layer repeats (concatenating
+the prefix) is. In decoding, a baseline's cache already holds a copy of the prefix for every sample.
 """
 
 from __future__ import annotations
@@ -26,10 +26,14 @@ FA, FA3 = "flash_attn", "flash_attn_interface"  # FlashAttention-2's and -3's mo
 
 @dataclass(frozen=True)
 class Candidate:
-    """A way to compute a problem.
+    """One implementation of the operator that can be timed: ours, or a baseline.
 
-    ``prepare(problem, leaves)`` returns what is timed. ``unavailable(problem, mode)`` says why it cannot
-    run here, or None. ``exact`` is False for what computes another problem on purpose.
+    Attributes:
+        name: in tables, and for ``--peer``.
+        about: what it is, in words.
+        prepare: ``prepare(problem, leaves)`` returns the function to time.
+        unavailable: ``unavailable(problem, mode)`` says why it cannot run here; None where it can.
+        exact: False where it computes another problem on purpose, as the call without a prefix does.
     """
 
     name: str
@@ -40,7 +44,7 @@ class Candidate:
 
 
 def visible_mask(problem: Problem) -> Tensor:
-    """The dense mask over ``[prefix ; content]``: ``[S, P + T]`` bool, True = attend."""
+    """The dense mask over ``[prefix ; content]``: ``[S, P + T]`` bool, True where a query attends to a key."""
     mask = torch.ones(problem.S, problem.P + problem.T, dtype=torch.bool, device=problem.device)
     return mask.tril(problem.P + problem.T - problem.S) if problem.causal else mask
 
@@ -50,7 +54,7 @@ def _always(problem: Problem, mode: Mode) -> str | None:
 
 
 def _repeat(x: Tensor, groups: int) -> Tensor:
-    """What transformers does to keys and values when there is a mask."""
+    """Repeat keys or values for all query heads, as transformers does where there is a mask: ``[B, H, T, D]``."""
     return x if groups == 1 else x[:, :, None].expand(-1, -1, groups, -1, -1).flatten(1, 2)
 
 
@@ -77,7 +81,7 @@ def _cat_sdpa(problem: Problem, x: Leaves) -> Attend:
 
 
 def _cat_cudnn(problem: Problem, x: Leaves) -> Attend:
-    # Its causal flag aligns at the top left, which would hide part of the prefix: a mask it has to be.
+    # cuDNN's causal flag aligns at the top left, which would hide part of the prefix, so it needs a mask.
     mask = visible_mask(problem)[None, None] if problem.causal else None
 
     def attend() -> Tensor:
@@ -101,7 +105,7 @@ def _cat_fa(module: str) -> Callable[[Problem, Leaves], Attend]:
 
 
 def _bhsd(o: Any) -> Tensor:
-    """``[B, H, S, D]`` of what FlashAttention returns: ``[B, S, H, D]``, in some versions with its lse."""
+    """FlashAttention's output ``[B, S, H, D]``, with the lse in some versions, as ``[B, H, S, D]``."""
     x: Tensor = o[0] if isinstance(o, tuple) else o
     return x.transpose(1, 2)
 
@@ -117,7 +121,7 @@ def _flex(problem: Problem, x: Leaves) -> Attend:
     mask = None
     if problem.causal:
         mask = create_block_mask(mask_mod, None, None, problem.S, P + problem.T, device=problem.device)
-    # Every shape is a compilation of its own; past the limit torch would run uncompiled, which is no peer.
+    # Every shape is compiled; after its limit of compilations torch would run uncompiled, which is no fair baseline.
     torch.compiler.reset()
     compiled = torch.compile(flex_attention, dynamic=False)
     return lambda: compiled(x.q, *x.concatenated(), block_mask=mask, enable_gqa=problem.groups > 1)

@@ -1,4 +1,4 @@
-"""Who takes part in a measurement: our operator, by backend, beside everybody in :mod:`rivals`."""
+"""The candidates of a measurement: our operator, once for each backend, and the baselines."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ INTERPRETED = "interpreted: not timed"
 
 
 def candidates_for(problem: Problem, mode: Mode) -> list[Candidate]:
-    """Ours first, as ``auto`` and by the name of every other backend that has no reasons, then all others.
+    """Our operator with ``auto`` and with every other backend that supports the problem, then the baselines.
 
-    The reference is an oracle, not a contender: it is among ours only where ``auto`` takes it.
+    The reference backend exists to check the others, so it is a candidate only where ``auto`` takes it.
     """
     return [*_ours(problem), *(DECODE_BASELINES if mode == "decode" else TRAIN_BASELINES)]
 
 
 def chosen_backend(problem: Problem) -> BackendName:
-    """What ``auto`` takes for a problem; FASTPREFIX_BACKEND overrules it as it does in ``prefix_attention``."""
+    """The backend that ``auto`` takes for a problem; FASTPREFIX_BACKEND overrides it, as in ``prefix_attention``."""
     named = os.environ.get("FASTPREFIX_BACKEND", "auto")
     for name in BACKENDS:
         if name == named:
@@ -36,7 +36,7 @@ def chosen_backend(problem: Problem) -> BackendName:
 
 
 def backend_reasons(problem: Problem, name: BackendName) -> list[str]:
-    """Why a backend cannot take the problem; empty when it can."""
+    """The reasons why a backend does not support the problem; empty where it does."""
     try:
         reasons: list[str] = dispatch.module(name).unsupported(_args(problem))
     except ImportError as error:
@@ -45,7 +45,7 @@ def backend_reasons(problem: Problem, name: BackendName) -> list[str]:
 
 
 def prepare_with(backend: str) -> Callable[[Problem, Leaves], Attend]:
-    """``prepare`` of ``prefix_attention`` with a backend's name or ``auto``."""
+    """The ``prepare`` of a candidate that calls ``prefix_attention`` with this backend, or with ``auto``."""
 
     def prepare(problem: Problem, x: Leaves) -> Attend:
         causal = problem.causal
@@ -67,13 +67,13 @@ def _ours(problem: Problem) -> list[Candidate]:
     found = [Candidate(OURS, f"prefix_attention, auto takes {chosen}", prepare_with("auto"), _untimed(chosen))]
     for name in BACKENDS:
         if name not in (chosen, "reference") and not backend_reasons(problem, name):
-            peer = Candidate(f"{OURS}:{name}", f"prefix_attention by {name}", prepare_with(name), _untimed(name))
-            found.append(peer)
+            candidate = Candidate(f"{OURS}:{name}", f"prefix_attention by {name}", prepare_with(name), _untimed(name))
+            found.append(candidate)
     return found
 
 
 def _untimed(backend: BackendName) -> Callable[[Problem, Mode], str | None]:
-    """Kernels that run on a CPU run in Triton's interpreter: its time, some 12 ms a program, says nothing of them."""
+    """On a CPU, Triton kernels run in its interpreter, at some 12 ms a program: that time says nothing about them."""
 
     def reason(problem: Problem, mode: Mode) -> str | None:
         return INTERPRETED if backend == "triton" and torch.device(problem.device).type == "cpu" else None

@@ -1,4 +1,4 @@
-"""Is a result right: against fp64 truth, by the error that eager mode has in the same dtype, or a peer's."""
+"""Whether a result is right: by its error against the reference in fp64, or by comparison with another result."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from fastprefix.masks import additive_bias, prefix_owner, visible_keys
 from fastprefix.measure.operator.problem import Leaves, Problem
 from fastprefix.types import AttentionArgs
 
-Options = Mapping[str, Any]  # of prefix_attention, beside its five inputs
+Options = Mapping[str, Any]  # arguments of prefix_attention other than its five inputs
 
-# How far two right answers of one dtype lie apart, summed in different orders, in parts of the largest entry.
-AGREE = {torch.float64: 1e-10, torch.float32: 2e-4, torch.float16: 1e-2, torch.bfloat16: 6e-2}
+# How much two right results of one dtype may differ because they sum in other orders, relative to the largest entry.
+TOLERANCES = {torch.float64: 1e-10, torch.float32: 2e-4, torch.float16: 1e-2, torch.bfloat16: 6e-2}
 
 
 def disagreement(got: Mapping[str, Tensor], want: Mapping[str, Tensor], dtype: torch.dtype) -> str | None:
-    """The first tensor of ``got`` that is not ``want``'s, in words; None when all agree."""
+    """The first tensor of ``got`` that differs from ``want``'s, in words; None when all agree."""
     for name, x in got.items():
         if x.shape != want[name].shape:
             return f"{name} has shape {tuple(x.shape)}, not {tuple(want[name].shape)}"
@@ -28,13 +28,13 @@ def disagreement(got: Mapping[str, Tensor], want: Mapping[str, Tensor], dtype: t
             continue
         scale = max(1e-3, want[name].abs().max().item())  # 0 may be right, and then not to the last bit
         error = (x.float() - want[name].float()).abs().max().item()
-        if not error <= AGREE[dtype] * scale:  # so written that nan fails
+        if not error <= TOLERANCES[dtype] * scale:  # so written that nan fails
             return f"{name} is off by {error:.2e} where the largest entry is {scale:.2e}"
     return None
 
 
 def truth(problem: Problem, leaves: Leaves, options: Options | None = None) -> dict[str, Tensor]:
-    """``o``, ``lse`` and the gradients by the reference in fp64."""
+    """``o``, ``lse`` and the gradients, computed by the reference backend in fp64."""
 
     def cast(x: Any) -> Any:
         if not isinstance(x, Tensor) or not x.is_floating_point():
@@ -48,9 +48,9 @@ def truth(problem: Problem, leaves: Leaves, options: Options | None = None) -> d
 def results(
     leaves: Leaves, *, backend: str, op: Callable[..., tuple[Tensor, Tensor]] | None = None, **options: Any
 ) -> dict[str, Tensor]:
-    """``o``, ``lse`` and the gradients of the operator, or of a compiled form of it given as ``op``.
+    """``o``, ``lse`` and the gradients of the operator, or of ``op``, a compiled form of it.
 
-    Gradients are those of the five inputs, where q requires one, and of every option that requires one.
+    There are gradients of the five inputs if q requires one, and then also of every option that requires one.
     """
     call = op or prefix_attention
     o, lse = call(**leaves.inputs, **options, return_lse=True, backend=backend)
@@ -58,9 +58,9 @@ def results(
 
 
 def eager(problem: Problem, leaves: Leaves, options: Options | None = None) -> dict[str, Tensor]:
-    """Concatenate, multiply, softmax, multiply, each step rounded to the leaves' dtype.
+    """The same by eager concatenation and softmax, with every step rounded to the dtype of the leaves.
 
-    A bank is one long prefix, of which a row sees its own part.
+    A bank is treated as one long prefix of which each row sees its own part.
     """
     given = _full(problem, options)
     gate, scale = (given.pop(name, None) for name in ("gate", "scale"))
@@ -97,22 +97,22 @@ def broken_rule(
     """flash-attention's rule: ``err(got) <= 2 * err(eager, same dtype) + tiny``, both against fp64 truth.
 
     Args:
-        got: what :func:`results` returns for the same leaves and options.
-        options: further arguments of the operator; ``causal`` is the problem's where it is not among them.
-        tiny: least error allowed, raised to one rounding of the largest entry; gradients that are sums over
-            all rows (a prefix's, a sink's, a gate's) are given what a random walk of that many roundings comes to.
+        got: the return value of :func:`results` for the same leaves and options.
+        options: further arguments of the operator; without ``causal`` among them, the problem's is taken.
+        tiny: an error that is always allowed, raised to one rounding of the largest entry. Gradients that are sums
+            over all rows (of a prefix, a sink, a gate) are allowed a random walk of that many roundings.
 
     Returns:
-        what is off, in words; None when nothing is.
+        the first violation, in words; None when the rule holds.
     """
-    want, peer = truth(problem, leaves, options), eager(problem, leaves, options)
+    want, rounded = truth(problem, leaves, options), eager(problem, leaves, options)
     for name, x in got.items():
         if x.numel() == 0:
             continue
         if not torch.equal(x.isinf(), want[name].isinf()):
             return f"{name}: infinities differ from the truth's"
         right = want[name].masked_fill(want[name].isinf(), 0.0)  # lse of a row without a key
-        mine, theirs = ((y.double().masked_fill(y.isinf(), 0.0) - right).abs().max().item() for y in (x, peer[name]))
+        mine, theirs = ((y.double().masked_fill(y.isinf(), 0.0) - right).abs().max().item() for y in (x, rounded[name]))
         floor = max(tiny, torch.finfo(x.dtype).eps) * max(1.0, right.abs().max().item())
         if name not in ("o", "lse", "dq", "dk", "dv"):
             floor *= max(1.0, 0.1 * want["lse"].numel() ** 0.5)
@@ -130,14 +130,14 @@ def _capped(scores: Tensor, softcap: float | None) -> Tensor:
 
 
 def _one_prefix(x: Tensor, args: AttentionArgs) -> Tensor:
-    """``[B, H, N * P, D]`` in q's dtype; of a packed bank ``[B, H, P, D]``."""
+    """A prefix or bank as one prefix for each row, in q's dtype: ``[B, H, N * P, D]``; packed, ``[B, H, P, D]``."""
     bank = x if x.dim() == 4 else x[None]  # a packed one is flat already
     flat = bank.to(args.q.dtype).transpose(0, 1).flatten(1, 2).repeat_interleave(args.groups, 0)
     return flat.expand(args.q.shape[0], -1, -1, -1)
 
 
 def _own_prefix(args: AttentionArgs) -> Tensor | None:
-    """``[B, 1, S or 1, N * P]`` bool (packed: P): which tokens of a bank are the row's own; None without a bank."""
+    """Which tokens of a bank belong to the row: ``[B, 1, S or 1, N * P]`` bool (packed: P); None without a bank."""
     if args.prefix_ids is None:
         return None
     ids = args.prefix_ids if args.prefix_ids.dim() == 2 else args.prefix_ids[:, None]
@@ -153,7 +153,10 @@ def _own_prefix(args: AttentionArgs) -> Tensor | None:
 
 
 def _attend(scores: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-    """Softmax and product; a row of hidden keys only gives 0 and -inf. Scores beyond the values are sinks."""
+    """Softmax over scores, times values, and lse; scores in excess of the values are sinks.
+
+    A row whose keys are all hidden gives o = 0 and lse = -inf.
+    """
     empty = (scores == float("-inf")).all(-1, keepdim=True)
     p = torch.softmax(scores.masked_fill(empty, 0.0), -1).masked_fill(empty, 0.0)
     return p[..., : values.shape[2]] @ values, torch.logsumexp(scores.detach(), -1)

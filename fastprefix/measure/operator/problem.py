@@ -1,4 +1,4 @@
-"""One attention problem, and the random tensors of it that every peer is given."""
+"""The shapes of one attention call, and random inputs of these shapes that all candidates share."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-# "backward" is forward and backward together; "lowest" the same in the lowest trained layer of a frozen model, where
-# nothing below the attention is trained and only the prefix gets gradients.
+# "backward" is forward and backward together. "lowest" is the same in the lowest layer of a frozen model: nothing below
+# the attention is trained there, so only the prefix gets gradients.
 Mode = Literal["forward", "backward", "lowest", "decode"]
 MODES: tuple[Mode, ...] = get_args(Mode)
 INPUTS = ("q", "k", "v", "prefix_k", "prefix_v")
@@ -28,11 +28,11 @@ DTYPES: dict[str, torch.dtype] = {
 class Problem:
     """Shapes of one call: ``S`` query tokens on ``T`` content keys and ``P`` prefix tokens.
 
-    Dims as in :func:`fastprefix.prefix_attention`. ``T = S`` in training; in decoding S is 1 and T counts the
-    content of the cache, the new token included.
+    Dims as in :func:`fastprefix.prefix_attention`. ``T = S`` in training; in decoding S is 1 and T is the number of
+    content tokens in the cache, the new token included.
 
     Raises:
-        ValueError: a size below its least, ``H`` no multiple of ``H_kv``, or more causal queries than keys.
+        ValueError: a size is too small, ``H`` is no multiple of ``H_kv``, or there are more causal queries than keys.
     """
 
     B: int
@@ -57,12 +57,12 @@ class Problem:
 
     @classmethod
     def train(cls, B: int, H: int, H_kv: int, S: int, P: int, D: int, **more: Any) -> Problem:
-        """A training step's call: every token is query and key."""
+        """The call of a training step: every token is a query and a key."""
         return cls(B=B, H=H, H_kv=H_kv, S=S, T=S, P=P, D=D, **more)
 
     @classmethod
     def decode(cls, B: int, H: int, H_kv: int, T: int, P: int, D: int, **more: Any) -> Problem:
-        """One new token on ``T`` keys, its own among them."""
+        """The call of a decoding step: one new token attends to ``T`` keys, its own among them."""
         return cls(B=B, H=H, H_kv=H_kv, S=1, T=T, P=P, D=D, **more)
 
     @property
@@ -76,7 +76,7 @@ class Problem:
 
     @property
     def label(self) -> str:
-        """``B8 H32/8 S128 P512 D64 fp32``, with the keys where they are not the queries."""
+        """``B8 H32/8 S128 P512 D64 fp32``, with ``T`` where it differs from ``S``."""
         keys = "" if self.T == self.S else f" T{self.T}"
         return f"B{self.B} H{self.H}/{self.H_kv} S{self.S}{keys} P{self.P} D{self.D} {self.dtype_name}"
 
@@ -85,9 +85,16 @@ class Problem:
         return replace(self, P=0)
 
 
+def random_normal(
+    problem: Problem, generator: torch.Generator, *shape: int, dtype: torch.dtype | None = None
+) -> Tensor:
+    """Normally distributed numbers of this shape, on the problem's device and in its dtype unless another is given."""
+    return torch.randn(*shape, generator=generator, device=problem.device, dtype=dtype or problem.dtype)
+
+
 @dataclass(frozen=True)
 class Leaves:
-    """The inputs and an output gradient; content in [B, S, H, D] storage, as models hold it."""
+    """The inputs of a call and the gradient of its output; content is stored as ``[B, S, H, D]``, as in models."""
 
     q: Tensor  # [B, H, S, D]
     k: Tensor  # [B, H_kv, T, D]
@@ -98,17 +105,18 @@ class Leaves:
 
     @classmethod
     def random(cls, problem: Problem, seed: int = 0, requires_grad: bool | Collection[str] = False) -> Leaves:
-        """Normal numbers, the same for the same seed and device; ``requires_grad``: all, none or these of INPUTS."""
+        """Normally distributed inputs, equal for equal seed and device.
+
+        Args:
+            requires_grad: whether the inputs require gradients, or the names of those that do.
+        """
         x, generator = problem, torch.Generator(problem.device).manual_seed(seed)
 
-        def normal(*shape: int) -> Tensor:
-            return torch.randn(*shape, generator=generator, device=x.device, dtype=x.dtype)
-
         def content(heads: int, length: int) -> Tensor:
-            return normal(x.B, length, heads, x.D).transpose(1, 2)
+            return random_normal(x, generator, x.B, length, heads, x.D).transpose(1, 2)
 
         q, k, v = content(x.H, x.S), content(x.H_kv, x.T), content(x.H_kv, x.T)
-        prefix_k, prefix_v = normal(x.H_kv, x.P, x.D), normal(x.H_kv, x.P, x.D)
+        prefix_k, prefix_v = (random_normal(x, generator, x.H_kv, x.P, x.D) for _ in range(2))
         leaves = cls(q, k, v, prefix_k, prefix_v, do=content(x.H, x.S))
         for name, leaf in leaves.inputs.items():
             leaf.requires_grad_(requires_grad if isinstance(requires_grad, bool) else name in requires_grad)
@@ -125,18 +133,18 @@ class Leaves:
         return {name: getattr(self, name) for name in INPUTS}
 
     def to(self, dtype: torch.dtype) -> Leaves:
-        """The same numbers in another dtype, as new leaves."""
+        """New leaves with the same values in another dtype."""
         cast = {n: t.detach().to(dtype).requires_grad_(t.requires_grad) for n, t in self.inputs.items()}
         return Leaves(**cast, do=self.do.to(dtype))
 
     @cached_property
     def cache(self) -> tuple[Tensor, Tensor]:
-        """What a cache holds that keeps the prefix of every sample, ``[B, H_kv, P + T, D]``: made once."""
+        """Keys and values ``[B, H_kv, P + T, D]`` of a cache that holds a copy of the prefix for every sample."""
         keys, values = self.concatenated()
         return keys.detach(), values.detach()
 
     def concatenated(self) -> tuple[Tensor, Tensor]:
-        """Keys and values with the prefix copied in front of every sample, ``[B, H_kv, P + T, D]`` each."""
+        """Keys and values with the prefix copied in front of every sample, each ``[B, H_kv, P + T, D]``."""
         batch = self.k.shape[0]
         keys = torch.cat([self.prefix_k.expand(batch, -1, -1, -1), self.k], dim=2)
         return keys, torch.cat([self.prefix_v.expand(batch, -1, -1, -1), self.v], dim=2)

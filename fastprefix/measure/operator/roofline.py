@@ -1,4 +1,4 @@
-"""What a problem must cost at least: the bytes that have to move and the arithmetic that has to be done."""
+"""The roofline: the least bytes and arithmetic that a call needs, and the rates that a device reaches."""
 
 from __future__ import annotations
 
@@ -30,22 +30,22 @@ class Cost:
 
 @dataclass(frozen=True)
 class Peaks:
-    """What a device reaches on a copy and on a square matrix product: measured, not from a data sheet."""
+    """The rates that a device reaches in a copy and in a square matrix product, as measured, not from a data sheet."""
 
     gb_s: float
     tflop_s: float
 
     def seconds(self, cost: Cost) -> float:
-        """The time below which no implementation of that cost gets on this device."""
+        """The shortest time in which this device can do work of that cost."""
         return max(cost.bytes / (self.gb_s * 1e9), cost.flops / (self.tflop_s * 1e12))
 
     def bound(self, cost: Cost) -> str:
-        """``memory`` or ``compute``: which of the two sets :meth:`seconds`."""
+        """``memory`` or ``compute``, whichever limits :meth:`seconds`."""
         return "memory" if cost.bytes / self.gb_s >= cost.flops / self.tflop_s / 1e3 else "compute"
 
 
 def visible_pairs(problem: Problem) -> int:
-    """Pairs of query and key that attend, of one head and sample: all of the prefix, the causal content."""
+    """The number of (query, key) pairs that attend in one head and sample: all of the prefix, the causal content."""
     content = problem.S * problem.T
     if problem.causal:
         content -= problem.S * (problem.S - 1) // 2
@@ -53,12 +53,13 @@ def visible_pairs(problem: Problem) -> int:
 
 
 def cost(problem: Problem, mode: Mode) -> Cost:
-    """The floor of one call, every tensor touched once and the prefix once for the whole batch.
+    """The least cost of one call: every tensor is read or written once, the prefix once for the whole batch.
 
-    ``forward`` and ``decode`` read q, k, v and the prefix and write o and lse. ``backward`` adds the
-    backward, which reads them again with o, lse and do and writes dq, dk, dv and the prefix's gradients;
-    ``lowest`` adds what of it the prefix's gradients take: q, o, do, lse and the prefix.
-    Arithmetic: two matrix products a pair forward, five backward, of which the prefix's gradients take four.
+    ``forward`` and ``decode`` read q, k, v and the prefix and write o and lse. ``backward`` adds the backward pass,
+    which reads them again with o, lse and do, and writes dq, dk, dv and the gradients of the prefix. ``lowest`` adds
+    only the part of it that the gradients of the prefix need: q, o, do, lse and the prefix. Arithmetic: for each
+    pair, two matrix products in the forward pass and five in the backward pass; the gradients of the prefix need four
+    of these, for the pairs with a prefix token.
     """
     x = problem
     queries = x.B * x.H * x.S * x.D  # q, o, do and dq, each
@@ -75,10 +76,10 @@ def cost(problem: Problem, mode: Mode) -> Cost:
 
 
 def measure_peaks(device: torch.device | str, dtype: torch.dtype) -> Peaks:
-    """Measure :class:`Peaks` in about a second; the best of a few runs, since a peak is what is asked for."""
+    """Measure :class:`Peaks` in about a second, each as the best of a few runs."""
     kind = torch.device(device).type
     count, side = (2**28, 8192) if kind == "cuda" else (2**27, 1024)
-    # Ones, not zeros: untouched zeros are one physical page, read from the cache.
+    # Ones, not zeros: pages of zeros that nobody has written share one physical page, which stays in the cache.
     source = torch.ones(count // dtype.itemsize, dtype=dtype, device=device)
     target = torch.empty_like(source)
     copy = _best(lambda: target.copy_(source), kind)

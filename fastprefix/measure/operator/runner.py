@@ -1,4 +1,4 @@
-"""Turn a peer, a problem and a mode into something to call, check it, and time all that are left in turns."""
+"""Run the candidates of a problem: compare their results, then time in turns those that agree."""
 
 from __future__ import annotations
 
@@ -18,15 +18,17 @@ from fastprefix.measure.timing import Timing, captured, interleaved
 Results = dict[str, Tensor]
 
 
-def runner(peer: Candidate, problem: Problem, mode: Mode, leaves: Leaves | None = None) -> Callable[[], Results]:
-    """One call of the peer: ``{"o": ...}``, and the gradients that the mode asks for, ``dq`` to ``dprefix_v``.
+def runner(candidate: Candidate, problem: Problem, mode: Mode, leaves: Leaves | None = None) -> Callable[[], Results]:
+    """A function that calls the candidate once.
+
+    It returns ``{"o": ...}`` and the gradients that the mode asks for, ``dq`` to ``dprefix_v``.
 
     Args:
-        leaves: to share them between peers; random ones without.
+        leaves: inputs that several candidates share; random ones without.
     """
     if leaves is None:
         leaves = Leaves.of(problem, mode)
-    attend, do = peer.prepare(problem, leaves), leaves.do
+    attend, do = candidate.prepare(problem, leaves), leaves.do
     inputs = {name: leaves.inputs[name] for name in TRAINED[mode]}
     if not inputs:
 
@@ -49,13 +51,13 @@ def runner(peer: Candidate, problem: Problem, mode: Mode, leaves: Leaves | None 
 
 @dataclass
 class Measured:
-    """What became of each peer of a problem: a timing, or in words why there is none."""
+    """Each candidate's timing, or in words why it has none."""
 
     problem: Problem
     mode: Mode
     timings: dict[str, Timing] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
-    wrong: list[str] = field(default_factory=list)  # whose result disagreed; in `failures` too
+    wrong: list[str] = field(default_factory=list)  # candidates whose result disagreed; they are in `failures` too
 
 
 def measure(
@@ -68,47 +70,47 @@ def measure(
     graphs: bool = False,
     before: Callable[[str], None] = lambda name: None,
 ) -> Measured:
-    """Check that all peers agree, then time those that do in turns.
+    """Check that all candidates agree, then time in turns those that do.
 
     Args:
-        only: names of the peers to take; all without.
-        skip: peers to leave out, and why.
+        only: names of the candidates to take; all without.
+        skip: candidates to leave out, and why.
         graphs: time CUDA graphs of the calls instead of the calls.
-        before: told a peer's name before the device runs it for the first time.
+        before: called with a candidate's name before the device runs it for the first time.
 
     Returns:
-        :class:`Measured`. A peer that is not available, fails, runs out of memory or disagrees is a failure
-        in it, never an exception.
+        :class:`Measured`. A candidate that is not available, fails, runs out of memory or disagrees is a failure in it,
+        never an exception.
 
     Raises:
-        DeviceLostError: a peer left the device unusable for this process.
+        DeviceLostError: a candidate left the device unusable for this process.
     """
     found = Measured(problem, mode, failures=dict(skip or {}))
     leaves = Leaves.of(problem, mode)
     ready: dict[str, Callable[[], Any]] = {}
     want: Results | None = None
-    # Ours go last, so that it is ours that is called wrong when it differs from everybody's.
-    for peer in sorted(candidates_for(problem, mode), key=lambda p: p.name.startswith(OURS)):
-        if peer.name in found.failures or (only is not None and peer.name not in only):
+    # Ours go last: where ours differs from all the others, ours is the one that is reported as wrong.
+    for candidate in sorted(candidates_for(problem, mode), key=lambda p: p.name.startswith(OURS)):
+        if candidate.name in found.failures or (only is not None and candidate.name not in only):
             continue
-        if reason := peer.unavailable(problem, mode):
-            found.failures[peer.name] = reason
+        if reason := candidate.unavailable(problem, mode):
+            found.failures[candidate.name] = reason
             continue
-        before(peer.name)
+        before(candidate.name)
         try:
-            call = runner(peer, problem, mode, leaves)
+            call = runner(candidate, problem, mode, leaves)
             got = call()
             synchronize(problem.device)
-            if peer.exact:
+            if candidate.exact:
                 want = want or got
                 if difference := disagreement(got, want, problem.dtype):
-                    found.wrong.append(peer.name)
-                    found.failures[peer.name] = f"wrong: {difference}"
+                    found.wrong.append(candidate.name)
+                    found.failures[candidate.name] = f"wrong: {difference}"
                     continue
-            ready[peer.name] = captured(call) if graphs else call
+            ready[candidate.name] = captured(call) if graphs else call
         except Exception as error:
-            found.failures[peer.name] = describe_error(error)
-        recover(problem.device, peer.name, found.failures.get(peer.name))
+            found.failures[candidate.name] = describe_error(error)
+        recover(problem.device, candidate.name, found.failures.get(candidate.name))
     if ready:
         try:
             found.timings = interleaved(ready, repeats, warmup, problem.device)

@@ -1,4 +1,4 @@
-"""A whole training step of a causal language model: ours, PEFT's and the frozen model's, on the same frozen weights.
+"""Compare training steps of one causal language model: ours, PEFT's, concatenation and the frozen model.
 
 Needs transformers; PEFT's needs peft.
 """
@@ -27,17 +27,17 @@ def build_steps(
     num_virtual_tokens: int,
     names: Iterable[str] = (OURS, PEFT, FROZEN),
 ) -> dict[str, TrainingStep]:
-    """The steps by name, each on a copy of the model; all copies share the model's frozen weights.
+    """Build the steps by name, each on a copy of the model; all copies share the model's frozen weights.
 
     Args:
-        model: a causal language model, left as it is but for ``requires_grad``.
-        ids: ``[B, S]`` token ids, the labels too.
-        names: of ``ours``, ``ours:<backend>``, ``peft``, ``cat`` and ``frozen``.
+        model: a causal language model; only its ``requires_grad`` flags are changed.
+        ids: ``[B, S]`` token ids, which are the labels too.
+        names: any of ``ours``, ``ours:<backend>``, ``peft``, ``cat`` and ``frozen``.
 
     Raises:
         ImportError: peft is asked for and not installed.
-        ValueError: cat is asked for, and the model's attention cannot be given a prefix by hand.
-        AssertionError: given the same prefix, not all compute the same loss.
+        ValueError: cat is asked for, and a prefix cannot be concatenated in this model's attention.
+        AssertionError: the steps do not all compute the same loss from the same prefix.
     """
     found: dict[str, TrainingStep] = {}
     for name in names:
@@ -53,27 +53,27 @@ def build_steps(
     ours = [step for step in found.values() if step.prefix is not None]
     others = [found[name] for name in (PEFT, CAT) if name in found]
     if ours and others:
-        _same_numbers(ours, found.get(PEFT), found.get(CAT))
+        _copy_prefix(ours, found.get(PEFT), found.get(CAT))
         for step in ours:
             for other in others:
-                _same_loss(step, other)
+                _check_same_loss(step, other)
     return found
 
 
 def share_weights(model: nn.Module) -> nn.Module:
-    """A copy with modules, hooks and config of its own, on the same parameters and buffers."""
+    """A copy of the model with its own modules, hooks and config that shares parameters and buffers."""
     shared = {id(x): x for x in (*model.parameters(), *model.buffers())}
     return copy.deepcopy(model, shared)
 
 
 def step_cost(model: nn.Module, problem: Problem) -> Cost:
-    """The floor of a step: every weight read forward and backward, the linear layers' and the attention's arithmetic.
+    """The least cost of a step: reading every weight in forward and backward, and the arithmetic of all layers.
 
-    Weights get no gradient; nothing goes below the attention of the lowest layer.
+    Weights get no gradient, and the backward stops at the attention of the lowest layer.
 
     Args:
         model: a causal language model whose layers are alike.
-        problem: of one layer's attention.
+        problem: the attention call of one layer.
     """
     linears = [(name, module.weight) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     weights = sum(weight.numel() for _, weight in linears)
@@ -85,7 +85,7 @@ def step_cost(model: nn.Module, problem: Problem) -> Cost:
 
 
 @torch.no_grad()
-def _same_numbers(ours: list[TrainingStep], peft: TrainingStep | None, cat: TrainingStep | None) -> None:
+def _copy_prefix(ours: list[TrainingStep], peft: TrainingStep | None, cat: TrainingStep | None) -> None:
     first = ours[0]
     assert first.prefix is not None
     for step in ours[1:]:
@@ -100,7 +100,7 @@ def _same_numbers(ours: list[TrainingStep], peft: TrainingStep | None, cat: Trai
 
 
 @torch.no_grad()
-def _same_loss(ours: TrainingStep, other: TrainingStep) -> None:
+def _check_same_loss(ours: TrainingStep, other: TrainingStep) -> None:
     a, b = ours.loss().item(), other.loss().item()
     exact = next(ours.model.parameters()).dtype == torch.float32
     if not abs(a - b) <= (1e-4 if exact else 2e-2) * max(1.0, abs(b)):  # so written that nan fails
@@ -109,7 +109,7 @@ def _same_loss(ours: TrainingStep, other: TrainingStep) -> None:
 
 @dataclass(frozen=True)
 class StepResult:
-    """Of one candidate: seconds a step, bytes saved for backward, on CUDA the step's peak of new bytes."""
+    """What was measured of one step: its time, the bytes saved for backward and, on CUDA, the peak of new bytes."""
 
     timing: Timing
     saved_bytes: int
@@ -117,12 +117,12 @@ class StepResult:
 
 
 def measure_steps(steps: dict[str, TrainingStep], repeats: int = 5, warmup: int = 1) -> dict[str, StepResult]:
-    """Memory of each candidate, then their times in turns."""
+    """Measure the memory of each step, then the times of all in turns."""
     device = next(iter(steps.values())).ids.device
     saved = {name: step.saved_bytes() for name, step in steps.items()}
     peaks = {}
     for name, step in steps.items():
-        step()  # the optimiser's state is made by the first step
+        step()  # the first step allocates the optimiser's state
         peaks[name] = step.peak_bytes()
     timings = interleaved(steps, repeats, warmup, device)
     return {name: StepResult(timings[name], saved[name], peaks[name]) for name in steps}

@@ -1,6 +1,7 @@
-"""A prefix in a model by concatenation, as well as that is done: SDPA's fast kernels, no dense mask, no repeated heads.
+"""The strongest baseline for whole models: a prefix concatenated in front of K and V of every sample.
 
-Every layer copies its prefix to each sample, in front of K and V. Causal models, no padding. Needs transformers.
+It uses SDPA's fast kernels, without a dense mask and without repeated heads. It works in causal models without padding.
+Needs transformers.
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ def install(model: Any, num_virtual_tokens: int, std: float = 0.02) -> list[nn.P
     """Give every attention layer a random prefix in fp32, and freeze the rest of the model.
 
     Returns:
-        ``[H_kv, P, D]`` keys and values of each layer in turn: k, v, k, v ...
+        the keys and values ``[H_kv, P, D]`` of each layer in turn: k, v, k, v ...
 
     Raises:
-        ValueError: there is no layer with a ``k_proj`` and a ``head_dim``.
+        ValueError: no layer of the model has a ``k_proj`` and a ``head_dim``.
     """
     model.requires_grad_(False)
     trained: list[nn.Parameter] = []

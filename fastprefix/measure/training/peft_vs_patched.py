@@ -1,4 +1,7 @@
-"""PEFT's models as shipped beside the same ones patched: training steps, generation; and mixed batches. Needs peft."""
+"""PEFT's models as shipped against the same models patched, in training steps and generation; and mixed batches.
+
+Needs peft.
+"""
 
 from __future__ import annotations
 
@@ -18,10 +21,10 @@ PEFT, PATCHED, ATTACHED, FROZEN = "peft", "patched", "attached", "no prefix"
 
 @dataclass
 class Workload:
-    """Something to time: a step's forward and backward, or a generation."""
+    """A workload to time: the forward and backward of a training step, or a generation."""
 
     model: Any
-    forward: Callable[[], Any]  # the loss, or what was generated
+    forward: Callable[[], Any]  # returns the loss, or the generated ids
 
     def __call__(self) -> None:
         result = self.forward()
@@ -30,12 +33,12 @@ class Workload:
             result.backward()
 
     def saved_bytes(self) -> int:
-        """What the forward saves for its backward, parameters not counted."""
+        """The bytes that the forward saves for its backward, without parameters."""
         return saved_bytes(self.forward, exclude=self.model.parameters())
 
 
 def peft_models(model: nn.Module, config: Any) -> dict[str, Any]:
-    """A PEFT model and the same one patched, of one set of weights and of prompt parameters."""
+    """A PEFT model and the same model patched, with equal prompt parameters on shared weights."""
     from peft import get_peft_model
 
     torch.manual_seed(0)
@@ -46,7 +49,7 @@ def peft_models(model: nn.Module, config: Any) -> dict[str, Any]:
 
 
 def prefix_steps(model: nn.Module, ids: Tensor, num_virtual_tokens: int) -> dict[str, Workload]:
-    """Training steps of PREFIX_TUNING, ``ids [B, S]`` the labels too."""
+    """Training steps of PREFIX_TUNING; ``ids`` ``[B, S]`` are the labels too."""
     from peft import PrefixTuningConfig
 
     models = peft_models(model, PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=num_virtual_tokens))
@@ -54,7 +57,7 @@ def prefix_steps(model: nn.Module, ids: Tensor, num_virtual_tokens: int) -> dict
 
 
 def prompt_steps(model: nn.Module, ids: Tensor, num_virtual_tokens: int) -> dict[str, Workload]:
-    """Training steps of PROMPT_TUNING, and of an attached soft prompt with the same numbers."""
+    """Training steps of PROMPT_TUNING, and of an attached soft prompt with the same values."""
     from peft import PromptTuningConfig
 
     models = peft_models(model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=num_virtual_tokens))
@@ -66,7 +69,7 @@ def prompt_steps(model: nn.Module, ids: Tensor, num_virtual_tokens: int) -> dict
 
 
 def generations(model: nn.Module, ids: Tensor, num_virtual_tokens: int, new_tokens: int) -> dict[str, Workload]:
-    """Greedy generations of so many tokens behind ``ids [B, S]`` with a PREFIX_TUNING prefix, and without one."""
+    """Greedy generation of ``new_tokens`` after ``ids`` ``[B, S]``, with a PREFIX_TUNING prefix and without one."""
     from peft import PrefixTuningConfig
 
     models = peft_models(model, PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=num_virtual_tokens))
@@ -85,7 +88,7 @@ def generations(model: nn.Module, ids: Tensor, num_virtual_tokens: int, new_toke
 
 
 def mixed_steps(model: nn.Module, ids: Tensor, num_virtual_tokens: int) -> dict[str, Workload]:
-    """Training steps with one prefix for all ``B`` rows, and with a prefix of its own for each."""
+    """Training steps with one prefix for all ``B`` rows, and with a different prefix for each row."""
     runs = {}
     for name, count in (("one", 1), ("mixed", len(ids))):
         mine: Any = share_weights(model)

@@ -1,4 +1,4 @@
-"""Models to measure on when there is no real one."""
+"""Randomly initialised models, to measure on where there are no real weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How many bytes a forward keeps for its backward: exact, on any device, free of an allocator's rounding."""
+"""The exact number of bytes that a forward saves for its backward, on any device, without an allocator's rounding."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from torch import Tensor
 class SavedBytes:
     """Counts the storages that autograd saves inside the ``with`` block, each once and at its full size.
 
-    A view keeps its whole storage alive, so the storage is what counts. What a checkpointed region saves does
-    not outlive the forward and is not counted; the region's inputs are.
+    A view keeps its whole storage alive, so whole storages are counted. Tensors that a checkpointed region saves do not
+    outlive the forward and are not counted; the region's inputs are.
 
     Args:
-        exclude: tensors whose storages are not counted, nor those of their views (``weight.t()``):
-            pass ``model.parameters()``.
+        exclude: tensors whose storages are not counted, in views (``weight.t()``) neither; usually
+            ``model.parameters()``.
 
     Example::
 
@@ -29,7 +29,7 @@ class SavedBytes:
 
     def __init__(self, exclude: Iterable[Tensor] = ()) -> None:
         self._excluded = {_key(x): x for x in exclude}
-        # The storages themselves: an address may be used again as soon as nobody holds it.
+        # The storages themselves are kept, since a freed address may be used again.
         self._storages: dict[int, torch.UntypedStorage] = {}
         self._hooks: torch.autograd.graph.saved_tensors_hooks | None = None
         self._closed = (0, 0)
@@ -41,7 +41,7 @@ class SavedBytes:
 
     @property
     def count(self) -> int:
-        """Number of storages counted so far, empty ones not among them."""
+        """Number of storages counted so far, without empty ones."""
         return self._closed[1] + sum(storage.nbytes() > 0 for storage in self._storages.values())
 
     def _pack(self, x: Tensor) -> Tensor:
@@ -60,7 +60,7 @@ class SavedBytes:
     ) -> None:
         assert self._hooks is not None
         self._hooks.__exit__(kind, error, trace)
-        # The hooks refer back to this object: what they hold would otherwise live until the next collection.
+        # The hooks refer back to this object: without this, the storages would live until the next garbage collection.
         self._closed = (self.total, self.count)
         self._storages.clear()
         self._hooks = None

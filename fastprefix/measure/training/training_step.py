@@ -1,4 +1,4 @@
-"""One model set up for training steps: ours, PEFT's as shipped, the prefix concatenated, or frozen without one.
+"""Training steps of one model with a prefix by several methods: ours, PEFT's, concatenation; and without a prefix.
 
 Needs transformers; PEFT's needs peft.
 """
@@ -21,14 +21,14 @@ from fastprefix.prefixes.prefix import Prefix
 
 
 class TrainingStep:
-    """Forward, backward and AdamW on what is trained. A call takes a step and returns the loss.
+    """A training step: forward, backward and AdamW on the trained parameters. A call takes a step and returns the loss.
 
     Attributes:
-        model: as its user would call it.
-        trained: the parameters that AdamW gets.
-        ids: ``[B, S]`` token ids, the labels too.
-        prefix: our prefix module, where there is one.
-        backend: of our operator.
+        model: the model as a user would call it.
+        trained: the parameters that AdamW updates.
+        ids: ``[B, S]`` token ids, which are the labels too.
+        prefix: our prefix module; None in the other methods.
+        backend: the backend of our operator.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class TrainingStep:
         self._optimizer = torch.optim.AdamW(self.trained, lr=1e-3)
 
     def loss(self) -> Tensor:
-        """The forward alone."""
+        """The loss of one forward."""
         with force_backend(self.backend):
             loss: Tensor = self.model(input_ids=self.ids, labels=self.ids, **self._forward).loss
         return loss
@@ -62,7 +62,7 @@ class TrainingStep:
         return loss.detach()
 
     def saved_bytes(self) -> int:
-        """Bytes that one forward keeps for its backward; parameters and their views are not counted."""
+        """The bytes that one forward saves for its backward; parameters and their views are not counted."""
         with SavedBytes(exclude=self.model.parameters()) as saved:
             loss = self.loss()
         total = saved.total
@@ -70,7 +70,7 @@ class TrainingStep:
         return total
 
     def peak_bytes(self) -> int | None:
-        """Most bytes allocated during one step beyond those before it; None without CUDA."""
+        """The peak of bytes allocated during one step in addition to those before it; None without CUDA."""
         if self.ids.device.type != "cuda":
             return None
         self._optimizer.zero_grad(set_to_none=True)
@@ -98,11 +98,11 @@ def force_backend(backend: str) -> Iterator[None]:
 
 
 def frozen_step(model: nn.Module, ids: Tensor) -> TrainingStep:
-    """P = 0: the frozen model, with the gradient going down exactly as far as a prefix makes it go.
+    """A step of the frozen model without a prefix, whose backward goes down as far as a prefix makes it go.
 
     A zero vector is added to the values of the lowest layer (its ``v_proj``) and trained. Like a prefix, it makes
-    autograd run through every layer and through the attention of the lowest, and stop there. A model without such
-    a module has the vector at its embeddings, below that layer's projections.
+    autograd run through every layer, including the attention of the lowest one, and stop there. In a model without a
+    ``v_proj``, the vector is added to the embeddings, below the projections of the lowest layer.
     """
     model.requires_grad_(False)
     linears = ((n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear))
@@ -116,16 +116,16 @@ def frozen_step(model: nn.Module, ids: Tensor) -> TrainingStep:
 
 
 def ours_step(model: nn.Module, ids: Tensor, num_virtual_tokens: int, backend: str = "auto") -> TrainingStep:
-    """``fastprefix.attach``, its operator by the named backend."""
+    """A step with a prefix from ``fastprefix.attach``, whose operator runs on the named backend."""
     prefix = attach(model, PrefixConfig(num_virtual_tokens=num_virtual_tokens))
     return TrainingStep(model, prefix.parameters(), ids, prefix, backend, use_cache=False)
 
 
 def cat_step(model: nn.Module, ids: Tensor, num_virtual_tokens: int) -> TrainingStep:
-    """The best that concatenation does: see :mod:`concatenated_attention`.
+    """A step with a concatenated prefix, see :mod:`concatenated_attention`.
 
     Raises:
-        ValueError: the model's attention cannot be given a prefix in this way.
+        ValueError: a prefix cannot be concatenated in this model's attention.
     """
     trained = concatenated_attention.install(model, num_virtual_tokens)
     positions = torch.arange(num_virtual_tokens, num_virtual_tokens + ids.shape[1], device=ids.device)[None]
@@ -133,7 +133,7 @@ def cat_step(model: nn.Module, ids: Tensor, num_virtual_tokens: int) -> Training
 
 
 def peft_step(model: nn.Module, ids: Tensor, num_virtual_tokens: int) -> TrainingStep:
-    """``peft.get_peft_model`` with PREFIX_TUNING, as shipped; it needs the cache, so that stays on.
+    """A step of PEFT's PREFIX_TUNING as shipped; PEFT passes the prefix in the cache, so the cache stays on.
 
     Raises:
         ImportError: peft is not installed.

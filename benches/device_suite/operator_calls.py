@@ -1,6 +1,6 @@
-"""Calls that between them use every argument of the operator, on shapes of hundreds of rows.
+"""Calls that together use every argument of the operator, on shapes of hundreds of rows.
 
-Dropout is not among them: what a backend drops is its own, and no two of them can be compared.
+Dropout is not among them: each backend drops other entries, so their results cannot be compared.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fastprefix.measure import Leaves, Problem
+from fastprefix.measure.operator.problem import random_normal
 
 Options = dict[str, Any]
 Make = Callable[[Problem, torch.Generator], Options]
@@ -20,13 +21,13 @@ Make = Callable[[Problem, torch.Generator], Options]
 
 @dataclass(frozen=True)
 class Call:
-    """A problem, the options made for it, and what of its leaves is not the usual.
+    """A problem, a function that makes the call's options, and how its inputs differ from the problem's usual ones.
 
     Attributes:
-        bank: prefixes in a bank; 0 is one prefix for all.
-        packed: they lie one behind the other, as long as the options say.
-        width: D_v where it is not D.
-        master: the prefix in fp32, whatever the dtype of the model.
+        bank: number of prefixes in a bank; 0 for one prefix that all rows share.
+        packed: whether the prefixes are concatenated, with the lengths ``prefix_lens`` of the options.
+        width: D_v if it differs from D.
+        master: whether the prefix is in fp32, whatever the dtype of the model.
     """
 
     problem: Problem
@@ -37,13 +38,12 @@ class Call:
     master: bool = False
 
     def build(self, seed: int = 0) -> tuple[Leaves, Options]:
-        """Leaves that require all gradients, and the options."""
+        """Inputs that all require gradients, and the options."""
         x = self.problem
         generator = torch.Generator(x.device).manual_seed(seed + 1)
 
         def normal(*shape: int, dtype: torch.dtype = x.dtype) -> Tensor:
-            drawn = torch.randn(*shape, generator=generator, device=x.device, dtype=dtype)
-            return drawn.requires_grad_()
+            return random_normal(x, generator, *shape, dtype=dtype).requires_grad_()
 
         leaves = Leaves.random(x, seed, requires_grad=True)
         options = self.make(x, generator)
@@ -59,7 +59,7 @@ class Call:
         return leaves, options
 
     def small(self) -> Call:
-        """The same on a few rows of two samples and one pair of heads."""
+        """The same call on a few rows of two samples, with two query heads on one key/value head."""
         x = self.problem
         keys = 9 if x.S == x.T else 11
         rows = min(x.S, 3) if x.S < x.T else keys
@@ -68,7 +68,7 @@ class Call:
 
 
 def padding(x: Problem, side: str) -> Tensor:
-    """``[B, T]`` bool: the first sample keeps one token, the last all of them."""
+    """A padding mask ``[B, T]`` bool: the first sample keeps one token, the last all of them."""
     kept = torch.linspace(1, x.T, x.B, device=x.device).long()
     column = torch.arange(x.T, device=x.device)
     place = column.flip(0) if side == "left" else column
@@ -82,7 +82,7 @@ def _nothing_left(x: Problem, generator: torch.Generator) -> Options:
 
 
 def _documents(x: Problem, generator: torch.Generator) -> Options:
-    """Packed documents whose lengths differ, and differ between samples."""
+    """Packed documents of different lengths, which also differ between samples."""
     column = torch.arange(x.T, device=x.device)
     lengths = torch.arange(x.B, device=x.device)[:, None] * 3 + max(2, x.T // 4)
     return {"segment_ids": column // lengths}
@@ -95,16 +95,12 @@ def _ids(x: Problem, generator: torch.Generator, *shape: int, most: int = 3) -> 
 
 
 def _lens(x: Problem) -> Tensor:
-    """The first whole, the second empty."""
+    """Prefix lengths of a bank: the first prefix is whole, the second empty, the third halved."""
     return torch.tensor([x.P, 0, max(1, x.P // 2)], device=x.device)
 
 
-def _normal(x: Problem, generator: torch.Generator, *shape: int) -> Tensor:
-    return torch.randn(*shape, generator=generator, device=x.device, dtype=x.dtype)
-
-
 def _biased(x: Problem, generator: torch.Generator) -> Options:
-    """ALiBi's slopes, one key in sixteen hidden by what transformers writes there."""
+    """ALiBi's slopes as a bias in which one key in sixteen is hidden, as transformers writes it."""
     distance = torch.arange(x.T, device=x.device) - torch.arange(x.T - x.S, x.T, device=x.device)[:, None]
     slopes = 0.5 ** torch.arange(1, x.H + 1, device=x.device)
     bias = (slopes[:, None, None] * distance).to(x.dtype)
@@ -119,8 +115,8 @@ def _everything(x: Problem, generator: torch.Generator) -> Options:
         **_documents(x, generator),
         "window": max(2, x.T // 3),
         "softcap": 20.0,
-        "sinks": _normal(x, generator, x.H).requires_grad_(),
-        "bias": _normal(x, generator, x.H, 1, x.T),
+        "sinks": random_normal(x, generator, x.H).requires_grad_(),
+        "bias": random_normal(x, generator, x.H, 1, x.T),
         "prefix_ids": _ids(x, generator, x.B),
         "prefix_lens": _lens(x),
     }
@@ -130,7 +126,7 @@ _ROWS = Problem.train(3, 8, 2, 257, 40, 64)
 _WIDE = Problem.train(2, 8, 2, 300, 130, 128)
 _CACHED = Problem(B=3, H=8, H_kv=2, S=65, T=320, P=40, D=64)
 _BOTH = replace(_ROWS, causal=False)
-_DECODE = Problem.decode(16, 8, 2, 1100, 1000, 128)  # keys enough to be split, of the prefix alone, too
+_DECODE = Problem.decode(16, 8, 2, 1100, 1000, 128)  # enough keys to be split over programs, of the prefix alone too
 
 CALLS: dict[str, Call] = {
     "padding left": Call(_ROWS, lambda x, g: {"key_padding_mask": padding(x, "left")}),
@@ -140,10 +136,10 @@ CALLS: dict[str, Call] = {
     "window": Call(_WIDE, lambda x, g: {"window": max(2, x.T // 5)}),
     "window with a cache": Call(_CACHED, lambda x, g: {"window": max(2, x.T // 5)}),
     "softcap": Call(_WIDE, lambda x, g: {"softcap": 2.0}),
-    "sinks": Call(_ROWS, lambda x, g: {"sinks": _normal(x, g, x.H).requires_grad_()}),
+    "sinks": Call(_ROWS, lambda x, g: {"sinks": random_normal(x, g, x.H).requires_grad_()}),
     "bias": Call(_ROWS, _biased),
     "bias bool": Call(_BOTH, lambda x, g: {"bias": torch.rand(x.B, 1, x.S, x.T, generator=g, device=x.device) > 0.3}),
-    "gate": Call(_ROWS, lambda x, g: {"gate": _normal(x, g, x.H).requires_grad_()}),
+    "gate": Call(_ROWS, lambda x, g: {"gate": random_normal(x, g, x.H).requires_grad_()}),
     "scale, fp32 prefix": Call(_ROWS, lambda x, g: {"scale": 0.1}, master=True),
     "D_v smaller": Call(replace(_ROWS, H=4, H_kv=4, D=128), lambda x, g: {}, width=64),
     "D_v larger": Call(_ROWS, lambda x, g: {}, width=128),
@@ -169,7 +165,7 @@ CALLS: dict[str, Call] = {
     ),
     "decode, bank": Call(_DECODE, lambda x, g: {"prefix_ids": _ids(x, g, x.B), "prefix_lens": _lens(x)}, bank=3),
     "decode, window and sinks": Call(
-        _DECODE, lambda x, g: {"window": max(2, x.T // 5), "sinks": _normal(x, g, x.H).requires_grad_()}
+        _DECODE, lambda x, g: {"window": max(2, x.T // 5), "sinks": random_normal(x, g, x.H).requires_grad_()}
     ),
     "everything": Call(_CACHED, _everything, bank=3),
 }

@@ -1,8 +1,8 @@
-"""Whole models with a prefix attached, each backend forced in turn, beside explicit concatenation.
+"""Checks of whole models: an attached prefix, with each backend in turn, against explicit concatenation.
 
-Three architectures at random: grouped heads and rotary positions, learned positions, no causality. Bound: the error
-against concatenation in fp64 is at most twice that of concatenation in the model's own dtype, plus four roundings of
-the largest entry. transformers is imported by the first row, not by the plan.
+Three randomly initialised architectures: grouped heads with rotary positions, learned positions, and one that is not
+causal. The error against concatenation in fp64 may be twice that of concatenation in the model's own dtype, plus four
+roundings of the largest entry. transformers is imported by the first row, not by the plan.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from benches.correctness import Case
+from benches.device_suite.operator_correctness import Case
 from fastprefix.measure import DTYPES, Problem
 from fastprefix.types import BackendName
 
 if TYPE_CHECKING:
-    from benches.concat import Concatenated
+    from benches.device_suite.concat_oracle import ConcatenatingModel
     from fastprefix.prefixes.prefix import Prefix
 
 ROUNDINGS = 4
@@ -30,7 +30,7 @@ VOCAB = 4096
 
 @dataclass(frozen=True)
 class Shape:
-    """Of a model: batch, tokens, prefix and new tokens of a row; layers, width and heads of the model."""
+    """Sizes: batch, tokens, prefix and new tokens of a row; layers, width and heads of its model."""
 
     batch: int = 4
     tokens: int = 130
@@ -43,7 +43,7 @@ class Shape:
 
 
 SMOKE = Shape(batch=2, tokens=9, prefix=5, new=2, layers=1, hidden=64, heads=4, kv_heads=2)
-# Head dim 64: no backend of ours is without it in fp32.
+# Head dim 64, which every backend supports in fp32.
 MODELS = {
     "Llama": Shape(),
     "GPT-2": Shape(hidden=768, heads=12, kv_heads=12),
@@ -52,12 +52,12 @@ MODELS = {
 
 
 def shape(name: str, smoke: bool) -> Shape:
-    """A model's."""
+    """The sizes of a model."""
     return SMOKE if smoke else MODELS[name]
 
 
 def problems(name: str, dtype: str, device: str, smoke: bool) -> Iterator[Problem]:
-    """The operator's problems in a row, without their masks."""
+    """The operator calls in a row, without their masks."""
     x = shape(name, smoke)
     sizes = (x.batch, x.heads, x.heads if name != "Llama" else x.kv_heads, x.tokens, x.prefix, x.hidden // x.heads)
     yield Problem.train(*sizes, dtype=DTYPES[dtype], device=device, causal=name != "BERT")
@@ -66,29 +66,29 @@ def problems(name: str, dtype: str, device: str, smoke: bool) -> Iterator[Proble
 
 
 def cases(name: str, backend: BackendName, dtype: str, device: str, smoke: bool) -> Iterator[Case]:
-    """What a row judges: a batch as it is, one padded, and tokens that are generated greedily."""
-    yield "logits and gradients", lambda: _pair(name, dtype, device, smoke).broken(backend, padded=False)
-    yield "padded", lambda: _pair(name, dtype, device, smoke).broken(backend, padded=True)
+    """The checks of a row: a batch without padding, a padded batch, and greedily generated tokens."""
+    yield "logits and gradients", lambda: _model_under_test(name, dtype, device, smoke).broken(backend, padded=False)
+    yield "padded", lambda: _model_under_test(name, dtype, device, smoke).broken(backend, padded=True)
     if name != "BERT" and dtype == "fp32":
-        yield "greedy tokens", lambda: _pair(name, dtype, device, smoke).other_tokens(backend)
+        yield "greedy tokens", lambda: _model_under_test(name, dtype, device, smoke).wrong_tokens(backend)
 
 
 def release() -> None:
-    """Give the models' memory back."""
-    _pair.cache_clear()
+    """Free the memory of the models."""
+    _model_under_test.cache_clear()
 
 
 @functools.lru_cache(maxsize=1)
-def _pair(name: str, dtype: str, device: str, smoke: bool) -> Pair:
-    return Pair(name, dtype, device, smoke)
+def _model_under_test(name: str, dtype: str, device: str, smoke: bool) -> ModelUnderTest:
+    return ModelUnderTest(name, dtype, device, smoke)
 
 
-class Pair:
-    """A model with a prefix, and two that concatenate it: in fp64 and in the model's dtype."""
+class ModelUnderTest:
+    """A model with a prefix, and two copies that concatenate the prefix: in fp64 and in the model's dtype."""
 
     def __init__(self, name: str, dtype: str, device: str, smoke: bool) -> None:
         import fastprefix
-        from benches.concat import Concatenated
+        from benches.device_suite.concat_oracle import ConcatenatingModel
         from fastprefix.hf.attention import SLOT
 
         self.shape, self.dtype, self.causal, self.device = shape(name, smoke), DTYPES[dtype], name != "BERT", device
@@ -98,10 +98,10 @@ class Pair:
         config = fastprefix.PrefixConfig(self.shape.prefix, init=fastprefix.init.normal(0.7))
         self.prefix: Prefix = fastprefix.attach(self.model, config)
         names = [name for name, module in self.model.named_modules() if SLOT in module._modules]
-        self.exact, self.rounded = Concatenated(exact, names), Concatenated(rounded, names)
+        self.exact, self.rounded = ConcatenatingModel(exact, names), ConcatenatingModel(rounded, names)
 
     def broken(self, backend: BackendName, padded: bool) -> str | None:
-        """What of logits and gradients breaks the bound, in words."""
+        """The first of logits and gradients that breaks the bound, in words; None when none does."""
         from fastprefix.measure.training.training_step import force_backend
 
         inputs = self._inputs(padded)
@@ -118,8 +118,8 @@ class Pair:
                 return f"{what}: error {mine:.2e}, concatenation's {theirs:.2e}"
         return None
 
-    def other_tokens(self, backend: BackendName) -> str | None:
-        """Where greedy tokens are not those of concatenation, in words; either of two equally likely ones is right."""
+    def wrong_tokens(self, backend: BackendName) -> str | None:
+        """What is wrong with greedy tokens, in words; by concatenation, each must have a logit close to the highest."""
         from fastprefix.measure.training.training_step import force_backend
 
         inputs, new = self._inputs(padded=False), self.shape.new
@@ -138,7 +138,7 @@ class Pair:
         return None
 
     def _inputs(self, padded: bool) -> dict[str, Tensor]:
-        """Ids, and a mask that hides a third of the first sample: on the left where tokens could follow."""
+        """Token ids and a mask that hides a third of the first sample: on the left in causal models."""
         x, generator = self.shape, torch.Generator(self.device).manual_seed(1)
         ids = torch.randint(3, VOCAB, (x.batch, x.tokens), generator=generator, device=self.device)
         if not padded:
@@ -150,7 +150,7 @@ class Pair:
         return {"input_ids": ids, "attention_mask": mask if self.causal else mask.flip(1)}
 
     def _positions(self, inputs: dict[str, Tensor]) -> Tensor:
-        """P and the index among the tokens that are not padding, in encoders the column."""
+        """Position ids: P plus the index among the tokens that are not padding; in encoders, P plus the column."""
         mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"]))
         mask = mask if self.causal else torch.ones_like(mask)
         return (mask.cumsum(1) - 1).clamp(min=0) + self.shape.prefix
@@ -158,13 +158,13 @@ class Pair:
     def _pairs(self, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
         return [(k.detach().to(dtype), v.detach().to(dtype)) for k, v in self.prefix.key_values()]
 
-    def _concatenated(self, twin: Concatenated, dtype: torch.dtype, inputs: dict[str, Tensor]) -> list[Tensor]:
+    def _concatenated(self, twin: ConcatenatingModel, dtype: torch.dtype, inputs: dict[str, Tensor]) -> list[Tensor]:
         pairs = self._pairs(dtype)
         leaves = [x.requires_grad_() for pair in pairs for x in pair]
         return self._results(twin(pairs, **inputs), leaves, inputs)
 
     def _results(self, output: Any, leaves: Sequence[Tensor], inputs: dict[str, Tensor]) -> list[Tensor]:
-        """Logits of all that is no padding, then the gradient of every leaf for a fixed gradient of them."""
+        """The logits of all tokens but padding, then the gradient of every leaf for a fixed gradient of the logits."""
         x = self._logits(output)
         if "attention_mask" in inputs:
             x = x[inputs["attention_mask"].bool()]
@@ -177,7 +177,7 @@ class Pair:
 
 
 def _build(name: str, x: Shape) -> Any:
-    """Weights at twice their usual size: at that, it matters who attends to what."""
+    """Build a random model whose weights are twice as large as usual, so that attention is not near uniform."""
     import transformers
 
     common = {"vocab_size": VOCAB, "bos_token_id": 1, "eos_token_id": None, "pad_token_id": 0}

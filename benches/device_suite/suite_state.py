@@ -1,4 +1,4 @@
-"""The results of one device: rows on disk as they come, what was running, and how much of the budget is left."""
+"""The state of a run on one device: its rows on disk, what is running, and how much of the budget is left."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from benches.plan import PARTS, Part
+from benches.device_suite.plan import PARTS, Part
 from fastprefix.measure.report_tables import ResultFile, environment, slug, write_atomically
 
 
-class Suite:
-    """Rows by part in ``<out>/<device>/<part>.json``, and beside them what a later process needs to go on.
+class SuiteState:
+    """Rows by part in ``<out>/<device>/<part>.json``, and next to them the state that a later process resumes from.
 
     Args:
-        out: folder of all devices.
-        device: as torch names it.
-        budget: seconds for the whole suite, earlier runs that are resumed included.
-        resume: keep rows that are there. What ran when two earlier processes ended is blamed for it and skipped.
-        only: the parts that run; rows of the others are kept.
+        out: the folder that holds a folder for each device.
+        device: the device's name in torch.
+        budget: seconds for the whole suite, including earlier runs that are resumed.
+        resume: keep existing rows. A candidate that was running when two earlier processes ended is skipped.
+        only: the parts that run; rows of the other parts are kept.
     """
 
     def __init__(self, out: Path, device: str, budget: float, resume: bool, only: Collection[Part] = PARTS) -> None:
@@ -43,39 +43,39 @@ class Suite:
 
     @property
     def spent(self) -> float:
-        """Seconds since the suite began."""
+        """Seconds since the suite began, in earlier processes too."""
         return time.monotonic() - self._start
 
     @property
     def out_of_budget(self) -> bool:
-        """Whether no further row may begin."""
+        """Whether the budget is spent, so that no further row may begin."""
         return self.spent > self.budget
 
     def done(self, part: Part, key: str) -> bool:
-        """Whether the row is there already."""
+        """Whether there is a result for the row."""
         return key in self.files[part]
 
     def blamed(self, key: str) -> dict[str, str]:
-        """Who may not run in this row again, and why."""
+        """The candidates that must not run in this row again, and why."""
         return dict(self._state["blamed"].get(key, {}))
 
     def begin(self, key: str, who: str) -> None:
-        """Note what runs, so that a process that never comes back is explained by the next."""
+        """Note on disk what runs: if this process dies, the next one knows what was running."""
         self._state["running"] = [key, who]
         self._save()
 
     def end(self) -> None:
-        """What ran came back."""
+        """Note that nothing is running."""
         self._state["running"] = None
         self._save()
 
     def blame(self, key: str, who: str, reason: str) -> None:
-        """Do not run ``who`` in this row again."""
+        """Note that ``who`` must not run in this row again, and why."""
         self._state["blamed"].setdefault(key, {})[who] = reason
         self.end()
 
     def add(self, part: Part, row: dict[str, Any]) -> None:
-        """A finished row."""
+        """Add a finished row."""
         self.files[part].add(row)
         self.end()
 
@@ -84,11 +84,11 @@ class Suite:
         return self.files[part].rows
 
     def finish(self) -> None:
-        """Nothing is left to go on with."""
+        """Remove the state file: the suite is finished and there is nothing to resume."""
         self._state_path.unlink(missing_ok=True)
 
     def _look_back(self) -> None:
-        """Once may have been anybody's doing; what was running both times is to blame."""
+        """Skip a candidate that was running when two processes ended; a single end may have had another cause."""
         running = self._state["running"]
         if running is None:
             return

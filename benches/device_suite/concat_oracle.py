@@ -1,6 +1,6 @@
 """The oracle of whole models: the prefix concatenated in front of every sample's keys and values, one softmax.
 
-Nothing of ours is in it; the masks are transformers' own, of its eager attention.
+It uses none of fastprefix's code; the masks are those of transformers' eager attention.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from transformers.masking_utils import eager_mask
 NAME = "explicit_concatenation"
 
 
-class Concatenated:
+class ConcatenatingModel:
     """A model whose named attention modules each get a prefix with every call.
 
     Args:
-        model: used up: its attention is no longer its own.
-        names: of the attention modules, in order.
+        model: changed in place: its attention implementation is replaced.
+        names: names of the attention modules, in order.
     """
 
     def __init__(self, model: Any, names: Sequence[str]) -> None:
@@ -30,7 +30,7 @@ class Concatenated:
         model.set_attn_implementation(NAME)
 
     def __call__(self, prefixes: Sequence[tuple[Tensor, Tensor]], **inputs: Tensor) -> Any:
-        """The model's output; ``prefixes`` are ``[H_kv, P, D]`` keys and values of each module."""
+        """The model's output; ``prefixes`` are the keys and values ``[H_kv, P, D]`` of each module."""
         for module, pair in zip(self._modules, prefixes, strict=True):
             module.concatenated = pair
         return self.model(**inputs)

@@ -1,11 +1,11 @@
-"""The rows of a suite as Markdown."""
+"""The results of a device suite as Markdown."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from typing import Any
 
-from benches.suite import Suite
+from benches.device_suite.suite_state import SuiteState
 from fastprefix.measure.operator.baselines import NO_PREFIX
 from fastprefix.measure.operator.candidates import OURS
 from fastprefix.measure.report_tables import markdown_table, mebibytes, seconds
@@ -18,8 +18,8 @@ TITLES = {
 }
 
 
-def markdown(suite: Suite) -> str:
-    """Everything: where, correctness, the operator, training steps, what was dropped."""
+def markdown(suite: SuiteState) -> str:
+    """The whole report: the machine, correctness, operator times, training steps, and rows that were not measured."""
     origin = suite.files["correctness"].environment
     facts = [f"torch {origin['torch']}", f"CUDA {origin['cuda']}" if origin["cuda"] else f"{origin['threads']} threads"]
     parts = [f"# {origin['device']}", ", ".join([*facts, origin["date"], f"{suite.spent:.0f} s in all"])]
@@ -71,13 +71,13 @@ def _cell(row: dict[str, Any], name: str) -> str:
 
 
 def _time_and_rate(row: dict[str, Any], found: dict[str, float]) -> str:
-    """The median, and the rate of what the floor is made of."""
+    """The median, and the bandwidth or arithmetic rate, whichever limits the roofline."""
     rate = f"{found['gb_s']:.0f} GB/s" if row["bound"] == "memory" else f"{found['tflop_s']:.3g} TFLOP/s"
     return f"{seconds(found['median_s'])}, {rate}"
 
 
 def _against(times: dict[str, float]) -> str:
-    """The fastest other way to the same result over our fastest."""
+    """The time of the fastest exact baseline over that of our fastest backend."""
     ours = [t for name, t in times.items() if name.startswith(OURS)]
     others = {t: name for name, t in times.items() if not name.startswith(OURS) and name != NO_PREFIX}
     if not ours or not others:
@@ -100,8 +100,8 @@ def _steps(rows: list[dict[str, Any]]) -> str:
     return markdown_table(head, lines)
 
 
-def _notes(suite: Suite) -> list[str]:
-    """Every reason once, with how many rows it left out, and what the budget did not reach."""
+def _notes(suite: SuiteState) -> list[str]:
+    """Every reason once with the number of rows it left out, and the rows that the budget left out."""
     reasons: dict[str, int] = {}
     for row in [*suite.rows("operator"), *suite.rows("step")]:
         for name, reason in row["failures"].items():
@@ -114,5 +114,5 @@ def _notes(suite: Suite) -> list[str]:
 
 
 def _ordered(names: Iterable[str]) -> list[str]:
-    """Ours first, the floor last."""
+    """Names in the order of columns: ours first, the call without a prefix last."""
     return sorted(names, key=lambda name: (name == NO_PREFIX, not name.startswith(OURS), name))

@@ -1,4 +1,4 @@
-"""Every backend by name: each dtype, eager and compiled, every argument, held to the rule against fp64 truth."""
+"""Checks of each backend, in every dtype, eager and compiled, with every argument, by the error rule."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from benches.arguments import CALLS, Call
+from benches.device_suite.operator_calls import CALLS, Call
 from fastprefix import prefix_attention
 from fastprefix.dispatch import UnsupportedError
 from fastprefix.measure import DTYPES, Problem
@@ -17,12 +17,12 @@ from fastprefix.measure.device_errors import describe_error
 from fastprefix.measure.operator.correctness import broken_rule, results
 from fastprefix.types import BackendName
 
-# What is to be judged: its label, and what says in words what is wrong with it, None when nothing is.
+# One check: its label, and a function that returns what is wrong, in words; None when nothing is.
 Case = tuple[str, Callable[[], "str | None"]]
 
 # Odd on purpose: lengths that fill no tile, groups of 1, 3, 4 and 8, head dims from 32 to 256. The last four are
-# checked in fp32 as well (head dim 64: Triton's kernels take no more), the first and the last compiled: every shape
-# is a compilation there.
+# checked in fp32 as well, where Triton's kernels take head dims up to 64; the first and the last are checked compiled,
+# which costs a compilation for every shape.
 PROBLEMS = (
     Problem.train(2, 32, 8, 513, 128, 128),
     Problem.train(3, 12, 12, 257, 17, 64),
@@ -42,7 +42,7 @@ SMOKE = (Problem.train(2, 2, 1, 13, 7, 16), Problem.decode(3, 4, 2, 9, 17, 16))
 
 
 def problems(dtype: str, compiled: bool, smoke: bool) -> tuple[Problem, ...]:
-    """Those of a row."""
+    """The problems of a row."""
     if smoke:
         return SMOKE[:1] if compiled else SMOKE
     chosen = PROBLEMS[-4:] if dtype == "fp32" else PROBLEMS
@@ -50,7 +50,7 @@ def problems(dtype: str, compiled: bool, smoke: bool) -> tuple[Problem, ...]:
 
 
 def calls(what: str, dtype: str, compiled: bool, device: str, smoke: bool) -> Iterator[tuple[str, Call]]:
-    """The calls of a row by label."""
+    """The calls of a row with their labels."""
     if what == "shapes":
         named = {label(x): Call(x, lambda problem, generator: {}) for x in problems(dtype, compiled, smoke)}
     else:
@@ -60,12 +60,12 @@ def calls(what: str, dtype: str, compiled: bool, device: str, smoke: bool) -> It
 
 
 def label(problem: Problem) -> str:
-    """Without the dtype, which is the row's."""
+    """The problem's label without the dtype, which its row names."""
     return problem.label.rpartition(" ")[0] + ("" if problem.causal else " bidirectional")
 
 
 def cases(what: str, backend: BackendName, dtype: str, compiled: bool, device: str, smoke: bool) -> Iterator[Case]:
-    """What a row of correctness judges."""
+    """The checks of a row."""
     for name, call in calls(what, dtype, compiled, device, smoke):
         yield name, functools.partial(_broken, backend, call, compiled)
 
@@ -81,7 +81,7 @@ def _broken(backend: BackendName, call: Call, compiled: bool) -> str | None:
 
 
 def verdict(judge: Callable[[], str | None]) -> str:
-    """``ok``, ``cannot: ...`` (the backend's reasons, what is not installed), ``wrong: ...`` or ``failed: ...``."""
+    """Run a check: ``ok``, ``cannot: ...`` (unsupported, or not installed), ``wrong: ...`` or ``failed: ...``."""
     try:
         wrong = judge()
     except ModuleNotFoundError as error:
