@@ -1,4 +1,4 @@
-"""The demo's picture: the loss and, where it was measured, step time and saved bytes."""
+"""The demo's plot: the loss and, if they were measured, step times and saved bytes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ HELDOUT = {
 
 
 def plot(path: Path, losses: list[float], heldout: dict[str, float], rows: list[Row]) -> None:
-    """Write a PNG with one panel, or with three if there are measured rows."""
+    """Write a PNG with one panel, or with three if ``rows`` is not empty."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

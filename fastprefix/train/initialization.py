@@ -1,4 +1,4 @@
-"""Where training starts: at the task's own words, at a given text, or at random."""
+"""How training initialises the prefix: from the training data, from a given text, or at random."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ SHOWN = 100  # characters of a text
 
 
 @dataclass(frozen=True)
-class Start:
-    """A configuration, and in words what it starts from."""
+class Initialization:
+    """The configuration of the prefix, and in words how it is initialised."""
 
     config: PrefixConfig | PromptConfig
     about: str
 
 
-def choose_start(options: argparse.Namespace, tokenizer: Any, rows: Sequence[Row]) -> Start:
-    """What ``--method``, ``--num-virtual-tokens``, ``--init`` and ``--init-text`` ask for.
+def choose_initialization(options: argparse.Namespace, tokenizer: Any, rows: Sequence[Row]) -> Initialization:
+    """The initialisation that ``--method``, ``--num-virtual-tokens``, ``--init`` and ``--init-text`` ask for.
 
-    The default text is that of the training rows, one after the other as the model reads them - prompts, completions
-    and the tokens around them - cut to P tokens, and repeated where all of them are fewer.
+    By default the prefix starts from the first P tokens of the training rows, in order and as the model reads them:
+    prompts, completions and the tokens around them. They are repeated if there are fewer than P.
     """
     prompt = options.method == "prompt"
     P, asked = options.num_virtual_tokens, options.init_text
@@ -46,9 +46,9 @@ def choose_start(options: argparse.Namespace, tokenizer: Any, rows: Sequence[Row
         what = "embeddings" if prompt else "keys and values"
         words = f"at the model's own {what} {source} {_shown(tokenizer.decode(ids))}"
     if prompt:
-        return Start(PromptConfig(P, init=begin), f"a soft prompt of {P} tokens starts {words}")
+        return Initialization(PromptConfig(P, init=begin), f"a soft prompt of {P} tokens starts {words}")
     config = PrefixConfig(P, prefix_projection=options.prefix_projection, init=begin)
-    return Start(config, f"a prefix of {P} tokens starts {words}")
+    return Initialization(config, f"a prefix of {P} tokens starts {words}")
 
 
 def _text_ids(text: str, tokenizer: Any) -> list[int]:

@@ -1,4 +1,4 @@
-"""The demo's training: a plain loop, held-out loss, generations, and the adapter read back by PEFT."""
+"""The demo's training loop, held-out loss and generation, and a check that PEFT reads the adapter."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ Batch = dict[str, Tensor]
 
 
 def batches(pairs: Pairs, tokenizer: Any) -> Iterator[Batch]:
-    """Encoded batches in order, the last one maybe shorter."""
+    """Encoded batches in order; the last one may be shorter."""
     for first in range(0, len(pairs), BATCH_SIZE):
         yield encode_pairs(pairs[first : first + BATCH_SIZE], tokenizer)
 
 
 def train(model: Any, parameters: Sequence[Tensor], pairs: Pairs, tokenizer: Any, steps: int) -> list[float]:
-    """AdamW on shuffled batches, epoch after epoch; the loss of every step."""
+    """Train with AdamW on shuffled batches for so many steps; returns the loss of every step."""
     optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE)
     losses: list[float] = []
     bar = tqdm(itertools.islice(_shuffled(pairs, tokenizer), steps), total=steps, desc="training", unit="step")
@@ -50,7 +50,7 @@ def _shuffled(pairs: Pairs, tokenizer: Any) -> Iterator[Batch]:
 
 @torch.no_grad()
 def heldout_loss(model: Any, pairs: Pairs, tokenizer: Any) -> float:
-    """Mean loss of a completion token, eos included."""
+    """The mean loss of a completion token, including eos."""
     total, count = 0.0, 0
     for batch in batches(pairs, tokenizer):
         tokens = int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())
@@ -61,7 +61,7 @@ def heldout_loss(model: Any, pairs: Pairs, tokenizer: Any) -> float:
 
 @torch.no_grad()
 def generate(model: Any, pairs: Pairs, tokenizer: Any) -> list[str]:
-    """What the model says after each prompt, greedily: its first line."""
+    """Greedy completions of the prompts, each on one line."""
     texts = []
     for pair in pairs:
         prompt = tokenizer(pair["prompt"], return_tensors="pt")
@@ -73,10 +73,10 @@ def generate(model: Any, pairs: Pairs, tokenizer: Any) -> list[str]:
 
 @torch.no_grad()
 def peft_difference(model: Any, fresh: Any, folder: Path, batch: Batch) -> float:
-    """Largest difference between our logits and those of plain PEFT with the saved adapter on a fresh model.
+    """The largest difference between our logits and those of PEFT with the saved adapter on a fresh model.
 
     Raises:
-        RuntimeError: it is not below :data:`MAX_LOGIT_DIFFERENCE`.
+        RuntimeError: the difference is not below :data:`MAX_LOGIT_DIFFERENCE`.
     """
     from peft import PeftModel
 
