@@ -1,7 +1,7 @@
-"""The operator against its peers, a group a problem: forward, forward and backward, decoding; one prefix and a bank.
+"""The operator against its baselines, a group for each problem: forward, forward and backward, decoding, banks.
 
-Nothing is timed before its result is right: ours against fp64 truth on a smaller problem of the same kind, a peer
-against ours on the problem itself.
+A result is checked before it is timed: ours against the reference in fp64 on a smaller problem of the same kind, a
+baseline against ours on the problem itself.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from benches.arguments import Call
-from fastprefix.measure import Leaves, Mode, Peer, Problem, peers_for, runner
-from fastprefix.measure.check import broken_rule, disagreement, results
-from fastprefix.measure.peers import OURS
+from benches.device_suite.operator_calls import Call
+from fastprefix.measure import Candidate, Leaves, Mode, Problem, candidates_for, runner
+from fastprefix.measure.operator.candidates import OURS
+from fastprefix.measure.operator.correctness import broken_rule, disagreement, results
 
 PROBLEMS: tuple[tuple[Problem, Mode], ...] = (
     (Problem.train(8, 12, 12, 128, 16, 64), "forward"),
@@ -30,7 +30,7 @@ PROBLEMS: tuple[tuple[Problem, Mode], ...] = (
     (Problem.decode(1, 9, 3, 16, 2048, 64), "decode"),
     (Problem.decode(32, 9, 3, 16, 2048, 64), "decode"),
 )
-CASES = [(problem, mode, peer) for problem, mode in PROBLEMS for peer in peers_for(problem, mode)]
+CASES = [(problem, mode, peer) for problem, mode in PROBLEMS for peer in candidates_for(problem, mode)]
 
 
 @cache
@@ -40,7 +40,7 @@ def _leaves(problem: Problem, mode: Mode) -> Leaves:
 
 @cache
 def _ours(problem: Problem, mode: Mode) -> dict[str, Tensor]:
-    ours = next(peer for peer in peers_for(problem, mode) if peer.name == OURS)
+    ours = next(peer for peer in candidates_for(problem, mode) if peer.name == OURS)
     small = replace(problem, B=min(problem.B, 2), P=min(problem.P, 128))
     leaves = Leaves.random(small, requires_grad=True)
     problem_with_it = broken_rule(small, leaves, results(leaves, causal=small.causal, backend="auto"))
@@ -49,7 +49,9 @@ def _ours(problem: Problem, mode: Mode) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize(("problem", "mode", "peer"), CASES, ids=lambda x: getattr(x, "label", getattr(x, "name", x)))
-def test_operator(problem: Problem, mode: Mode, peer: Peer, time_it: Callable[[str, Callable[[], Any]], None]) -> None:
+def test_operator(
+    problem: Problem, mode: Mode, peer: Candidate, time_it: Callable[[str, Callable[[], Any]], None]
+) -> None:
     if reason := peer.unavailable(problem, mode):
         pytest.skip(reason)
     call = runner(peer, problem, mode, _leaves(problem, mode))
@@ -58,7 +60,7 @@ def test_operator(problem: Problem, mode: Mode, peer: Peer, time_it: Callable[[s
     time_it(f"{mode}: {problem.label}", call)
 
 
-# A mixed batch: a prefix of its own for every sample, beside the one that all share.
+# A mixed batch, with another prefix for every sample, and one prefix that all samples share.
 _MIXED = Problem.train(8, 9, 3, 64, 128, 64)
 _LENGTHS = (16, 48, 80, 112, 144, 176, 208, 240)
 

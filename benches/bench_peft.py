@@ -1,4 +1,4 @@
-"""A PEFT model of a tiny Llama beside the same one patched: training steps and generation."""
+"""A PEFT model of a tiny Llama against the same model patched, in training steps and generation."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
-from fastprefix.measure import patched
-from fastprefix.measure.models import random_llama
-from fastprefix.measure.patched import PATCHED, PEFT, Run
+from fastprefix.measure.training import peft_vs_patched
+from fastprefix.measure.training.peft_vs_patched import PATCHED, PEFT, Workload
+from fastprefix.measure.training.random_models import random_llama
 
 BATCH, TOKENS = 8, 32
 
 
 @cache
-def _runs(what: str) -> dict[str, Run]:
+def _runs(what: str) -> dict[str, Workload]:
     """Raises AssertionError where PEFT and the patched model do not compute the same."""
     ids = torch.randint(5, 1024, (BATCH, TOKENS), generator=torch.Generator().manual_seed(0))
     match what:
         case "prefix step":
-            return patched.prefix_steps(random_llama(), ids, 128)
+            return peft_vs_patched.prefix_steps(random_llama(), ids, 128)
         case "prompt step":
-            return patched.prompt_steps(random_llama(), ids, 64)
+            return peft_vs_patched.prompt_steps(random_llama(), ids, 64)
         case "mixed step":
-            return patched.mixed_steps(random_llama(), ids, 64)
+            return peft_vs_patched.mixed_steps(random_llama(), ids, 64)
         case _:
-            return patched.generations(random_llama(), ids[:, :8], 256, 8)
+            return peft_vs_patched.generations(random_llama(), ids[:, :8], 256, 8)
 
 
 @pytest.mark.parametrize(

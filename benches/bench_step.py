@@ -1,4 +1,4 @@
-"""A training step of a tiny Llama: ours beside PEFT's and the frozen model's, and what each saves for backward."""
+"""A training step of a tiny Llama: ours, PEFT's and the frozen model's, and the bytes each saves for backward."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
-from fastprefix.measure.candidate import Step
-from fastprefix.measure.models import random_llama
-from fastprefix.measure.step import FROZEN, OURS, PEFT, candidates
+from fastprefix.measure.training.compare_steps import FROZEN, OURS, PEFT, build_steps
+from fastprefix.measure.training.random_models import random_llama
+from fastprefix.measure.training.training_step import TrainingStep
 
 BATCH, TOKENS = 8, 64
 
 
 @cache
-def _steps(num_virtual_tokens: int) -> dict[str, Step]:
+def _steps(num_virtual_tokens: int) -> dict[str, TrainingStep]:
     """Raises AssertionError where ours and PEFT do not compute the same loss."""
     ids = torch.randint(0, 1024, (BATCH, TOKENS), generator=torch.Generator().manual_seed(0))
-    return candidates(random_llama(), ids, num_virtual_tokens)
+    return build_steps(random_llama(), ids, num_virtual_tokens)
 
 
 @pytest.mark.parametrize("name", [OURS, PEFT, FROZEN])

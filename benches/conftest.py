@@ -1,4 +1,4 @@
-"""What the microbenchmarks share."""
+"""Fixtures of the microbenchmarks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def _seed() -> None:
 
 @pytest.fixture
 def time_it(benchmark: Any) -> Callable[[str, Callable[[], Any]], None]:
-    """``time_it(group, fn)``: a fixed number of rounds, beside everything else of the group in the report."""
+    """``time_it(group, fn)`` times a fixed number of rounds and reports it with the others of the group."""
 
     def run(group: str, fn: Callable[[], Any]) -> None:
         benchmark.group = group

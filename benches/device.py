@@ -2,7 +2,8 @@
 
     python -m benches.device [--smoke] [--only PART] [--budget SECONDS] [--out DIR] [--resume] [--list]
 
-Correctness first, then the operator against every peer, then whole training steps, the most important rows first.
+It checks correctness first, then times the operator against every baseline, then whole training steps, the most
+important rows first.
 Each row is on disk as soon as it is measured. ``--smoke`` runs tiny shapes on any machine.
 """
 
@@ -19,18 +20,18 @@ from typing import Any, NoReturn
 
 import torch
 
-from benches import estimate, kernels
-from benches.compilers import MOST_PROCESSES, Compilers, this_device
-from benches.plan import PARTS, Check, Equal, Job, jobs, part
-from benches.report import markdown
-from benches.suite import Suite
-from benches.work import do
-from fastprefix.measure.run import DeviceLostError, why
-from fastprefix.measure.tables import write_atomically
+from benches.device_suite import compiled_kernels, time_estimate
+from benches.device_suite.job_runner import run_job
+from benches.device_suite.parallel_compile import MOST_PROCESSES, CompilePool, this_device
+from benches.device_suite.plan import PARTS, Job, ModelCheck, OperatorCheck, jobs, part
+from benches.device_suite.report import markdown
+from benches.device_suite.suite_state import SuiteState
+from fastprefix.measure.device_errors import DeviceLostError, describe_error
+from fastprefix.measure.report_tables import write_atomically
 
 BUDGET = 420.0
 RESULTS = Path(__file__).parent / "results"
-LISTED = (90, "NVIDIA H100 80GB HBM3")  # --list speaks of it where there is no device
+LISTED = (90, "NVIDIA H100 80GB HBM3")  # the device that --list assumes where there is none
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -67,7 +68,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(options: argparse.Namespace, out: Path, device: str) -> int:
-    suite = Suite(out, device, options.budget, options.resume, options.only)
+    suite = SuiteState(out, device, options.budget, options.resume, options.only)
     plan = [job for job in jobs(device, options.smoke, options.only) if not suite.done(part(job), job.key)]
     try:
         with _compilers(plan, device, options.smoke) as compilers:
@@ -75,7 +76,7 @@ def _run(options: argparse.Namespace, out: Path, device: str) -> int:
                 if suite.out_of_budget:
                     suite.dropped.append(job.key)
                     continue
-                if compilers is not None and _compiled_before(job) and (note := compilers.wait()):
+                if compilers is not None and _needs_kernels(job) and (note := compilers.wait()):
                     suite.notes.append(note)
                     print(f"{suite.spent:6.1f} s  {note}", flush=True)
                 row = _row(job, suite, options, out)
@@ -94,27 +95,27 @@ def _run(options: argparse.Namespace, out: Path, device: str) -> int:
     return int(bad > 0)
 
 
-def _compilers(plan: list[Job], device: str, smoke: bool) -> contextlib.AbstractContextManager[Compilers | None]:
-    """Whoever compiles the kernels; nobody where there are none, or that fails: then rows do it themselves."""
+def _compilers(plan: list[Job], device: str, smoke: bool) -> contextlib.AbstractContextManager[CompilePool | None]:
+    """The processes that compile the kernels; None where there are none or that fails: then rows compile them."""
     if device != "cuda" or smoke:
         return contextlib.nullcontext()
     try:
-        return Compilers(plan, this_device())
+        return CompilePool(plan, this_device())
     except Exception as error:
-        print(f"kernels are compiled one by one: {why(error)}", flush=True)
+        print(f"kernels are compiled one by one: {describe_error(error)}", flush=True)
         return contextlib.nullcontext()
 
 
-def _compiled_before(job: Job) -> bool:
-    """Whether a row is timed or runs our kernels first."""
-    return not isinstance(job, (Check, Equal)) or job.backend == "triton"
+def _needs_kernels(job: Job) -> bool:
+    """Whether a row waits for the compiled kernels: it is timed, or it runs Triton kernels."""
+    return not isinstance(job, (OperatorCheck, ModelCheck)) or job.backend == "triton"
 
 
 def _listing(plan: list[Job], budget: float) -> str:
-    lines = [estimate.listing(plan)]
-    total = estimate.START + sum(map(estimate.seconds, plan))
-    found, reasons = kernels.distinct(kernels.sources(plan), LISTED)
-    one_by_one, at_once = (estimate.compilation(len(found), n) for n in (1, MOST_PROCESSES))
+    lines = [time_estimate.listing(plan)]
+    total = time_estimate.START + sum(map(time_estimate.seconds, plan))
+    found, reasons = compiled_kernels.distinct_kernels(compiled_kernels.meta_calls(plan), LISTED)
+    one_by_one, at_once = (time_estimate.compilation(len(found), n) for n in (1, MOST_PROCESSES))
     lines.append(
         f"{len(found)} Triton kernels: {one_by_one:.0f} s one by one, {at_once:.0f} s in {MOST_PROCESSES} "
         "processes, beside the rows before the first that needs them"
@@ -126,19 +127,19 @@ def _listing(plan: list[Job], budget: float) -> str:
     return "\n".join(lines)
 
 
-def _row(job: Job, suite: Suite, options: argparse.Namespace, out: Path) -> dict[str, Any]:
+def _row(job: Job, suite: SuiteState, options: argparse.Namespace, out: Path) -> dict[str, Any]:
     try:
-        row = do(job, suite, options.smoke)
+        row = run_job(job, suite, options.smoke)
     except DeviceLostError as lost:
         suite.blame(job.key, lost.who, f"lost the device: {lost.reason}")
-        _again(suite, options, out)
+        _restart(suite, options, out)
     suite.add(part(job), row)
     write_atomically(suite.folder / "results.md", markdown(suite))
     return row
 
 
-def _again(suite: Suite, options: argparse.Namespace, out: Path) -> NoReturn:
-    """A CUDA fault ends the process's use of the device: go on in a new one, from what is on disk."""
+def _restart(suite: SuiteState, options: argparse.Namespace, out: Path) -> NoReturn:
+    """Go on in a new process from the state on disk, since after a CUDA fault this one cannot use the device."""
     print("the device was lost; going on in a new process", flush=True)
     more = ["--resume", "--out", str(out), "--budget", str(suite.budget), *(["--smoke"] if options.smoke else [])]
     for name in options.only:

@@ -1,6 +1,7 @@
-"""PEFT's models beside the same ones patched, on SmolLM2-135M: ``python -m benches.peft`` (some minutes on two cores).
+"""PEFT's models against the same models patched, on SmolLM2-135M: ``python -m benches.peft``, minutes on two cores.
 
-Also what a mixed batch of prefixes costs beside one prefix. Ratios of candidates taken in turns in one process.
+It also measures what a mixed batch of prefixes costs over one prefix. All figures are ratios of interleaved timings in
+one process.
 """
 
 from __future__ import annotations
@@ -12,36 +13,41 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastprefix.measure import patched
-from fastprefix.measure.patched import ATTACHED, FROZEN, PATCHED, PEFT, Run
-from fastprefix.measure.tables import markdown_table
+from fastprefix.measure.report_tables import markdown_table
 from fastprefix.measure.timing import interleaved, ratio
+from fastprefix.measure.training import peft_vs_patched
+from fastprefix.measure.training.peft_vs_patched import ATTACHED, FROZEN, PATCHED, PEFT, Workload
 
-Make = Callable[[Any], dict[str, Run]]
+Make = Callable[[Any], dict[str, Workload]]
 
 
 def _ids(batch: int, tokens: int) -> Tensor:
     return torch.randint(5, 40000, (batch, tokens), generator=torch.Generator().manual_seed(0))
 
 
-# What it is, how its candidates are made, which are divided by which, whether their saved bytes say something.
+# Title, a function that builds the workloads, the pairs to divide, whether their saved bytes are of interest.
 CASES: tuple[tuple[str, Make, tuple[tuple[str, str], ...], bool], ...] = (
-    ("step, PREFIX_TUNING B8 S64 P512", lambda m: patched.prefix_steps(m, _ids(8, 64), 512), ((PEFT, PATCHED),), True),
+    (
+        "step, PREFIX_TUNING B8 S64 P512",
+        lambda m: peft_vs_patched.prefix_steps(m, _ids(8, 64), 512),
+        ((PEFT, PATCHED),),
+        True,
+    ),
     (
         "step, PROMPT_TUNING B16 S32 P100",
-        lambda m: patched.prompt_steps(m, _ids(16, 32), 100),
+        lambda m: peft_vs_patched.prompt_steps(m, _ids(16, 32), 100),
         ((PEFT, PATCHED), (PEFT, ATTACHED)),
         True,
     ),
     (
         "32 tokens generated, PREFIX_TUNING B16 S16 P1024",
-        lambda m: patched.generations(m, _ids(16, 16), 1024, 32),
+        lambda m: peft_vs_patched.generations(m, _ids(16, 16), 1024, 32),
         ((PEFT, PATCHED), (PATCHED, FROZEN)),
         False,
     ),
     (
         "step, 8 prefixes of P128 mixed, B8 S64",
-        lambda m: patched.mixed_steps(m, _ids(8, 64), 128),
+        lambda m: peft_vs_patched.mixed_steps(m, _ids(8, 64), 128),
         (("mixed", "one"),),
         True,
     ),
@@ -49,7 +55,7 @@ CASES: tuple[tuple[str, Make, tuple[tuple[str, str], ...], bool], ...] = (
 
 
 def take(model: Any, repeats: int) -> list[dict[str, Any]]:
-    """Measure every case on a model."""
+    """Measure every case on a model and return the rows."""
     rows = []
     for title, make, pairs, saves in CASES:
         runs = make(model)
@@ -70,7 +76,7 @@ def take(model: Any, repeats: int) -> list[dict[str, Any]]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """As Markdown."""
+    """The rows as a Markdown table."""
     lines = []
     for row in rows:
         first, second = row["names"]

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 
 from benches import peft
-from fastprefix.measure.problem import Mode, Problem
-from fastprefix.measure.run import measure
-from fastprefix.measure.tables import environment, markdown_table, write_atomically
+from fastprefix.measure.operator.problem import Mode, Problem
+from fastprefix.measure.operator.runner import measure
+from fastprefix.measure.report_tables import environment, markdown_table, write_atomically
 from fastprefix.measure.timing import Timing, ratio
 
 ROOT = Path(__file__).parents[1]
@@ -87,9 +87,9 @@ def _model() -> Any:
 
 
 def _step(length: int) -> dict[str, Any]:
-    from fastprefix.measure.step import candidates, measure_steps
+    from fastprefix.measure.training.compare_steps import build_steps, measure_steps
 
-    results = measure_steps(candidates(_model(), torch.randint(5, 40000, (8, 64)), length), repeats=15)
+    results = measure_steps(build_steps(_model(), torch.randint(5, 40000, (8, 64)), length), repeats=15)
     timings: dict[str, Timing] = {name: r.timing for name, r in results.items()}
     row = {
         "P": length,
@@ -104,12 +104,12 @@ def _step(length: int) -> dict[str, Any]:
 
 def _saved(batch: int) -> dict[str, Any]:
     """What 512 prefix tokens add to the bytes saved for backward, parameters not counted."""
-    from fastprefix.measure.step import candidates
+    from fastprefix.measure.training.compare_steps import build_steps
 
     ids = torch.randint(5, 40000, (batch, 64))
     added = {}
     for name in ("ours", "peft"):
-        steps = candidates(_model(), ids, 512, ("frozen", name))
+        steps = build_steps(_model(), ids, 512, ("frozen", name))
         added[name] = steps[name].saved_bytes() - steps["frozen"].saved_bytes()
         del steps
         gc.collect()
@@ -119,9 +119,9 @@ def _saved(batch: int) -> dict[str, Any]:
 
 def _length(length: int) -> dict[str, Any]:
     """Bytes that a step saves for backward with so many prefix tokens, parameters not counted."""
-    from fastprefix.measure.step import candidates
+    from fastprefix.measure.training.compare_steps import build_steps
 
-    steps = candidates(_model(), torch.randint(5, 40000, (8, 64)), length)
+    steps = build_steps(_model(), torch.randint(5, 40000, (8, 64)), length)
     row = {"P": length, **{name: step.saved_bytes() for name, step in steps.items()}}
     print(row, flush=True)
     return row

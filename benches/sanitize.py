@@ -2,9 +2,9 @@
 
     compute-sanitizer --tool memcheck|racecheck|initcheck python -m benches.sanitize [--smoke]
 
-Training, decoding, the prefix beside a vendor kernel, and every argument of the operator, in fp16, forward and
-backward; results are held to the usual rule. The first run compiles some hundred kernels, the next find them.
-``--smoke`` does a part of it in Triton's interpreter, for which TRITON_INTERPRET=1 has to be set.
+It runs training, decoding, the epilogue after a vendor kernel, and every argument of the operator, in fp16, forward and
+backward, and checks results by the error rule. The first run compiles some hundred kernels, later runs find them in the
+cache. ``--smoke`` runs a part of it in Triton's interpreter, for which TRITON_INTERPRET=1 has to be set.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from unittest import mock
 
 import torch
 
-from benches.arguments import CALLS, Call
-from benches.correctness import Case, verdict
+from benches.device_suite.operator_calls import CALLS, Call
+from benches.device_suite.operator_correctness import Case, verdict
 from fastprefix.backends import aten
 from fastprefix.measure import Problem
-from fastprefix.measure.check import broken_rule, results
+from fastprefix.measure.operator.correctness import broken_rule, results
 from fastprefix.types import AttentionArgs
 
 PROBLEMS = (
@@ -41,10 +41,10 @@ SMOKE = ("bank by row", "decode, bank", "everything")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run everything once.
+    """Run every call once.
 
     Returns:
-        0; 1 when a result is wrong, a call failed or a kernel was never launched; 2 where no kernel can run.
+        0; 1 when a result is wrong, a call failed or a kernel was never launched; 2 where kernels cannot run.
     """
     parser = argparse.ArgumentParser(prog="python -m benches.sanitize", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--smoke", action="store_true", help="in Triton's interpreter, on any machine")
@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
     if not (torch.cuda.is_available() or (options.smoke and os.environ.get("TRITON_INTERPRET") == "1")):
         print("benches.sanitize: no CUDA device here; --smoke with TRITON_INTERPRET=1 interprets", file=sys.stderr)
         return 2
-    # Neighbouring blocks of a caching allocator hide a read past the end from memcheck.
+    # In a caching allocator a read past the end finds the next block, which hides it from memcheck.
     os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
     bad = 0
     with counted() as launched, short_prefixes():
@@ -69,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def kernels() -> set[str]:
-    """Names of all kernels that are shipped."""
+    """The names of all shipped kernels."""
     from fastprefix import _triton
 
     trees = (ast.parse(path.read_text()) for path in Path(_triton.__path__[0]).glob("*.py"))
@@ -79,7 +79,7 @@ def kernels() -> set[str]:
 
 @contextmanager
 def counted() -> Iterator[dict[str, int]]:
-    """How often each kernel is launched inside the block, kept up to date."""
+    """Count the launches of each kernel inside the block."""
     from fastprefix.backends.launch import launcher
 
     found: dict[str, int] = {}
@@ -95,7 +95,7 @@ def counted() -> Iterator[dict[str, int]]:
 
 @contextmanager
 def short_prefixes() -> Iterator[None]:
-    """The aten backend leaves short prefixes to our kernels on every device inside the block, not on CUDA alone."""
+    """Inside the block, the aten backend leaves short prefixes to the epilogue kernels on CPUs too."""
     with mock.patch.object(aten, "SHORT_ON", ("cuda", "cpu")):
         yield
 
@@ -119,7 +119,7 @@ def _broken(backend: str, call: Call) -> str | None:
 
 
 def _split(call: Call) -> str | None:
-    """Keys split over programs, which so few are not by themselves."""
+    """Call split-KV decoding directly, since so few keys would not be split otherwise."""
     from fastprefix.backends.launch import split_kv_decode
 
     leaves, options = call.build()

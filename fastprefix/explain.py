@@ -13,8 +13,8 @@ def explain(*args: Any, **kwargs: Any) -> str:
     """Explain a call of ``prefix_attention`` (its arguments), or a model with a prefix attached.
 
     Returns:
-        For a call: a line a backend - chosen, available, or its reasons against. For a model: its prefixes, then per
-        attention layer what the active prefix adds there and which backend takes a short forward.
+        For a call: one line for each backend - chosen, available, or why it is not. For a model: its prefixes, then for
+        each attention layer what the active prefix adds there and which backend runs a short forward.
 
     Raises:
         ValueError: as ``prefix_attention``; or nothing is attached to the model.

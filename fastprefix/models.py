@@ -1,4 +1,4 @@
-"""The model that ``--model`` names: a folder, a name on the Hugging Face hub, or ``smollm2``."""
+"""Find, load and run the model that ``--model`` names: a folder, a name on the Hugging Face hub, or ``smollm2``."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 SMOLLM2 = "smollm2"
 EXPECTED = f"a model's folder, its name on the Hugging Face hub, or {SMOLLM2}"
-# Of the one request that decides whether the hub is asked at all: its client would retry for half a minute.
+# Timeout of the one request that decides whether to use the hub; without it the client retries for half a minute.
 HUB_SECONDS = 5.0
 
 
@@ -20,18 +21,18 @@ HUB_SECONDS = 5.0
 class Found:
     """Where a model is."""
 
-    name: str  # as it was given
+    name: str  # as the user gave it
     source: str  # what from_pretrained takes
-    local: bool  # whether it is here already, and the network need not be asked
+    local: bool  # whether it is on this machine, so that no network is needed
 
 
 def find_model(name: str) -> Found:
     """Find a model without loading it, and without transformers.
 
-    A folder comes first, then the hub. What the hub's cache holds is used as it is where the hub does not answer.
+    A folder comes first, then the hub. If the hub does not answer, a model in its cache is used as it is.
 
     Raises:
-        ValueError: there is no such model; says what was given and what is expected.
+        ValueError: there is no such model; the message says what was given and what is expected.
         ImportError: ``smollm2`` without its package.
     """
     path = Path(name)
@@ -70,7 +71,7 @@ def _on_hub(name: str) -> Found:
     except HfHubHTTPError as error:
         if not cached:
             raise ValueError(f"{got}, and the hub says: {_first_line(error)}; expected {EXPECTED}") from None
-    except Exception as error:  # no network; of which class depends on the HTTP client that the hub's release has
+    except Exception as error:  # no network; the class depends on the HTTP client of the installed huggingface_hub
         if not cached:
             why = f"not in the hub's cache, and the hub does not answer ({_first_line(error)})"
             raise ValueError(f"{got} and {why}; expected {EXPECTED}") from None
@@ -80,7 +81,7 @@ def _on_hub(name: str) -> Found:
 
 
 def load_tokenizer(found: Found) -> Any:
-    """The tokenizer beside a model; raises ValueError where there is none."""
+    """The tokenizer of a model; ValueError where there is none."""
     from transformers import AutoTokenizer
 
     with _loading(found, "its tokenizer"):
@@ -93,10 +94,10 @@ def load_model(found: Found, dtype: torch.dtype = torch.float32, causal: bool = 
     Args:
         found: where it is.
         dtype: of its weights.
-        causal: a causal language model is expected; else the class that its configuration names is taken.
+        causal: whether to require a causal language model; else the class that the configuration names is loaded.
 
     Raises:
-        ValueError: it cannot be read, or is no causal language model.
+        ValueError: the model cannot be read, or is no causal language model.
     """
     import transformers
 
@@ -117,9 +118,28 @@ def load_model(found: Found, dtype: torch.dtype = torch.float32, causal: bool = 
         return kind.from_pretrained(found.source, dtype=dtype, **options).eval()
 
 
+@torch.no_grad()
+def complete(model: Any, tokenizer: Any, ids: Tensor, max_new_tokens: int) -> str:
+    """The greedy completion of a prompt ``[L]`` by a model in eval mode."""
+    ids = ids[None].to(model.device)
+    eos = model.generation_config.eos_token_id
+    ends = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
+    pad = tokenizer.pad_token_id
+    out = model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=max_new_tokens,
+        max_length=None,  # else a model with a max_length of its own would warn that both are set
+        do_sample=False,
+        eos_token_id=sorted(ends) or None,
+        pad_token_id=min(ends, default=None) if pad is None else pad,
+    )
+    return str(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True))
+
+
 @contextmanager
 def _loading(found: Found, what: str) -> Iterator[None]:
-    """Errors name the option and what was being read."""
+    """Turn errors into ValueErrors that name the option and the part that was being read."""
     from safetensors import SafetensorError
 
     from fastprefix.assets.cache import no_progress_bars

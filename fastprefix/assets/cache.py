@@ -1,4 +1,4 @@
-"""Weights that pip packages ship: found without an import, converted once into a folder of transformers directories."""
+"""Weights from pip packages: found without importing the package, converted once into transformers directories."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def cache_dir() -> Path:
 
 def find_in_package(package: str, pattern: str) -> Path | None:
     """The first file that matches inside an installed package; None without the package or such a file."""
-    # A package's own imports (llm, llama-cpp-python) need not be installed: find it, never import it.
+    # The package is found, not imported: its dependencies (llm, llama-cpp-python) need not be installed.
     spec = importlib.util.find_spec(package.replace("-", "_"))
     folders = [Path(p) for p in (spec.submodule_search_locations or ())] if spec else []
     return next((file for folder in folders for file in sorted(folder.glob(pattern))), None)
@@ -32,8 +32,8 @@ def find_in_package(package: str, pattern: str) -> Path | None:
 def convert_once(target: Path, title: str, convert: Callable[[Path], None]) -> None:
     """Make ``target`` by ``convert(folder to make)`` unless it is there, and say so on stderr.
 
-    Several processes may call it at once, and an interrupted conversion leaves nothing that a later call would take
-    for a model.
+    Several processes may call it at once. An interrupted conversion leaves nothing that a later call would take for a
+    model.
     """
     from filelock import FileLock
 
@@ -41,7 +41,7 @@ def convert_once(target: Path, title: str, convert: Callable[[Path], None]) -> N
     with FileLock(target.with_name(f".{target.name}.lock")):
         if target.is_dir():
             return
-        # The lock is ours, so whatever an earlier process left here belongs to nobody.
+        # This process holds the lock, so files that an earlier process left here are not in use.
         for stale in target.parent.glob(f".{target.name}-*"):
             shutil.rmtree(stale, ignore_errors=True)
         print(f"converting {title} once into {target} ...", file=sys.stderr, flush=True)

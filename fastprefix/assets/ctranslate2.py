@@ -11,18 +11,19 @@ from torch import Tensor
 
 from fastprefix.errors import fail
 
-VERSION = 6  # of the file; what a model's specification says of itself is another
+VERSION = 6  # of the file format; a model's specification has another version number
 _DTYPES = (torch.float32, torch.int8, torch.int16, torch.int32, torch.float16, torch.bfloat16)
 
 
 def read(path: Path, specification: str) -> dict[str, Tensor]:
-    """The variables by name, as they are stored; aliases are left out.
+    """Read the variables by name, in their stored dtypes; aliases are left out.
 
-    A file is: version, specification's name and revision, number of variables; of each its name, rank, sizes, dtype,
-    number of bytes, bytes. Little-endian; a text is its length with a closing NUL, and its bytes.
+    A file holds, in little-endian: version, name and revision of the specification, number of variables; then for each
+    variable its name, rank, sizes, dtype, number of bytes, and bytes. A text is stored as its length including a
+    closing NUL, then its bytes.
 
     Raises:
-        ValueError: another version of the format, or not a model of this specification.
+        ValueError: the file has another version of the format, or is not a model of this specification.
     """
     with open(path, "rb") as file:
 

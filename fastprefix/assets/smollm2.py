@@ -80,14 +80,14 @@ def _convert(gguf: Path, out: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     kwargs = {"gguf_file": gguf.name, "local_files_only": True}
-    # Releases that can keep GGUF blocks packed must be told not to.
+    # Releases of transformers that can keep GGUF blocks packed need to be told to dequantize them.
     gguf_config = getattr(transformers, "GgufConfig", None)
     dense = {"quantization_config": gguf_config(dequantize=True)} if gguf_config else {}
-    # Half of the readers' progress bars ignore every switch; log messages do not pass through here.
+    # Some progress bars of the readers cannot be switched off, so stderr is redirected; log messages are not affected.
     with redirect_stderr(io.StringIO()):
         loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **dense, **kwargs)
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **kwargs)
-        # A model read from GGUF refuses to be saved even when dense; a plain one with its weights does not.
+        # A model read from GGUF cannot be saved even if dequantized, so its weights are copied to a plain one.
         config = loaded.config
         if hasattr(config, "quantization_config"):
             del config.quantization_config

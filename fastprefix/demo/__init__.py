@@ -1,4 +1,4 @@
-"""``make demo``: train a prefix on a real model, take it over into PEFT, and measure a step against PEFT's."""
+"""``make demo``: train a prefix on a real model, load it in PEFT, and compare a training step with PEFT's."""
 
 from fastprefix.demo.run import run
 

@@ -1,4 +1,4 @@
-"""The demo's measurement: one training step with our prefix, with PEFT's as shipped, and without one."""
+"""The demo's measurement: a training step with our prefix, with PEFT's prefix as shipped, and without a prefix."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fastprefix.measure.step import FROZEN, OURS, PEFT, candidates, measure_steps
-from fastprefix.measure.tables import text_table
+from fastprefix.measure.report_tables import text_table
 from fastprefix.measure.timing import ratio
+from fastprefix.measure.training.compare_steps import FROZEN, OURS, PEFT, build_steps, measure_steps
 
 LENGTHS, ROWS, TOKENS = (16, 512), 8, 64
-BUDGET, LEAST, MOST = 60.0, 3, 9  # seconds to time one prefix length in, and rounds
+BUDGET, LEAST, MOST = 60.0, 3, 9  # seconds for timing one prefix length, and bounds on the rounds
 TITLES = {PEFT: "PEFT as shipped", OURS: "fastprefix", FROZEN: "no prefix (P = 0)"}
 
 
@@ -26,7 +26,7 @@ class Row:
     seconds: float
     low: float
     high: float
-    times_frozen: float  # its step over the frozen model's, round by round: the median
+    times_frozen: float  # median over rounds of its time over the frozen model's
     saved_bytes: int
     rounds: int
 
@@ -36,8 +36,8 @@ class Row:
 
 
 def compare(model: nn.Module, ids: Tensor, num_virtual_tokens: int) -> list[Row]:
-    """Measure the three in turns in this process, on copies that share the model's weights; ``ids`` is ``[B, S]``."""
-    steps = candidates(model, ids, num_virtual_tokens, (PEFT, OURS, FROZEN))
+    """Time the three steps in turns, on copies that share the model's weights; ``ids`` is ``[B, S]``."""
+    steps = build_steps(model, ids, num_virtual_tokens, (PEFT, OURS, FROZEN))
     start = time.perf_counter()
     for step in steps.values():
         step()
@@ -53,7 +53,7 @@ def compare(model: nn.Module, ids: Tensor, num_virtual_tokens: int) -> list[Row]
 
 
 def table(rows: list[Row]) -> str:
-    """For the terminal: time and memory, and what of them the prefix costs beyond the frozen model."""
+    """A text table of time and memory, and of how much of each the prefix adds to the frozen model."""
     head = ("one training step", "P", "seconds", "(quartiles)", "over P = 0", "saved MiB", "over P = 0")
     lines = []
     for row in rows:

@@ -1,4 +1,4 @@
-"""The demo's picture: the loss and, where it was measured, step time and saved bytes."""
+"""The demo's plot: the loss and, if they were measured, step times and saved bytes."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from fastprefix.demo.compare import LENGTHS, ROWS, TITLES, TOKENS, Row
-from fastprefix.measure.step import FROZEN, OURS, PEFT
-from fastprefix.measure.tables import environment
+from fastprefix.measure.report_tables import environment
+from fastprefix.measure.training.compare_steps import FROZEN, OURS, PEFT
 
 GREEN, GREY = "#1b7a5a", "#9aa0a6"
 COLOURS = {PEFT: "#d95f02", OURS: GREEN, FROZEN: GREY}
@@ -20,7 +20,7 @@ HELDOUT = {
 
 
 def plot(path: Path, losses: list[float], heldout: dict[str, float], rows: list[Row]) -> None:
-    """Write a PNG with one panel, or with three if there are measured rows."""
+    """Write a PNG with one panel, or with three if ``rows`` is not empty."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -1,4 +1,4 @@
-"""The demo from end to end; every number that it prints was measured in this run."""
+"""The demo from end to end; every number that it prints is measured in this run."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from fastprefix import init
 from fastprefix.assets.glosses import load_glosses
 from fastprefix.assets.smollm2 import load_smollm2
 from fastprefix.data import encode_pairs
-from fastprefix.demo import compare, plot, tune
-from fastprefix.measure.tables import environment, write_atomically
+from fastprefix.demo import compare, plot, training
+from fastprefix.measure.report_tables import environment, write_atomically
 
 PROMPT = "A glossary of nouns with one brief definition for each.\n"
 NUM_VIRTUAL_TOKENS = 12
@@ -43,7 +43,7 @@ def run(steps: int = 40, output: str | Path = "fastprefix-demo", quick: bool = F
     model, tokenizer = load_smollm2()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # of PEFT's calls, not ours
-        _tune(model, tokenizer, folder, quick, results)
+        _train(model, tokenizer, folder, quick, results)
         rows = [] if quick else _compare(tokenizer, folder, results)
     plot.plot(folder / PICTURE, results["losses"], results["heldout_loss"], rows)
     results["total_seconds"] = time.perf_counter() - start
@@ -52,7 +52,7 @@ def run(steps: int = 40, output: str | Path = "fastprefix-demo", quick: bool = F
     return 0
 
 
-def _tune(model: Any, tokenizer: Any, folder: Path, quick: bool, results: dict[str, Any]) -> None:
+def _train(model: Any, tokenizer: Any, folder: Path, quick: bool, results: dict[str, Any]) -> None:
     heldout = load_glosses("heldout", QUICK_HELDOUT if quick else None)
     examples = heldout[:3]
     config = fastprefix.PrefixConfig(NUM_VIRTUAL_TOKENS, init=init.text(PROMPT, tokenizer))
@@ -65,16 +65,16 @@ def _tune(model: Any, tokenizer: Any, folder: Path, quick: bool, results: dict[s
 
     losses = results["heldout_loss"] = {}
     fastprefix.set_prefix(model, None)
-    losses["without"] = tune.heldout_loss(model, heldout, tokenizer)
-    before = tune.generate(model, examples, tokenizer)
+    losses["without"] = training.heldout_loss(model, heldout, tokenizer)
+    before = training.generate(model, examples, tokenizer)
     print(f"held-out loss without prefix    {losses['without']:.3f}", flush=True)
     fastprefix.set_prefix(model, "default")
-    losses["untrained"] = tune.heldout_loss(model, heldout, tokenizer)
+    losses["untrained"] = training.heldout_loss(model, heldout, tokenizer)
     print(f"held-out loss untrained prefix  {losses['untrained']:.3f}", flush=True)
-    results["losses"] = tune.train(model, parameters, load_glosses("train"), tokenizer, results["steps"])
-    losses["trained"] = tune.heldout_loss(model, heldout, tokenizer)
+    results["losses"] = training.train(model, parameters, load_glosses("train"), tokenizer, results["steps"])
+    losses["trained"] = training.heldout_loss(model, heldout, tokenizer)
     print(f"held-out loss trained prefix    {losses['trained']:.3f}", flush=True)
-    after = tune.generate(model, examples, tokenizer)
+    after = training.generate(model, examples, tokenizer)
     results["generations"] = []
     for pair, without, with_prefix in zip(examples, before, after):
         word = pair["prompt"].split("\n")[0].removeprefix("gloss: ")
@@ -85,10 +85,10 @@ def _tune(model: Any, tokenizer: Any, folder: Path, quick: bool, results: dict[s
     fastprefix.save(model, adapter)
     size = sum(file.stat().st_size for file in adapter.iterdir())
     fresh, _ = load_smollm2()
-    batch = encode_pairs(heldout[: tune.BATCH_SIZE], tokenizer)
-    difference = results["peft_max_logit_difference"] = tune.peft_difference(model, fresh, adapter, batch)
+    batch = encode_pairs(heldout[: training.BATCH_SIZE], tokenizer)
+    difference = results["peft_max_logit_difference"] = training.peft_difference(model, fresh, adapter, batch)
     print(f"\nadapter of {size / 2**20:.1f} MiB saved; PeftModel.from_pretrained on a fresh model reads it:")
-    print(f"largest logit difference {difference:.1e}, below {tune.MAX_LOGIT_DIFFERENCE}: the same model")
+    print(f"largest logit difference {difference:.1e}, below {training.MAX_LOGIT_DIFFERENCE}: the same model")
     _write(folder, results)
 
 

@@ -1,14 +1,18 @@
-"""Measuring: bytes saved for backward, times taken in turns, peers, floors, and whole training steps.
+"""Measuring: bytes saved for backward, interleaved times, other implementations, lower bounds, whole training steps.
 
-``step`` needs transformers and peft and is imported by name; everything here needs torch alone.
+Three rooms: ``operator`` measures one attention call, ``training`` whole models, ``kernels`` the tiles of the Triton
+kernels. The names below need torch alone; most of ``training`` needs transformers and is imported from its modules.
 """
 
-from fastprefix.measure.floors import Cost, Peaks, cost, measure_peaks
-from fastprefix.measure.peers import Peer, peers_for
-from fastprefix.measure.problem import DTYPES, Leaves, Mode, Problem
-from fastprefix.measure.run import Measured, measure, runner
-from fastprefix.measure.saved import SavedBytes, saved_bytes
+from fastprefix.measure.operator.candidates import Candidate, candidates_for
+from fastprefix.measure.operator.problem import DTYPES, Leaves, Mode, Problem
+from fastprefix.measure.operator.roofline import Cost, Peaks, cost, measure_peaks
+from fastprefix.measure.operator.runner import Measured, measure, runner
 from fastprefix.measure.timing import Ratio, Timing, captured, interleaved, ratio
+from fastprefix.measure.training.saved_bytes import SavedBytes, saved_bytes
+
+# The command line and the result files call a candidate a peer; so do these two names.
+Peer, peers_for = Candidate, candidates_for
 
 __all__ = [
     "DTYPES",
@@ -18,6 +22,7 @@ __all__ = [
     "Mode",
     "Peaks",
     "Peer",
+    "Candidate",
     "Problem",
     "Ratio",
     "SavedBytes",
@@ -27,6 +32,7 @@ __all__ = [
     "interleaved",
     "measure",
     "measure_peaks",
+    "candidates_for",
     "peers_for",
     "ratio",
     "runner",

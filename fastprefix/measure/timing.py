@@ -1,4 +1,4 @@
-"""Times of several candidates taken in turns, so that whatever disturbs the machine disturbs all of them."""
+"""Interleaved timing: candidates take turns, so that a disturbance of the machine disturbs all of them alike."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-# More than the second-level cache of any current part: a repeat must not find the last one's operands there.
+# More than the L2 cache of any current GPU: a repeat must not find the operands of the one before in it.
 FLUSH_BYTES = 256 * 2**20
 
 
@@ -27,12 +27,12 @@ class Timing:
 
     @property
     def best(self) -> float:
-        """The least: what is left of a machine that others use as well."""
+        """The shortest time: the least disturbed by other processes on the machine."""
         return min(self.samples)
 
     @property
     def quartiles(self) -> tuple[float, float]:
-        """First and third quartile, in seconds; both the one sample if there is no more."""
+        """First and third quartile, in seconds; with a single sample, both are that sample."""
         return _quartiles(self.samples)
 
 
@@ -53,14 +53,14 @@ def interleaved(
     warmup: int = 2,
     device: torch.device | str = "cpu",
 ) -> dict[str, Timing]:
-    """Time the candidates round-robin in this process, each round starting one further than the last.
+    """Time the candidates round-robin in this process; each round starts with the next candidate.
 
     Args:
         fns: candidates by name.
         repeats: timed rounds, at least 1.
         warmup: rounds before them that are not timed.
-        device: on ``cuda`` each call lies between two events, behind a write that evicts the caches;
-            elsewhere the wall clock is read around it.
+        device: on ``cuda`` each call is timed by two events, after a write that evicts the caches; elsewhere the
+            wall clock is read before and after it.
 
     Returns:
         a :class:`Timing` for each name, with ``repeats`` samples in seconds.
@@ -91,7 +91,7 @@ def interleaved(
 
 
 def ratio(timings: Mapping[str, Timing], slow: str, fast: str) -> Ratio:
-    """``slow / fast``, round by round: neighbours in time are compared with each other.
+    """``slow / fast`` within each round, so that only calls that ran close in time are compared.
 
     Raises:
         KeyError: a name that was not timed.
@@ -103,10 +103,10 @@ def ratio(timings: Mapping[str, Timing], slow: str, fast: str) -> Ratio:
 
 
 def captured(fn: Callable[[], Any]) -> Callable[[], None]:
-    """``fn`` as a CUDA graph: what is left is the device's own time, without the launches.
+    """``fn`` as a CUDA graph, whose replay costs the device's own time without the launches from Python.
 
     Raises:
-        RuntimeError: no CUDA device, or ``fn`` does what a capture cannot hold.
+        RuntimeError: no CUDA device, or ``fn`` does something that a graph cannot capture.
     """
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())

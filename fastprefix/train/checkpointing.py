@@ -1,4 +1,4 @@
-"""Gradient checkpointing, under its name in this release of transformers."""
+"""Turn on gradient checkpointing in any supported release of transformers."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 
 def checkpoint_layers(model: Any) -> None:
-    """Recompute layers in the backward pass, by whichever name this release of transformers has for it."""
+    """Turn on gradient checkpointing of the layers, under the name that this release of transformers has for it."""
     if hasattr(model, "activation_checkpointing_enable"):
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     else:

@@ -1,4 +1,4 @@
-"""The picture of a run: its losses by step."""
+"""Plot the losses of a training run by step."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ PICTURE = "loss.png"
 
 
 def write(folder: Path, history: Sequence[dict[str, Any]]) -> str:
-    """Draw what a Trainer logged into ``loss.png``; returns the line that says so, or why there is none."""
+    """Draw what a Trainer logged into ``loss.png``; returns a line that names the file, or says why there is none."""
     if find_spec("matplotlib") is None:
         return f"no {PICTURE}: matplotlib is not installed (pip install matplotlib)"
     from matplotlib.backends.backend_agg import FigureCanvasAgg

@@ -1,4 +1,4 @@
-"""What a run prints while it trains: a line every twentieth of the way."""
+"""Progress of a training run: a printed line after every twentieth of it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from transformers import TrainerCallback
 
 
 class Progress(TrainerCallback):
-    """Step, loss and the time that is left."""
+    """Print the step, the loss and the remaining time."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.began, self.first = time.perf_counter(), state.global_step

@@ -1,4 +1,4 @@
-"""The run itself: transformers' Trainer on a prefix, with what it changed shown at the end."""
+"""Train a prefix with transformers' Trainer, and show at the end what training changed."""
 
 from __future__ import annotations
 
@@ -18,31 +18,31 @@ from fastprefix.hf.trainer import PrefixTrainer
 from fastprefix.models import Found, load_model, load_tokenizer
 from fastprefix.train import plot, sample
 from fastprefix.train.checkpointing import checkpoint_layers
+from fastprefix.train.initialization import choose_initialization
 from fastprefix.train.progress import Progress
-from fastprefix.train.start import choose_start
 
 
-def run(options: argparse.Namespace, found: Found, data: Data, heldout: Data | None) -> int:
-    """What :func:`fastprefix.train.train` does once its options were checked."""
+def run_training(options: argparse.Namespace, found: Found, data: Data, heldout: Data | None) -> int:
+    """Train with options that ``fastprefix train`` has checked already; returns 0, the exit status."""
     checkpoint = _checkpoint(options)
     tokenizer = load_tokenizer(found)
     rows = data.encode(tokenizer, options.max_length)
     heldout_rows = None if heldout is None else heldout.encode(tokenizer, options.max_length)
-    start = choose_start(options, tokenizer, rows)
+    initialization = choose_initialization(options, tokenizer, rows)
     print(f"{data.path}: {data.about}; reading {found.name} ...", flush=True)
     model = load_model(found, torch.bfloat16 if options.bf16 else torch.float32)
     torch.manual_seed(options.seed)
-    prefix = _attach(model, start.config, options)
+    prefix = _attach(model, initialization.config, options)
     if options.gradient_checkpointing:
         checkpoint_layers(model)
-    print(start.about if checkpoint is None else f"going on from {checkpoint}")
+    print(initialization.about if checkpoint is None else f"going on from {checkpoint}")
     trained = sum(p.numel() for p in prefix.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
     print(f"{trained:,} parameters trained, {frozen:,} frozen", flush=True)
     trainer = _trainer(options, model, tokenizer, rows, heldout_rows)
     example, examples = (rows[0], data) if heldout is None or heldout_rows is None else (heldout_rows[0], heldout)
-    before = sample.say(model, tokenizer, example, with_prefix=False)
-    history = []  # a Trainer forgets what it logged before it trains
+    before = sample.complete_example(model, tokenizer, example, with_prefix=False)
+    history = []  # a Trainer drops what was logged before training
     if heldout is not None and checkpoint is None:
         history = [{"step": 0, "eval_loss": trainer.evaluate()["eval_loss"]}]
         print(f"held-out loss before: {history[0]['eval_loss']:.4f}", flush=True)
@@ -52,7 +52,7 @@ def run(options: argparse.Namespace, found: Found, data: Data, heldout: Data | N
         print(f"held-out loss after: {_last_loss(trainer):.4f}")
     history += trainer.state.log_history
     fastprefix.save(model, options.output)
-    after = sample.say(model.eval(), tokenizer, example, with_prefix=True)
+    after = sample.complete_example(model.eval(), tokenizer, example, with_prefix=True)
     print("\n" + sample.table(tokenizer, example, "training" if heldout is None else "held-out", before, after))
     print("\n" + plot.write(Path(options.output), history))
     print(f"adapter saved in {options.output}; to use it:\n")
@@ -61,7 +61,7 @@ def run(options: argparse.Namespace, found: Found, data: Data, heldout: Data | N
 
 
 def _checkpoint(options: argparse.Namespace) -> str | None:
-    """The checkpoint to go on from; a forgotten ``--resume`` must not overwrite an earlier run's."""
+    """The checkpoint to resume from; without ``--resume``, an earlier run's checkpoints must not be overwritten."""
     output = Path(options.output)
     last = get_last_checkpoint(str(output)) if output.is_dir() else None
     if not options.resume:
@@ -103,7 +103,7 @@ def _trainer(
 
 
 def _last_loss(trainer: PrefixTrainer) -> float:
-    """The held-out loss at the end, which the last epoch may have measured."""
+    """The held-out loss after training; the evaluation of the last epoch is used if there was one."""
     measured = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
     if measured and measured[-1]["step"] == trainer.state.global_step:
         return float(measured[-1]["eval_loss"])
@@ -127,7 +127,7 @@ def _training_arguments(options: argparse.Namespace) -> TrainingArguments:
         eval_strategy=when if options.eval_data else "no",
         eval_steps=options.save_steps,
         report_to="none",
-        disable_tqdm=True,  # fastprefix.train.progress says where it is
-        bf16=False,  # the frozen weights were loaded so: autocast would convert them again in every step
+        disable_tqdm=True,  # fastprefix.train.progress prints the progress instead
+        bf16=False,  # with --bf16 the weights are loaded in bf16: autocast would convert them in every step
         dataloader_pin_memory=torch.cuda.is_available(),
     )

@@ -1,4 +1,4 @@
-"""What training changed, on one example, and the command that tries the adapter."""
+"""Show what training changed on one example, and the command that uses the adapter."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from typing import Any
 
 import fastprefix
 from fastprefix.data import IGNORE_INDEX, Data, Row
-from fastprefix.generate import complete
+from fastprefix.models import complete
 
 NEW_TOKENS = 32
 SHOWN = 160  # characters of a text
-TEXT_PROMPT = 8  # tokens, or words, of a plain text that are given, but no more than half
+TEXT_PROMPT = 8  # tokens (or words) of a plain text that serve as its prompt, at most half of it
 
 
-def say(model: Any, tokenizer: Any, row: Row, with_prefix: bool) -> str:
-    """What the model makes of an example's prompt, with the prefix that is attached or alone."""
+def complete_example(model: Any, tokenizer: Any, row: Row, with_prefix: bool) -> str:
+    """Complete the prompt of an example, with the attached prefix or with the model alone."""
     fastprefix.set_prefix(model, "default" if with_prefix else None)
     try:
         return complete(model, tokenizer, row["input_ids"][: _given(row)], NEW_TOKENS)
@@ -26,7 +26,7 @@ def say(model: Any, tokenizer: Any, row: Row, with_prefix: bool) -> str:
 
 
 def table(tokenizer: Any, row: Row, origin: str, before: str, after: str) -> str:
-    """The example, what the model alone made of it, and what it does now."""
+    """The example, with the completions of the model alone before training and with the prefix after it."""
     given, ids, labels = _given(row), row["input_ids"], row["labels"]
     trained = labels[given:] != IGNORE_INDEX
     # Of a chat with several answers, the first.
@@ -42,7 +42,7 @@ def table(tokenizer: Any, row: Row, origin: str, before: str, after: str) -> str
 
 
 def command(options: argparse.Namespace, data: Data) -> str:
-    """The line that uses the adapter, with the first example's prompt."""
+    """The command line that uses the adapter on the first example's prompt."""
     words = ["fastprefix", "generate", options.output, "--model", options.model]
     words += ["--bf16"] if options.bf16 else []
     line = data.lines[0][1]
@@ -62,13 +62,13 @@ def command(options: argparse.Namespace, data: Data) -> str:
 
 
 def _given(row: Row) -> int:
-    """How many of an example's tokens are its prompt: what is not trained in front; a few of a plain text."""
+    """The number of prompt tokens of an example: those before the first trained one; in plain text, a few."""
     first = int((row["labels"] != IGNORE_INDEX).int().argmax())
     return first or max(1, min(TEXT_PROMPT, len(row["labels"]) // 2))
 
 
 def _quoted(word: str) -> str:
-    """As a shell reads it, on one line."""
+    """Quote a word for a shell, on one line."""
     if word.isprintable():
         return shlex.quote(word)
     escapes = {"\\": r"\\", "'": r"\'", "\n": r"\n", "\r": r"\r", "\t": r"\t"}

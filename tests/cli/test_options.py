@@ -12,7 +12,7 @@ import pytest
 pytest.importorskip("transformers")
 
 from fastprefix import cli
-from fastprefix.quiet import quiet_imports
+from fastprefix.cli.quiet_imports import quiet_imports
 from tests.support.tiny_models import save_tiny
 
 

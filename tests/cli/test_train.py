@@ -181,7 +181,7 @@ def test_what_is_wrong_is_found_before_anything_loads(
 def test_a_folder_that_cannot_be_written_is_found_too(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fastprefix.options.os.access", lambda path, mode: False)  # root may write anywhere
+    monkeypatch.setattr("fastprefix.cli.options.os.access", lambda path, mode: False)  # root may write anywhere
     assert train(folder, output="a/b") == cli.USER_ERROR
     assert f"--output: {folder} cannot be written to" in capsys.readouterr().err
 

@@ -18,27 +18,27 @@ def _options(add: Callable[[argparse.ArgumentParser], None], *args: str) -> argp
 
 
 def test_the_bench_command(capsys: pytest.CaptureFixture[str]) -> None:
-    from fastprefix.measure.commands import add_bench_arguments, bench_main
+    from fastprefix.cli.bench import add_arguments, run
 
     peers = ("--peer", "ours", "--peer", "cat_mask")
-    assert bench_main(_options(add_bench_arguments, "--shape", "2,4,2,16,8,16", "--repeats", "2", *peers)) == 0
+    assert run(_options(add_arguments, "--shape", "2,4,2,16,8,16", "--repeats", "2", *peers)) == 0
     out = capsys.readouterr().out
     assert "B2 H4/2 S16 P8 D16 fp32, forward and backward; floor" in out and out.count("cat_mask ") == 2
-    assert bench_main(_options(add_bench_arguments, "--decode", "--shape", "2,4,2,16,8,16", "--markdown")) == 0
+    assert run(_options(add_arguments, "--decode", "--shape", "2,4,2,16,8,16", "--markdown")) == 0
     assert "| cache_packed |" in capsys.readouterr().out
     with pytest.raises(ValueError, match=r"--peer nobody: expected one of ours.*, cat_mask"):
-        bench_main(_options(add_bench_arguments, "--peer", "nobody"))
+        run(_options(add_arguments, "--peer", "nobody"))
     with pytest.raises(SystemExit):
-        _options(add_bench_arguments, "--shape", "2,4,3,16,8,16")
+        _options(add_arguments, "--shape", "2,4,3,16,8,16")
 
 
 @pytest.mark.slow
 def test_the_memory_command(capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("peft")
-    from fastprefix.measure.commands import add_memory_arguments, memory_main
+    from fastprefix.cli.memory import add_arguments, run
 
     sizes = ("--batch", "2", "--seq", "16", "--prefix", "8", "--prefix", "64")
-    assert memory_main(_options(add_memory_arguments, *sizes)) == 0
+    assert run(_options(add_arguments, *sizes)) == 0
     rows = [line.split() for line in capsys.readouterr().out.splitlines()[-3:]]
     assert [row[0] for row in rows] == ["0", "8", "64"]
     ours, peft = ([float(row[column]) for row in rows] for column in (1, 3))
@@ -48,13 +48,13 @@ def test_the_memory_command(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_training_steps_beside_each_other() -> None:
     pytest.importorskip("peft")
-    from fastprefix.measure.models import random_llama
-    from fastprefix.measure.step import CAT, FROZEN, OURS, PEFT, candidates, measure_steps
+    from fastprefix.measure.training.compare_steps import CAT, FROZEN, OURS, PEFT, build_steps, measure_steps
+    from fastprefix.measure.training.random_models import random_llama
 
     model = random_llama(hidden=64, layers=2, heads=4, ffn=96, vocab=50)
     ids = torch.randint(0, 50, (2, 9))
     attention = model.config._attn_implementation
-    steps = candidates(model, ids, 5, (OURS, f"{OURS}:{BACKENDS[0]}", CAT, PEFT, FROZEN))
+    steps = build_steps(model, ids, 5, (OURS, f"{OURS}:{BACKENDS[0]}", CAT, PEFT, FROZEN))
     assert model.config._attn_implementation == attention
     weights = {p.data_ptr() for p in model.parameters()}
     for name, step in steps.items():

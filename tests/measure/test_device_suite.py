@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import torch
 
-from benches.equality import MODELS
-from benches.plan import jobs
-from fastprefix.measure.run import DeviceLostError
-from fastprefix.measure.tables import ResultFile, markdown_table, seconds, slug, text_table
+from benches.device_suite.model_correctness import MODELS
+from benches.device_suite.plan import jobs
+from fastprefix.measure.device_errors import DeviceLostError
+from fastprefix.measure.report_tables import ResultFile, markdown_table, seconds, slug, text_table
 from fastprefix.types import BACKENDS
 
 ROOT = Path(__file__).parents[2]
@@ -52,10 +52,10 @@ def test_a_result_file_is_whole_at_every_moment(tmp_path: Path, monkeypatch: pyt
 
 
 def test_what_ended_two_processes_is_blamed(tmp_path: Path) -> None:
-    from benches.suite import Suite
+    from benches.device_suite.suite_state import SuiteState
 
-    def process() -> Suite:
-        return Suite(tmp_path, "cpu", 100.0, resume=True)
+    def process() -> SuiteState:
+        return SuiteState(tmp_path, "cpu", 100.0, resume=True)
 
     first = process()
     first.add("operator", {"key": "done"})
@@ -69,8 +69,9 @@ def test_what_ended_two_processes_is_blamed(tmp_path: Path) -> None:
 
 
 def test_a_lost_device_goes_on_in_a_new_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from benches import device, work
-    from benches.suite import Suite
+    from benches import device
+    from benches.device_suite import job_runner
+    from benches.device_suite.suite_state import SuiteState
 
     asked: list[list[str]] = []
 
@@ -81,18 +82,18 @@ def test_a_lost_device_goes_on_in_a_new_process(tmp_path: Path, monkeypatch: pyt
         asked.append(args)
         raise SystemExit(0)
 
-    monkeypatch.setattr(work, "recover", lose)
+    monkeypatch.setattr(job_runner, "recover", lose)
     monkeypatch.setattr(os, "execv", execv)
     with pytest.raises(SystemExit):
         device.main(["--smoke", "--only", "correctness", "--out", str(tmp_path)])
     assert asked[0][1:4] == ["-m", "benches.device", "--resume"] and "--smoke" in asked[0]
     assert asked[0][-2:] == ["--only", "correctness"]
     key = next(iter(jobs("cpu", True))).key
-    suite = Suite(tmp_path, "cpu", 100.0, resume=True)
+    suite = SuiteState(tmp_path, "cpu", 100.0, resume=True)
     assert suite.blamed(key) == {"the second": "lost the device: an illegal memory access"}
     monkeypatch.undo()
     cases = [("the first", lambda: None), ("the second", lambda: pytest.fail("tried again"))]
-    found = work._judge(jobs("cpu", True)[0], suite, cases)
+    found = job_runner._judge(jobs("cpu", True)[0], suite, cases)
     assert found["bad"] == 1 and found["cases"]["the first"] == "ok"
     assert found["cases"]["the second"] == "failed: lost the device: an illegal memory access"
 

@@ -12,11 +12,11 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
 from fastprefix.measure import (
+    Candidate,
     Cost,
     Leaves,
     Mode,
     Peaks,
-    Peer,
     Problem,
     SavedBytes,
     Timing,
@@ -26,10 +26,10 @@ from fastprefix.measure import (
     ratio,
     saved_bytes,
 )
-from fastprefix.measure import peers as peers_module
-from fastprefix.measure.check import broken_rule, disagreement, results
-from fastprefix.measure.problem import TRAINED
-from fastprefix.measure.run import runner
+from fastprefix.measure.operator import candidates as candidates_module
+from fastprefix.measure.operator.correctness import broken_rule, disagreement, results
+from fastprefix.measure.operator.problem import TRAINED
+from fastprefix.measure.operator.runner import runner
 
 TRAIN = Problem.train(2, 6, 2, 33, 7, 16)
 BIDIRECTIONAL = Problem(B=2, H=4, H_kv=4, S=9, T=14, P=5, D=16, causal=False)
@@ -51,7 +51,7 @@ def test_peers_agree_with_the_reference(problem: Problem, mode: Mode) -> None:
     leaves, trained = Leaves.of(problem, mode), [f"d{name}" for name in TRAINED[mode]]
     want = results(Leaves.random(problem, requires_grad=True), causal=problem.causal, backend="reference")
     ran = []
-    for peer in peers_module.peers_for(problem, mode):
+    for peer in candidates_module.candidates_for(problem, mode):
         if peer.exact and peer.name != "flex" and not peer.unavailable(problem, mode):
             got = runner(peer, problem, mode, leaves)()
             assert list(got) == ["o", *trained]
@@ -76,21 +76,21 @@ def test_flex_agrees(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_floor_peer_is_plain_attention() -> None:
     leaves = Leaves.random(CACHED)
-    floor = next(p for p in peers_module.peers_for(CACHED, "forward") if not p.exact)
+    floor = next(p for p in candidates_module.candidates_for(CACHED, "forward") if not p.exact)
     want = results(Leaves.random(CACHED.without_prefix()), causal=True, backend="reference")
     assert disagreement(runner(floor, CACHED, "forward", leaves)(), want, torch.float32) is None
 
 
 def _add_peer(monkeypatch: pytest.MonkeyPatch, name: str, prepare: Callable[..., Callable[[], Tensor]]) -> None:
-    more = Peer(name, "", prepare, lambda problem, mode: None)
-    monkeypatch.setattr(peers_module, "TRAIN_PEERS", (*peers_module.TRAIN_PEERS, more))
+    more = Candidate(name, "", prepare, lambda problem, mode: None)
+    monkeypatch.setattr(candidates_module, "TRAIN_BASELINES", (*candidates_module.TRAIN_BASELINES, more))
 
 
 def test_nothing_is_trained_below_the_lowest_layer() -> None:
     """Without a prefix there is no backward at all, and what plain attention takes is a forward."""
     bare = TRAIN.without_prefix()
     assert cost(bare, "lowest") == cost(bare, "forward")
-    floor = next(p for p in peers_module.peers_for(TRAIN, "lowest") if not p.exact)
+    floor = next(p for p in candidates_module.candidates_for(TRAIN, "lowest") if not p.exact)
     assert list(runner(floor, TRAIN, "lowest")()) == ["o"]
 
 
@@ -105,7 +105,7 @@ def test_a_wrong_peer_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     """SDPA's own causal flag aligns at the top left: the classic mistake with a prefix in front."""
 
     def top_left(problem: Problem, x: Leaves) -> Callable[[], Tensor]:
-        return lambda: scaled_dot_product_attention(x.q, *x.joined(), is_causal=True, enable_gqa=True)
+        return lambda: scaled_dot_product_attention(x.q, *x.concatenated(), is_causal=True, enable_gqa=True)
 
     _add_peer(monkeypatch, "top_left", top_left)
     found = measure(TRAIN, "forward", repeats=1, only=("ours", "cat_mask", "top_left"))
@@ -117,8 +117,8 @@ def test_ours_is_the_wrong_one_when_it_differs_from_the_rest(monkeypatch: pytest
     def nothing(problem: Problem, x: Leaves) -> Callable[[], Tensor]:
         return lambda: torch.full_like(x.q, math.nan)
 
-    ours = Peer("ours", "", nothing, lambda problem, mode: None)
-    monkeypatch.setattr(peers_module, "_ours", lambda problem: [ours])
+    ours = Candidate("ours", "", nothing, lambda problem, mode: None)
+    monkeypatch.setattr(candidates_module, "_ours", lambda problem: [ours])
     found = measure(TRAIN, "forward", repeats=1, only=("ours", "cat_mask", "cat_sdpa"))
     assert found.wrong == ["ours"] and set(found.timings) == {"cat_mask", "cat_sdpa"}
 

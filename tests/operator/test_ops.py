@@ -9,7 +9,7 @@ import torch
 
 from fastprefix import ops, prefix_attention
 from fastprefix.backends import aten_ops
-from fastprefix.measure.saved import saved_bytes
+from fastprefix.measure.training.saved_bytes import saved_bytes
 from fastprefix.types import BACKENDS
 from tests.support.operator_calls import Call, interpreted, make_call, run
 from tests.support.operator_cases import CASES

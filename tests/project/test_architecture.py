@@ -24,10 +24,10 @@ FLOORS = (
     ("functional",),
     ("prefixes",),
     ("init", "hf"),
-    ("explain", "options", "quiet"),
+    ("explain",),
     ("assets", "data"),
     ("models",),
-    ("measure", "generate"),
+    ("measure",),
     ("train", "demo"),
     ("cli",),
 )

@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 import torch
 
-from benches import device, kernels, sanitize
-from benches.arguments import CALLS
-from benches.compilers import Compilers
-from benches.plan import Check, Time, Train, jobs
+from benches import device, sanitize
+from benches.device_suite import compiled_kernels
+from benches.device_suite.operator_calls import CALLS
+from benches.device_suite.parallel_compile import CompilePool
+from benches.device_suite.plan import OperatorCheck, OperatorTiming, TrainingTiming, jobs
 from fastprefix.measure import Problem
-from fastprefix.measure.check import broken_rule, eager, results, truth
+from fastprefix.measure.operator.correctness import broken_rule, eager, results, truth
 
 SMALL = {name: call.small() for name, call in CALLS.items()}
 H100 = (90, "NVIDIA H100 80GB HBM3")
@@ -54,16 +55,16 @@ def test_every_argument_of_the_operator_is_there() -> None:
 @pytest.mark.parametrize("name", ["Llama", "GPT-2", "BERT"])
 def test_models_are_held_to_concatenation(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("transformers")
-    from benches.correctness import verdict
-    from benches.equality import Pair, cases, release
+    from benches.device_suite.model_correctness import ModelUnderTest, cases, release
+    from benches.device_suite.operator_correctness import verdict
 
     judged = dict(cases(name, "reference", "fp32", "cpu", smoke=True))
     assert {verdict(judge) for judge in judged.values()} == {"ok"}
-    own = Pair._pairs
-    monkeypatch.setattr(Pair, "_pairs", lambda self, dtype: [(k, 1.01 * v) for k, v in own(self, dtype)])
+    own = ModelUnderTest._pairs
+    monkeypatch.setattr(ModelUnderTest, "_pairs", lambda self, dtype: [(k, 1.01 * v) for k, v in own(self, dtype)])
     assert verdict(judged["logits and gradients"]).startswith("wrong: logits")
     monkeypatch.undo()
-    monkeypatch.setattr(Pair, "_positions", lambda self, inputs: torch.zeros_like(inputs["input_ids"]))
+    monkeypatch.setattr(ModelUnderTest, "_positions", lambda self, inputs: torch.zeros_like(inputs["input_ids"]))
     assert verdict(judged["padded"]).startswith("wrong: logits")
     release()
 
@@ -75,15 +76,15 @@ def test_the_plan(capsys: pytest.CaptureFixture[str]) -> None:
     assert int(rows) == len(plan) == len({job.key for job in plan})
     assert float(total.split(" s of a budget")[0]) <= device.BUDGET
     assert device.main(["--list", "--only", "step"]) == 0
-    steps = [job for job in plan if isinstance(job, Train)]
+    steps = [job for job in plan if isinstance(job, TrainingTiming)]
     assert f"\n{len(steps)} rows, " in capsys.readouterr().out
     assert {(job.batch, job.num_virtual_tokens) for job in steps} == {(8, 16), (8, 128), (8, 2048)}
-    modes = {(job.mode, job.graphs) for job in plan if isinstance(job, Time)}
+    modes = {(job.mode, job.graphs) for job in plan if isinstance(job, OperatorTiming)}
     assert modes == {(m, False) for m in ("forward", "backward", "lowest", "decode")} | {("decode", True)}
 
 
-def _count(calls: list[kernels.Source], place: kernels.Device) -> int:
-    found, reasons = kernels.distinct(calls, place)
+def _count(calls: list[compiled_kernels.MetaCall], place: compiled_kernels.Device) -> int:
+    found, reasons = compiled_kernels.distinct_kernels(calls, place)
     assert not reasons
     return len(found)
 
@@ -93,24 +94,28 @@ def test_kernels_are_told_apart() -> None:
     pytest.importorskip("triton")
     place = (0, "interpreter")  # whose tiles are always there
     x = Problem.train(2, 8, 2, 128, 32, 64, dtype=torch.bfloat16)
-    forward = kernels.Source(x, None)
+    forward = compiled_kernels.MetaCall(x, None)
     assert _count([forward], place) == 1
-    same = [forward, kernels.Source(replace(x, B=3, S=240, T=240), None)]
+    same = [forward, compiled_kernels.MetaCall(replace(x, B=3, S=240, T=240), None)]
     assert _count(same, place) == 1
     other = [replace(x, D=128), replace(x, dtype=torch.float16), replace(x, S=130, T=130)]
-    more = [kernels.Source(y, None) for y in other]
-    assert _count([forward, kernels.Source(x, None, padded=True), *more], place) == 5
-    trained = kernels.sources([Check("shapes", "triton", "bf16"), Time(x, "backward"), Time(x, "lowest")])
-    assert kernels.Source(x, kernels._needs(("prefix_k", "prefix_v"))) in trained
-    assert all(source.beside for source in kernels.sources([Check("shapes", "aten", "bf16")]))
-    assert kernels.sources([Check("shapes", "reference", "bf16")]) == []
+    more = [compiled_kernels.MetaCall(y, None) for y in other]
+    assert _count([forward, compiled_kernels.MetaCall(x, None, padded=True), *more], place) == 5
+    trained = compiled_kernels.meta_calls(
+        [OperatorCheck("shapes", "triton", "bf16"), OperatorTiming(x, "backward"), OperatorTiming(x, "lowest")]
+    )
+    assert compiled_kernels.MetaCall(x, compiled_kernels._needs(("prefix_k", "prefix_v"))) in trained
+    assert all(source.epilogue for source in compiled_kernels.meta_calls([OperatorCheck("shapes", "aten", "bf16")]))
+    assert compiled_kernels.meta_calls([OperatorCheck("shapes", "reference", "bf16")]) == []
 
 
 def test_the_plan_reaches_every_kernel() -> None:
     pytest.importorskip("triton")
     reached = set()
-    for source in kernels.sources(job for job in jobs("cuda", smoke=False) if isinstance(job, Check)):
-        reached |= {launch.kernel.__name__ for launch in kernels.launches(source, (0, "interpreter"))}
+    for source in compiled_kernels.meta_calls(
+        job for job in jobs("cuda", smoke=False) if isinstance(job, OperatorCheck)
+    ):
+        reached |= {launch.kernel.__name__ for launch in compiled_kernels.launches(source, (0, "interpreter"))}
     assert reached == sanitize.kernels()
 
 
@@ -118,11 +123,11 @@ def test_the_plan_reaches_every_kernel() -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="compiles for no device")
 def test_other_processes_compile() -> None:
     pytest.importorskip("triton")
-    plan = [Time(Problem.train(2, 4, 2, 64, 16, 32), "lowest")]
-    with Compilers(plan, (0, "interpreter")) as compilers:
+    plan = [OperatorTiming(Problem.train(2, 4, 2, 64, 16, 32), "lowest")]
+    with CompilePool(plan, (0, "interpreter")) as compilers:
         assert (compilers.wait() or "").startswith("3 kernels compiled by ")
         assert compilers.wait() is None
-    with Compilers([], (0, "interpreter")) as compilers:
+    with CompilePool([], (0, "interpreter")) as compilers:
         assert compilers.wait() is None
 
 

@@ -16,11 +16,11 @@ import pytest
 
 from fastprefix import cli
 from fastprefix.backends.launch import launcher, tile_config
-from fastprefix.measure import resources
-from fastprefix.measure.configurations import Call, Job, plan, trace
-from fastprefix.measure.families import FAMILIES, HELPERS, SHORT
-from fastprefix.measure.kernel_commands import TARGETS
-from fastprefix.measure.resources import SHARED, Usage, verdict
+from fastprefix.cli.bench_kernels import TARGETS
+from fastprefix.measure.kernels import compile_report
+from fastprefix.measure.kernels.compile_matrix import CompileCase, CompileJob, plan_compilation, trace_launches
+from fastprefix.measure.kernels.compile_report import SHARED, Usage, find_faults
+from fastprefix.measure.kernels.kernel_calls import HELPERS, KERNEL_CALLS, P16
 
 CONSTRAINTS = (Path(__file__).parents[3] / "constraints.txt").read_text()
 (COMPILER,) = re.findall(r"^triton==(\S+)", CONSTRAINTS, re.MULTILINE)
@@ -51,7 +51,7 @@ def check_survey(done: subprocess.CompletedProcess[str], targets: Sequence[str] 
     assert done.returncode == 0 and found, told + done.stderr
     assert all(row[-1] == "good" and row[11] == "0" for row in found)
     for target in targets:
-        assert {tile_config.launched(row[0]) for row in found if row[1] == target} == {*FAMILIES, *HELPERS}
+        assert {tile_config.launched(row[0]) for row in found if row[1] == target} == {*KERNEL_CALLS, *HELPERS}
 
 
 @pytest.mark.slow
@@ -130,20 +130,20 @@ def test_a_table_that_is_none_is_one_line(tmp_path: Path) -> None:
 def test_the_verdict(
     kernel: str, options: dict[str, Any], usage: dict[str, Any], capability: int, reason: str | None
 ) -> None:
-    found = verdict(kernel, {**FWD, **options}, Usage(**{**vars(GOOD), **usage}), capability)
+    found = find_faults(kernel, {**FWD, **options}, Usage(**{**vars(GOOD), **usage}), capability)
     assert len(found) == (reason is not None) and (reason or "") in "".join(found)
 
 
 def test_a_kernel_that_does_not_compile_is_bad(monkeypatch: pytest.MonkeyPatch) -> None:
-    call = Call(80, "", "fwd", 64, 2, 512, SHORT)
+    call = CompileCase(80, "", "fwd", 64, 2, 512, P16)
 
     def breaks(*args: Any) -> Usage:
         raise RuntimeError("`ptxas` failed with error code 255")
 
     monkeypatch.setattr(launcher, "INTERPRETER", False)
-    monkeypatch.setattr(resources, "usage_of", breaks)
+    monkeypatch.setattr(compile_report, "usage_of", breaks)
     with tile_config.forced("fwd", tile_config.Tile()):
-        result = resources.compiled(Job([call], 0))
+        result = compile_report.compile_job(CompileJob([call], 0))
     assert result.usage is None and result.reasons == [
         "does not compile: RuntimeError: `ptxas` failed with error code 255"
     ]
@@ -153,7 +153,7 @@ def test_the_driver_is_put_back() -> None:
     from triton.runtime import driver
 
     before = driver._active
-    with pytest.raises(KeyError), resources._target(90):
+    with pytest.raises(KeyError), compile_report._target(90):
         target = driver.active.get_current_target()
         assert (target.backend, target.arch, target.warp_size) == ("cuda", 90, 32)
         raise KeyError
@@ -170,18 +170,18 @@ def test_without_triton_or_its_tools_there_is_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(launcher, "INTERPRETER", False)
-    monkeypatch.setattr(resources.Path, "exists", lambda path: False)
+    monkeypatch.setattr(compile_report.Path, "exists", lambda path: False)
     monkeypatch.setenv("PATH", "/nowhere")
     assert cli.main(["bench", "--resources"]) == cli.USER_ERROR
     assert "got no cuobjdump, expected" in capsys.readouterr().err
-    monkeypatch.setattr(resources.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(compile_report.importlib.util, "find_spec", lambda name: None)
     assert cli.main(["bench", "--resources"]) == cli.USER_ERROR
     assert "got no triton, expected" in capsys.readouterr().err
 
 
 Write = Callable[..., Path]
 BF16, FP32 = {"D": 256, "itemsize": 2}, {"D": 64, "itemsize": 4}
-ROWS: dict[str, Any] = {kernel: [BF16, FP32] for kernel in FAMILIES}
+ROWS: dict[str, Any] = {kernel: [BF16, FP32] for kernel in KERNEL_CALLS}
 
 
 @pytest.fixture
@@ -201,7 +201,7 @@ def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Write]:
     tile_config.forget()
 
 
-def planned(jobs: list[Job]) -> set[tuple[str, int, str]]:
+def planned(jobs: list[CompileJob]) -> set[tuple[str, int, str]]:
     """Kernel, head dim and variant of every call that is compiled."""
     return {(call.kernel, call.D, call.variant.name) for job in jobs for call in job.calls}
 
@@ -209,30 +209,33 @@ def planned(jobs: list[Job]) -> set[tuple[str, int, str]]:
 def test_the_shipped_tables_lack_nothing_and_have_nothing_in_vain(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launcher, "INTERPRETER", False)
     monkeypatch.delenv("FASTPREFIX_TILES", raising=False)
-    jobs, missing = plan(list(TARGETS.values()), quick=True)
+    jobs, missing = plan_compilation(list(TARGETS.values()), quick=True)
     assert not missing
     assert {(call.capability, call.kernel) for job in jobs for call in job.calls} == {
-        (capability, kernel) for capability in TARGETS.values() for kernel in FAMILIES
+        (capability, kernel) for capability in TARGETS.values() for kernel in KERNEL_CALLS
     }
 
 
 def test_every_row_is_planned_in_every_variant(write: Write) -> None:
     write("sm_80", **ROWS)
-    jobs, missing = plan([80])
+    jobs, missing = plan_compilation([80])
     assert not missing
-    pointers = {k: [v.name for v in f.variants if "strides" not in v.has] for k, f in FAMILIES.items()}
+    pointers = {k: [v.name for v in f.variants if "strides" not in v.has] for k, f in KERNEL_CALLS.items()}
     assert planned(jobs) == {(k, row["D"], name) for k, names in pointers.items() for row in ROWS[k] for name in names}
-    fewer, _ = plan([80], quick=True)
+    fewer, _ = plan_compilation([80], quick=True)
     assert 0 < len(fewer) < len(jobs) and planned(fewer) < planned(jobs)
-    assert all(set(family.quick) <= set(family.variants) for family in FAMILIES.values())
+    assert all(set(family.quick) <= set(family.variants) for family in KERNEL_CALLS.values())
 
 
 def test_rare_arguments_and_strides_go_to_rows_of_their_own(write: Write) -> None:
     write("sm_80", **ROWS)
     write("sm_90", fwd=[{**BF16, "TMA": True}], fwd_general=[BF16])
-    jobs, missing = plan([90])
+    jobs, missing = plan_compilation([90])
     calls = [call for job in jobs for call in job.calls if (call.kernel, call.D) == ("fwd", 256)]
-    taken = {name: {x.variant.name for x in calls if trace(x).last.kernel == name} for name in ("fwd", "fwd_general")}
+    taken = {
+        name: {x.variant.name for x in calls if trace_launches(x).last.kernel == name}
+        for name in ("fwd", "fwd_general")
+    }
     assert not missing
     assert taken["fwd"] == {"P 16", "G 3", "padding, window"}
     assert taken["fwd_general"] == {"strides", "softcap, window", "segments", "bias", "bank, padding"}
@@ -241,7 +244,7 @@ def test_rare_arguments_and_strides_go_to_rows_of_their_own(write: Write) -> Non
 def test_what_a_table_lacks_or_has_in_vain(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
     write("sm_80", **{**ROWS, "fwd": [FP32], "bwd_dq": [*ROWS["bwd_dq"], BF16], "epilogue_fwd": [FP32]})
     write("nvidia_h200", target="sm_90", fwd=[BF16])
-    _, missing = plan([80, 90])
+    _, missing = plan_compilation([80, 90])
     assert missing == [
         "sm_80: tiles: no row for fwd, D = 64, itemsize = 2",
         "sm_80: tiles: no row for fwd, D = 256, itemsize = 2",
@@ -254,6 +257,6 @@ def test_what_a_table_lacks_or_has_in_vain(write: Write, monkeypatch: pytest.Mon
     ]
     mine = write("mine", fwd=[BF16, BF16], forward=[BF16])
     monkeypatch.setenv("FASTPREFIX_TILES", str(mine))
-    jobs, missing = plan([80])
+    jobs, missing = plan_compilation([80])
     assert {call.kernel for job in jobs for call in job.calls} == {"fwd"}
     assert missing == [f"sm_80, mine.json: nothing asks for {row}" for row in ("fwd row 1", "forward row 0")]

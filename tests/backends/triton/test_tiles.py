@@ -15,13 +15,13 @@ pytest.importorskip("triton")
 from fastprefix import prefix_attention
 from fastprefix.backends.launch import tile_config
 from fastprefix.backends.launch.tile_config import Tile
+from fastprefix.cli.bench_kernels import DECODING, TRAINING
 from fastprefix.measure import Leaves, Problem, Timing
-from fastprefix.measure import tune as tune_module
-from fastprefix.measure.check import broken_rule
-from fastprefix.measure.grids import AXES, grid
-from fastprefix.measure.kernel_commands import DECODING, TRAINING
-from fastprefix.measure.routes import Route, routes
-from fastprefix.measure.tune import tune
+from fastprefix.measure.kernels import autotune
+from fastprefix.measure.kernels.autotune import tune
+from fastprefix.measure.kernels.search_space import AXES, candidate_tiles
+from fastprefix.measure.kernels.tuning_targets import TuningTarget, tuning_targets
+from fastprefix.measure.operator.correctness import broken_rule
 
 H100 = (90, "NVIDIA H100 80GB HBM3")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -156,14 +156,15 @@ def test_tables_say_what_they_are_for(shipped: Write) -> None:
 def test_candidates_are_few_and_differ_from_the_present_tile() -> None:
     for kernel in (*AXES, "fwd_general"):
         for D in (64, 128, 256):
-            found = grid(kernel, D, Tile())
+            found = candidate_tiles(kernel, D, Tile())
             assert 4 <= len(set(found)) == len(found) <= 100 and Tile() not in found, kernel
-    assert not any(tile.TMA for tile in grid("fwd_general", 64, Tile())) and not grid("bwd_delta", 64, Tile())
+    assert not any(tile.TMA for tile in candidate_tiles("fwd_general", 64, Tile()))
+    assert not candidate_tiles("bwd_delta", 64, Tile())
 
 
 def test_problems_that_are_tuned_without_a_shape() -> None:
-    names = {route.name for shape in TRAINING for route in routes(Problem.train(*shape))}
-    assert names | {route.name for shape in DECODING for route in routes(Problem.decode(*shape))} == {
+    names = {target.name for shape in TRAINING for target in tuning_targets(Problem.train(*shape))}
+    assert names | {target.name for shape in DECODING for target in tuning_targets(Problem.decode(*shape))} == {
         "fused",
         "epilogue",
         "decode",
@@ -183,7 +184,7 @@ def _one_to_two(fns: dict[str, Callable[[], None]], *args: Any) -> dict[str, Tim
 def test_what_is_tuned_is_written_and_then_used(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(tune_module, "interleaved", _one_to_two)
+    monkeypatch.setattr(autotune, "interleaved", _one_to_two)
     out, told = tmp_path / "tuned.json", []
     outcomes = tune([TINY], out, ["fwd"], lambda kernel, D, tile: CANDIDATES, 1, told.append)
     assert outcomes == told and [(x.asked.kernel, x.best, x.tried) for x in outcomes] == [("fwd", CANDIDATES[0], 2)]
@@ -196,14 +197,14 @@ def test_what_is_tuned_is_written_and_then_used(
 
 def test_candidates_that_are_wrong_or_fail_are_discarded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     verdicts = iter(("o: error 1.00e+00, eager's 1.00e-07", None))
-    monkeypatch.setattr(tune_module, "broken_rule", lambda *args: next(verdicts))
+    monkeypatch.setattr(autotune, "broken_rule", lambda *args: next(verdicts))
 
     def fails(fns: dict[str, Callable[[], None]], *args: Any) -> dict[str, Timing]:
         if "new" in fns:
             raise RuntimeError("out of resource: shared memory")
         return _one_to_two(fns)
 
-    monkeypatch.setattr(tune_module, "interleaved", fails)
+    monkeypatch.setattr(autotune, "interleaved", fails)
     (outcome,) = tune([TINY], tmp_path / "tuned.json", ["fwd"], lambda kernel, D, tile: CANDIDATES, 1)
     assert outcome.best == outcome.asked.tile and (outcome.before, outcome.after) == (2.0, 2.0)
     wrong, failed = (outcome.discarded[tile] for tile in CANDIDATES)
@@ -213,12 +214,14 @@ def test_candidates_that_are_wrong_or_fail_are_discarded(tmp_path: Path, monkeyp
 PROBLEMS = [TINY, Problem.decode(2, 2, 1, 20, 24, 16, device=DEVICE)]
 
 
-@pytest.mark.parametrize("route", [route for problem in PROBLEMS for route in routes(problem)], ids=lambda x: x.name)
-def test_every_route_gives_all_that_it_can_and_gives_it_right(route: Route) -> None:
-    leaves = Leaves.random(route.problem, requires_grad=True)
-    got = route(leaves)
-    assert len(got) == (2 if route.name == "decode" else 7)
-    assert broken_rule(route.problem, leaves, got) is None
+@pytest.mark.parametrize(
+    "target", [target for problem in PROBLEMS for target in tuning_targets(problem)], ids=lambda x: x.name
+)
+def test_every_route_gives_all_that_it_can_and_gives_it_right(target: TuningTarget) -> None:
+    leaves = Leaves.random(target.problem, requires_grad=True)
+    got = target(leaves)
+    assert len(got) == (2 if target.name == "decode" else 7)
+    assert broken_rule(target.problem, leaves, got) is None
 
 
 @pytest.mark.slow
@@ -231,8 +234,8 @@ def test_every_kernel_is_found_and_timed_alone(tmp_path: Path) -> None:
 def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     from fastprefix import cli
 
-    monkeypatch.setattr(tune_module.tune, "__defaults__", (None, lambda kernel, D, tile: CANDIDATES, 1, print))
-    monkeypatch.setattr(tune_module, "interleaved", _one_to_two)
+    monkeypatch.setattr(autotune.tune, "__defaults__", (None, lambda kernel, D, tile: CANDIDATES, 1, print))
+    monkeypatch.setattr(autotune, "interleaved", _one_to_two)
     out = tmp_path / "tuned.json"
     options = ["--shape", "1,2,1,16,8,16", "--dtype", "fp32", "--kernel", "fwd", "--out", str(out)]
     assert cli.main(["bench", "--tune", *options]) == 0

@@ -1,0 +1,42 @@
+"""Errors of the code that is measured: their text in one line, and whether the device still works after one."""
+
+from __future__ import annotations
+
+import torch
+
+
+class DeviceLostError(RuntimeError):
+    """The device does not respond in this process any more; ``who`` was running."""
+
+    def __init__(self, who: str, reason: str) -> None:
+        super().__init__(f"{who}: {reason}")
+        self.who, self.reason = who, reason
+
+
+def describe_error(error: BaseException) -> str:
+    """An exception as one short line."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return "out of memory"
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
+
+
+def synchronize(device: torch.device | str) -> None:
+    """Wait until the device has finished its work, and raise any error of it."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def recover(device: torch.device | str, who: str, failure: str | None) -> None:
+    """After a failure, free cached memory and check that the device still responds.
+
+    Raises:
+        DeviceLostError: it does not respond.
+    """
+    if failure is None or torch.device(device).type != "cuda":
+        return
+    try:
+        torch.cuda.synchronize(device)
+        torch.cuda.empty_cache()
+    except Exception as error:
+        raise DeviceLostError(who, failure or describe_error(error)) from error

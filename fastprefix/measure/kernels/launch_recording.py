@@ -1,0 +1,55 @@
+"""Record the kernel launches of a call instead of making them, to see which kernels it would compile."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+
+
+class Launch(NamedTuple):
+    """One recorded launch: the Triton kernel, its arguments and its compile-time options."""
+
+    kernel: Any
+    args: tuple[Any, ...]
+    options: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        """The kernel's name in the tile tables: ``fwd`` for ``_prefix_attn_fwd_kernel``."""
+        return str(self.kernel.__name__).removeprefix("_prefix_attn_").removesuffix("_kernel")
+
+    @property
+    def fingerprint(self) -> tuple[object, ...]:
+        """Equal for two launches that share one compilation by Triton, different for two that do not."""
+        plain = (parameter.do_not_specialize for parameter in getattr(self.kernel, "params", ()))
+        args = (type(x) if skip else _specialization(x) for x, skip in itertools.zip_longest(self.args, plain))
+        return self.name, *args, *sorted(self.options.items())
+
+
+@contextmanager
+def recorded_launches(capability: int, name: str = "") -> Iterator[list[Launch]]:
+    """Collect the launches inside the block, as they would be on a device of ``capability`` (90 for sm_90)."""
+    from fastprefix.backends.launch import launcher
+
+    launches: list[Launch] = []
+    with launcher.dry_run(
+        lambda kernel, grid, args, options: launches.append(Launch(kernel, args, options)), capability, name
+    ):
+        yield launches
+
+
+def _specialization(x: Any) -> object:
+    """What Triton compiles for of one argument: a dtype, None, or whether a number is 1 or a multiple of 16."""
+    if isinstance(x, torch.Tensor):
+        return x.dtype
+    if isinstance(x, (tuple, list)):
+        return (type(x).__name__, *(_specialization(y) for y in x))
+    if hasattr(x, "block_shape"):
+        return x.base.dtype, tuple(x.block_shape)
+    if isinstance(x, int):
+        return x == 1, x % 16 == 0
+    return type(x).__name__ if isinstance(x, float) else x

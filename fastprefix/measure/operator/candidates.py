@@ -1,0 +1,81 @@
+"""The candidates of a measurement: our operator, once for each backend, and the baselines."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+import torch
+
+from fastprefix import dispatch
+from fastprefix.functional import prefix_attention
+from fastprefix.measure.operator.baselines import DECODE_BASELINES, TRAIN_BASELINES, Attend, Candidate
+from fastprefix.measure.operator.problem import Leaves, Mode, Problem
+from fastprefix.types import BACKENDS, AttentionArgs, BackendName
+
+OURS = "ours"
+INTERPRETED = "interpreted: not timed"
+
+
+def candidates_for(problem: Problem, mode: Mode) -> list[Candidate]:
+    """Our operator with ``auto`` and with every other backend that supports the problem, then the baselines.
+
+    The reference backend exists to check the others, so it is a candidate only where ``auto`` takes it.
+    """
+    return [*_ours(problem), *(DECODE_BASELINES if mode == "decode" else TRAIN_BASELINES)]
+
+
+def chosen_backend(problem: Problem) -> BackendName:
+    """The backend that ``auto`` takes for a problem; FASTPREFIX_BACKEND overrides it, as in ``prefix_attention``."""
+    named = os.environ.get("FASTPREFIX_BACKEND", "auto")
+    for name in BACKENDS:
+        if name == named:
+            return name
+    order = dispatch.auto_order(torch.device(problem.device).type)
+    return next(name for name in order if not backend_reasons(problem, name))
+
+
+def backend_reasons(problem: Problem, name: BackendName) -> list[str]:
+    """The reasons why a backend does not support the problem; empty where it does."""
+    try:
+        reasons: list[str] = dispatch.module(name).unsupported(_args(problem))
+    except ImportError as error:
+        return [f"cannot be imported: {error}"]
+    return reasons
+
+
+def prepare_with(backend: str) -> Callable[[Problem, Leaves], Attend]:
+    """The ``prepare`` of a candidate that calls ``prefix_attention`` with this backend, or with ``auto``."""
+
+    def prepare(problem: Problem, x: Leaves) -> Attend:
+        causal = problem.causal
+        return lambda: prefix_attention(x.q, x.k, x.v, x.prefix_k, x.prefix_v, causal=causal, backend=backend)
+
+    return prepare
+
+
+def _args(problem: Problem) -> AttentionArgs:
+    x, place = problem, {"dtype": problem.dtype, "device": problem.device}
+    q = torch.empty(x.B, x.S, x.H, x.D, **place).transpose(1, 2)  # type: ignore[call-overload]
+    k = torch.empty(x.B, x.T, x.H_kv, x.D, **place).transpose(1, 2)  # type: ignore[call-overload]
+    prefix = torch.empty(x.H_kv, x.P, x.D, **place)  # type: ignore[call-overload]
+    return AttentionArgs(q, k, k, prefix, prefix, scale=x.D**-0.5, causal=x.causal)
+
+
+def _ours(problem: Problem) -> list[Candidate]:
+    chosen = chosen_backend(problem)
+    found = [Candidate(OURS, f"prefix_attention, auto takes {chosen}", prepare_with("auto"), _untimed(chosen))]
+    for name in BACKENDS:
+        if name not in (chosen, "reference") and not backend_reasons(problem, name):
+            candidate = Candidate(f"{OURS}:{name}", f"prefix_attention by {name}", prepare_with(name), _untimed(name))
+            found.append(candidate)
+    return found
+
+
+def _untimed(backend: BackendName) -> Callable[[Problem, Mode], str | None]:
+    """On a CPU, Triton kernels run in its interpreter, at some 12 ms a program: that time says nothing about them."""
+
+    def reason(problem: Problem, mode: Mode) -> str | None:
+        return INTERPRETED if backend == "triton" and torch.device(problem.device).type == "cpu" else None
+
+    return reason
