@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from typing import Any
 
@@ -11,11 +10,12 @@ import torch
 from torch import Tensor
 
 import fastprefix
-from fastprefix import PrefixConfig, PromptConfig, init
+from fastprefix import PrefixConfig, PromptConfig
 from fastprefix.hf.adapters.lookup import require_installation
 from tests.model_zoo import hybrids
-from tests.model_zoo.architectures import ROWS, VOCAB
+from tests.model_zoo.architectures import ROWS
 from tests.support.model_error_rule import StayingInDouble, assert_model_rule
+from tests.support.soft_prompts import concatenated, padded, prompted, tokens
 
 P, B, S = 5, 3, 7
 REFUSED = ["gemma4", "clip_text"]  # they want token ids
@@ -24,42 +24,6 @@ CAUSAL = [
     if row.generates and name not in (*REFUSED, *hybrids.ROWS) and "experts" not in row.notes
 ]  # fmt: skip
 ENCODERS = ["bert", "roberta"]
-
-
-def tokens(batch: int = B, length: int = S) -> Tensor:
-    torch.manual_seed(1)
-    return torch.randint(3, VOCAB, (batch, length))
-
-
-def prompted(name: str, dtype: torch.dtype = torch.float64, tokens: int = P) -> tuple[Any, Any, Any]:
-    """A bare model, a copy with a soft prompt, and the prompt."""
-    bare = ROWS[name].build(dtype)
-    model = copy.deepcopy(bare)
-    bare.set_attn_implementation("eager")  # transformers' sdpa may leave a softcap out
-    prompt = fastprefix.attach(model, PromptConfig(tokens, init=init.normal(1.0)))
-    prompt.to(dtype)
-    return bare, model, prompt
-
-
-def concatenated(bare: Any, embedding: Tensor, ids: Tensor, mask: Tensor | None = None, **kwargs: Any) -> Any:
-    """The oracle: transformers alone, the embeddings in front of every row, positions that count real tokens."""
-    own = bare.get_input_embeddings()(ids)
-    row = embedding.to(own.dtype).expand(len(ids), -1, -1)
-    mask = torch.ones_like(ids) if mask is None else mask
-    whole = torch.cat([mask.new_ones(len(ids), row.shape[1]), mask], 1)
-    if "labels" in kwargs:
-        kwargs["labels"] = torch.cat([kwargs["labels"].new_full((len(ids), row.shape[1]), -100), kwargs["labels"]], 1)
-    if whole.all():
-        return bare(inputs_embeds=torch.cat([row, own], 1), **kwargs)
-    positions = (whole.cumsum(1) - 1).clamp(min=0)
-    return bare(inputs_embeds=torch.cat([row, own], 1), attention_mask=whole, position_ids=positions, **kwargs)
-
-
-def padded(side: str) -> Tensor:
-    mask = torch.ones(B, S, dtype=torch.long)
-    for row in range(B):
-        mask[row, slice(0, row) if side == "left" else slice(S - row, S)] = 0
-    return mask
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -245,49 +209,6 @@ def test_compiles() -> None:
         input_ids=ids, labels=ids, use_cache=False
     ).loss.backward()
     torch.testing.assert_close(prompt.embedding.grad, want, rtol=1e-4, atol=1e-5)
-
-
-def test_starts_from_tokens() -> None:
-    model = ROWS["llama_gqa"].build()
-    prompt = fastprefix.attach(model, PromptConfig(4, init=init.token_ids([5, 6])))
-    torch.testing.assert_close(prompt.embedding.data, model.get_input_embeddings().weight[[5, 6, 5, 6]])
-    other = fastprefix.attach(model, PromptConfig(4), name="other")
-    table = model.get_input_embeddings().weight
-    assert all((row == table).all(1).any() for row in other.embedding.data)
-    assert not any(p.requires_grad for n, p in model.named_parameters() if "fastprefix" not in n)
-
-
-def test_saves_and_loads(tmp_path: Any) -> None:
-    bare, model, _ = prompted("llama_gqa", torch.float32)
-    want = model(input_ids=tokens()).logits
-    fastprefix.save(model, tmp_path)
-    fastprefix.load(bare, tmp_path)
-    torch.testing.assert_close(bare(input_ids=tokens()).logits, want)
-
-
-def test_peft_reads_and_writes_the_same_files(tmp_path: Any) -> None:
-    peft = pytest.importorskip("peft")
-    bare, model, _ = prompted("llama_gqa", torch.float32)
-    fastprefix.save(model, tmp_path / "ours")
-    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(bare), tmp_path / "ours").eval()
-    want = theirs(input_ids=tokens()).logits[:, P:]
-    torch.testing.assert_close(model(input_ids=tokens()).logits, want, rtol=1e-4, atol=1e-4)
-    theirs.save_pretrained(tmp_path / "theirs")
-    fastprefix.load(bare, tmp_path / "theirs")
-    torch.testing.assert_close(bare(input_ids=tokens()).logits, want, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"num_virtual_tokens": 0}, "num_virtual_tokens: got 0, expected an int of at least 1"),
-        ({"num_virtual_tokens": 2, "init": "text"}, "init: got 'text', expected"),
-        ({"num_virtual_tokens": 2, "init": init.kv([torch.zeros(1, 2, 4)], [torch.zeros(1, 2, 4)])}, "init: got 'kv'"),
-    ],
-)
-def test_wrong_configurations(arguments: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        PromptConfig(**arguments)
 
 
 @pytest.mark.parametrize("name", ENCODERS)
