@@ -11,12 +11,18 @@ import re
 from pathlib import Path
 from typing import Any
 
-from benches.readme import RESULTS, ROOT, machine
-
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benches" / "results" / "cpu" / "readme.json"
 PICTURE = ROOT / "docs" / "images" / "time_and_memory.svg"
 COLOURS = {"peft": "#d9772b", "ours": "#2b83ba", "frozen": "#8a8a8a"}
 LABELS = {"peft": "PEFT", "ours": "fastprefix", "frozen": "no prefix"}
 GREY = "#808080"
+
+
+def machine(found: dict[str, Any]) -> str:
+    """Where and when it was measured, in a line."""
+    place = found["environment"]
+    return f"{place['device']}, {found['threads']} threads, torch {place['torch']}, fp32, {place['date'][:10]}"
 
 
 def series(found: dict[str, Any]) -> dict[str, dict[str, dict[int, float]]]:

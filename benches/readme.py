@@ -17,13 +17,12 @@ from typing import Any
 import torch
 
 from benches import peft
+from benches.pictures import RESULTS, ROOT, machine
 from fastprefix.measure.operator.problem import Mode, Problem
 from fastprefix.measure.operator.runner import measure
 from fastprefix.measure.report_tables import environment, markdown_table, write_atomically
 from fastprefix.measure.timing import Timing, ratio
 
-ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "benches" / "results" / "cpu" / "readme.json"
 README, BENCHMARKS = ROOT / "README.md", ROOT / "docs" / "benchmarks.md"
 BEGIN, END = "<!-- measured: python -m benches.readme -->", "<!-- end of measured -->"
 # Counts of bytes are the same on every machine; the other parts are times, which belong to the machine in the results.
@@ -125,12 +124,6 @@ def _length(length: int) -> dict[str, Any]:
     row = {"P": length, **{name: step.saved_bytes() for name, step in steps.items()}}
     print(row, flush=True)
     return row
-
-
-def machine(found: dict[str, Any]) -> str:
-    """Where and when it was measured, in a line."""
-    place = found["environment"]
-    return f"{place['device']}, {found['threads']} threads, torch {place['torch']}, fp32, {place['date'][:10]}"
 
 
 def summary(found: dict[str, Any]) -> str:
