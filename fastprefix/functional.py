@@ -72,7 +72,7 @@ def prefix_attention(  # type: ignore[misc]  # the overloads tell the return typ
         scale: multiplies ``q k^T``; default ``1 / sqrt(D)``.
         key_padding_mask: ``[B, T]`` bool, True = attend. A row without any visible key gives o = 0, lse = -inf.
             Keys and values that a mask hides, this one or any other, must be finite. A hidden nan gets the weight 0,
-            and it depends on the backend whether 0 times nan is added (see the README's table of arguments).
+            and it depends on the backend whether 0 times nan is added (docs/operator.md has the table).
         segment_ids: ``[B, T]`` int, packed documents: content sees its own segment, everything sees the prefix.
         q_start: content position of the first query row; default ``T - S``. An int tensor ``[]`` or ``[B]`` serves
             static caches, where T is the capacity.

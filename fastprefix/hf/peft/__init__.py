@@ -1,1 +1,12 @@
-"""``patch``: PEFT's prompt-learning models, faster and right, with everything that is PEFT's left to PEFT."""
+"""``patch``: PEFT's models, whose prefixes and prompts are read where PEFT keeps them.
+
+* The class of a PeftModel changes, not its attributes: it can be copied and pickled, and ``unpatch`` is exact. The
+  installation is in the base model, which therefore reads the active adapter also when somebody unwraps it.
+* PEFT's soft prompts return logits for the prompt's positions. The prompt then runs through the whole model, head
+  included, and its ``[1, P, V]`` are put in front of every row's: a copy of logits, of which nothing is saved for
+  backward. A generation that may outgrow a sliding window is left to PEFT.
+* Under ADAPTION_PROMPT the content stays with the attention and the masks that the model had: with gates at zero, the
+  same bits. What is saved is PEFT's second query projection, its prompt for each row and its second ``o_proj``, whose
+  bias, if it has one, PEFT adds twice.
+* ``init_weights="zero"`` is replaced by N(0, 0.02^2): rows that start equal stay equal.
+"""
