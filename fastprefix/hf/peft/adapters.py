@@ -13,11 +13,11 @@ from fastprefix.errors import fail
 from fastprefix.hf.adapters.installation import Installation
 from fastprefix.hf.peft.fitting import Fit
 from fastprefix.hf.runtime.forward_context import AdapterSelection, KeyValues, Name, ResolvedPrefix
+from fastprefix.hf.storage.peft_format import PREFIX_TYPES, PROMPT_TYPES
 
-PREFIXES = ("PREFIX_TUNING", "CARTRIDGE")
-PROMPTS = ("PROMPT_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING")
 MULTITASK = "MULTITASK_PROMPT_TUNING"
-DIRECT = (*PREFIXES, "PROMPT_TUNING")  # what their encoders give is the parameter itself, without a projection
+PATCHED_PROMPT_TYPES = (*PROMPT_TYPES, MULTITASK)  # no file of it can be loaded without PEFT
+DIRECT = (*PREFIX_TYPES, "PROMPT_TUNING")  # what their encoders give is the parameter itself, without a projection
 BASE = "__base__"  # PEFT's name for no adapter in a mixed batch
 
 
@@ -118,7 +118,7 @@ class Adapters:
         config = self.peft_model.peft_config[name]
         encoder = self.peft_model.prompt_encoder[name]
         tokens, parameters, what = config.num_virtual_tokens, tuple(encoder.parameters()), kind(config)
-        if what in PREFIXES:
+        if what in PREFIX_TYPES:
 
             def key_values() -> KeyValues:
                 return self.fit(config, self.encoded(str(name)))

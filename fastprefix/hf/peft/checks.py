@@ -10,7 +10,8 @@ import torch
 from fastprefix.errors import fail
 from fastprefix.hf.adapters.installation import Installation
 from fastprefix.hf.model import offload, probing
-from fastprefix.hf.peft.adapters import PREFIXES, Adapters, kind
+from fastprefix.hf.peft.adapters import Adapters, kind
+from fastprefix.hf.storage.peft_format import PREFIX_TYPES
 
 
 def check(adapters: Adapters, name: str) -> None:
@@ -23,7 +24,7 @@ def check(adapters: Adapters, name: str) -> None:
         raise fail("peft_model", got, "a PEFT model that was made first, and its base model offloaded then")
     offload.remove_offload_hooks(encoder)
     adapters.installation.parameters.remember(name, encoder)
-    if kind(config) in PREFIXES:
+    if kind(config) in PREFIX_TYPES:
         adapters.fit.check(config)
 
 

@@ -14,7 +14,8 @@ from fastprefix.hf.adapters.lookup import find_installation, install, uninstall
 from fastprefix.hf.model import probing, wrappers
 from fastprefix.hf.model.prompt_support import check_prompts
 from fastprefix.hf.peft import checks, classes
-from fastprefix.hf.peft.adapters import PREFIXES, PROMPTS, Adapters, kind
+from fastprefix.hf.peft.adapters import PATCHED_PROMPT_TYPES, Adapters, kind
+from fastprefix.hf.storage.peft_format import PREFIX_TYPES
 
 ADAPTION = "ADAPTION_PROMPT"
 
@@ -52,11 +53,11 @@ def patch(peft_model: Any) -> Any:
     if is_patched(peft_model):
         return peft_model
     kinds = {kind(config) for config in peft_model.peft_config.values()}
-    known = (*PREFIXES, *PROMPTS, ADAPTION)
+    known = (*PREFIX_TYPES, *PATCHED_PROMPT_TYPES, ADAPTION)
     if not kinds or not kinds <= set(known):
         raise fail("peft_model", f"adapters of type {', '.join(sorted(kinds)) or 'none'}", f"one of {', '.join(known)}")
     base = peft_model.get_base_model()
-    if kinds <= set(PROMPTS) and getattr(base.config, "is_encoder_decoder", False):
+    if kinds <= set(PATCHED_PROMPT_TYPES) and getattr(base.config, "is_encoder_decoder", False):
         # Its prompt's states depend on the row: PEFT concatenates, which is the only exact way.
         reason = f"{type(base).__name__} is an encoder-decoder"
         warnings.warn(f"fastprefix: the prompt is concatenated to every row, not shared: {reason}", stacklevel=2)
@@ -76,7 +77,7 @@ def patch(peft_model: Any) -> Any:
             installation.selection.provider = Adapters(installation, peft_model)
             with suppress(AttributeError, RuntimeError, TypeError, ValueError):  # soft prompts fail there, in PEFT too
                 installation.facts.reads_token_ids = build.reads_token_ids(installation)
-            if kinds & set(PROMPTS):
+            if kinds & set(PATCHED_PROMPT_TYPES):
                 checks.check_output(installation)
                 arguments = inspect.signature(base.forward).parameters
                 if installation.head and {"labels", "attention_mask"} <= set(arguments):

@@ -25,7 +25,7 @@ OWN_CONFIG, ENCODER = "fastprefix_config.json", "prefix_encoder.safetensors"
 FORMAT_VERSION = 1
 EMBEDDINGS = "prompt_embeddings"
 OWN = "FASTPREFIX"  # the peft_type of what PEFT cannot represent
-PREFIXES, PROMPTS = ("PREFIX_TUNING", "CARTRIDGE"), ("PROMPT_TUNING", "P_TUNING")
+PREFIX_TYPES, PROMPT_TYPES = ("PREFIX_TUNING", "CARTRIDGE"), ("PROMPT_TUNING", "P_TUNING")
 
 _TASKS = {
     "ForCausalLM": "CAUSAL_LM",
@@ -101,8 +101,8 @@ def peft_config(model: Any, prefix: Prefix | SoftPrompt, modules: Sequence[str])
 def peft_configuration(peft: dict[str, Any], path: Path) -> PrefixConfig | PromptConfig:
     """Our configuration of an adapter of PEFT's; ValueError naming path and field for what is not ours to load."""
     kind = field(peft, "peft_type", str, path)
-    if kind not in PREFIXES + PROMPTS:
-        raise fail(f"{path}: peft_type", shown(kind), f"{', '.join(PREFIXES + PROMPTS)} or FASTPREFIX")
+    if kind not in PREFIX_TYPES + PROMPT_TYPES:
+        raise fail(f"{path}: peft_type", shown(kind), f"{', '.join(PREFIX_TYPES + PROMPT_TYPES)} or FASTPREFIX")
     submodules = field(peft, "num_transformer_submodules", int, path, None)
     tokens = field(peft, "num_virtual_tokens", int, path)
     with of(path):
@@ -111,7 +111,7 @@ def peft_configuration(peft: dict[str, Any], path: Path) -> PrefixConfig | Promp
         if submodules not in (1, None):
             expected = "1, or 2 of an encoder-decoder's PREFIX_TUNING"
             raise fail("num_transformer_submodules", submodules, expected)
-        if kind in PROMPTS:
+        if kind in PROMPT_TYPES:
             return PromptConfig(tokens)
         return PrefixConfig(tokens, num_frozen_tokens=peft.get("num_frozen_tokens", 0) if kind == "CARTRIDGE" else 0)
 

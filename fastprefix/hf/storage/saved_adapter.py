@@ -23,8 +23,8 @@ from fastprefix.hf.storage.peft_format import (
     ENCODER,
     OWN,
     OWN_CONFIG,
-    PREFIXES,
-    PROMPTS,
+    PREFIX_TYPES,
+    PROMPT_TYPES,
     WEIGHTS,
     check_geometry,
     check_tensors,
@@ -67,7 +67,7 @@ class SavedAdapter:
             self.config = peft_configuration(self.peft, path)
         else:
             self.config = own_configuration(self.own, own_path)
-            if kind not in (*PREFIXES, *PROMPTS, OWN):
+            if kind not in (*PREFIX_TYPES, *PROMPT_TYPES, OWN):
                 raise fail(f"{path}: peft_type", shown(kind), f"what fastprefix.save wrote beside {OWN_CONFIG}")
         tensors = read_tensors(self.paths[WEIGHTS])
         self.modules = {name: x for name, x in tensors.items() if name.startswith(saved_modules.BASE)}
