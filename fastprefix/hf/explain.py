@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -48,17 +49,13 @@ def explain_model(model: Any) -> str:
         what = f"other layers have no keys to put a prefix before: {', '.join(others)}"
         lines.append(f"a hybrid, whose {what if others else 'layers keep a state beside their keys'}")
     names = {id(module): name for name, module in wrappers.unwrapped(model).named_modules()}
-    # What the checks know must not change by a look.
-    checked = [hooks.checked for hooks in installation.hooks]
-    for hooks in installation.hooks:
-        hooks.checked = True
     try:
-        calls = [call for stack in installation.facts.layers.stacks for call in _rows(stack)]
+        with ExitStack() as stack:
+            for hooks in installation.hooks:
+                stack.enter_context(hooks.unchecked())
+            calls = [call for each in installation.facts.layers.stacks for call in _rows(each)]
     except ValueError as error:  # a forward that needs more than tokens: PEFT's multitask prompts
         return "\n".join([*lines, f"a forward of two tokens says: {error}"])
-    finally:
-        for hooks, before in zip(installation.hooks, checked, strict=True):
-            hooks.checked = before
     groups: dict[tuple[str, ...], list[int]] = {}
     called = [names.get(id(call.module), "?") for call in calls]
     for index, call in enumerate(calls):

@@ -37,13 +37,6 @@ def prefix_batch(model: Any, names: Sequence[str | None]) -> Iterator[None]:
             raise fail("names", repr(name), f"None or one of {sorted(known)}")
     if installation.selection.shared is not None:
         raise fail("names", "a mixed batch inside shared_prompt", "neither block inside the other")
-    with installation.lock.block():
-        outside, installation.selection.chosen = installation.selection.chosen, AdapterSelection(tuple(names))
-        on = installation.configs.on
-        try:
-            with installation.selection.provider.held(installation.selection.chosen):
-                installation.configs.switch(on=True)
-                yield
-        finally:
-            installation.selection.chosen = outside
-            installation.configs.switch(on=on)
+    selected = AdapterSelection(tuple(names))
+    with installation.lock.block(), installation.selection.choosing(selected), installation.configs.switched_on():
+        yield

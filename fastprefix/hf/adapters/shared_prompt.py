@@ -161,16 +161,9 @@ def shared_prompt(model: Any, input_ids: Any, groups: Any = None) -> Iterator[Sh
         raise fail("input_ids", "a shared prompt inside another block", "one block of shared_prompt or prefix_batch")
     if installation.selection.provider.gated:
         raise fail("model", "one with gated prompts (ADAPTION_PROMPT)", "one without: they are read beside the content")
-    with installation.lock.block():
-        on = installation.configs.on
-        shared = SharedPrompt(prompts, chosen, installation.reader, installation.slots)
-        installation.selection.shared = shared
-        try:
-            installation.configs.switch(on=True)
-            yield shared
-        finally:
-            installation.selection.shared = None
-            installation.configs.switch(on=on)
+    shared = SharedPrompt(prompts, chosen, installation.reader, installation.slots)
+    with installation.lock.block(), installation.selection.sharing(shared), installation.configs.switched_on():
+        yield shared
 
 
 def _bare(model: Any) -> Any:

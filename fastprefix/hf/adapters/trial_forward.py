@@ -37,9 +37,7 @@ def run_once(installation: Installation) -> None:
             raise fail("model", got, "a model that runs with one on what it runs on without") from error
     # Whether every layer reads it is looked at again in the user's own first forward: much may happen before that.
     for hooks in installation.hooks:
-        hooks.checked = False
-    for slot in installation.slots:
-        slot.ran = False
+        hooks.check_again()
 
 
 def _error(model: Any, inputs: dict[str, Any]) -> Exception | None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,6 +49,16 @@ class ConfigCopies:
                 config.implementation = config.own._attn_implementation
         for config in self.configs:
             config.own._attn_implementation = NAME if on else config.implementation
+
+    @contextmanager
+    def switched_on(self) -> Iterator[None]:
+        """Let the model's attention run through fastprefix inside the block."""
+        on = self.on
+        self.switch(on=True)
+        try:
+            yield
+        finally:
+            self.switch(on=on)
 
     def before(self, module: Any) -> str | None:
         """What a module's attention ran before, if it can be asked for by name; None for eager."""

@@ -151,3 +151,12 @@ def _padding(attention_mask: Tensor | None, kv_length: int, kv_offset: Index) ->
     if not torch.compiler.is_compiling() and bool(padding.all()):
         return None
     return padding
+
+
+def over_all_rows(kwargs: dict[str, Any]) -> Any:
+    """Expand a 4-D mask of the caller's own over the rows, so that it is not taken for padding."""
+    mask = kwargs.get("attention_mask")
+    source = kwargs.get("input_ids") if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
+    if isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape[2] == 1 and source is not None:
+        return mask.expand(-1, -1, source.shape[1], -1)
+    return mask

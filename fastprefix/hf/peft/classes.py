@@ -159,13 +159,9 @@ def _chosen(installation: Installation, selected: Any) -> Iterator[None]:
         yield
         return
     with installation.lock.block():
-        outside, installation.selection.chosen = installation.selection.chosen, selected
         installation.configs.switch(on=True)
-        try:
-            with installation.selection.provider.held(selected):
-                yield
-        finally:
-            installation.selection.chosen = outside
+        with installation.selection.choosing(selected):
+            yield
 
 
 def _concatenates(model: Any, installation: Installation, selected: Any, kwargs: dict[str, Any]) -> str | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -58,8 +60,7 @@ class ForwardHooks:
         self.head, self.pooled, self.outer, self.query_scaling = head, pooled, outer, query_scaling
         self.checked = False  # whether every layer was seen to read its prefix
         self.origin: cache_origin.Origin | None = None  # of a cache that the running forward makes
-        # Whether a decoder runs without an encoder's states, whose cross-attention is skipped then.
-        self.without_encoder = False
+        self.without_encoder = False  # whether a decoder runs without an encoder's states, and skips cross-attention
         owner = stack.owner
         self.table = position_ids.learned_table(owner)
         self.shifted_table = None if table is None else ShiftedTable(table)
@@ -115,7 +116,7 @@ class ForwardHooks:
         masks.requested.explicit_causal = not self.stack.causal
         masks.requested.even_without_padding = self.configs.ran_eager
         if "attention_mask" in kwargs and not self.outer.makes_masks:
-            kwargs["attention_mask"] = _whole_mask(kwargs)
+            kwargs["attention_mask"] = masks.over_all_rows(kwargs)
         if self.stack.causal:
             model, hybrid = type(self.facts.model).__name__, bool(self.facts.layers.hybrid_layer_types)
             separate_documents(kwargs, self.stack.owner_arguments, model, hybrid, owner.training)
@@ -218,7 +219,7 @@ class ForwardHooks:
         if not torch.compiler.is_compiling() and not self.checked:
             self.check(owner)
         if context.concatenated is not None and self.pooled:
-            self.pooled.tokens, self.pooled.length = context.concatenated.shape[1], output[0].shape[1]
+            self.pooled.cut_next(context.concatenated.shape[1], output[0].shape[1])
             return None
         if context.concatenated is not None:
             output = concatenation.cut(output, context.concatenated.shape[1], int(head.active))
@@ -228,6 +229,21 @@ class ForwardHooks:
         if head.active and context.last is not None:
             return head.move_past_left_padding(head.prepend_hidden(output, context.last), context)
         return None
+
+    def check_again(self) -> None:
+        """Check in the next forward, once more, that every layer reads its prefix."""
+        self.checked = False
+        for i in self.stack.layers:
+            self.slots[i].ran = False
+
+    @contextmanager
+    def unchecked(self) -> Iterator[None]:
+        """Leave what the checks know as it is, whatever runs inside the block."""
+        before, self.checked = self.checked, True
+        try:
+            yield
+        finally:
+            self.checked = before
 
     def check(self, owner: nn.Module) -> None:
         """Raise if a layer's attention did not call the attention function."""
@@ -242,12 +258,3 @@ class ForwardHooks:
                 f"fastprefix: {name} ran without the attention hook of layers {missed}: the prefix was ignored there"
             )
         self.checked = not skipped or "cross" not in parts
-
-
-def _whole_mask(kwargs: dict[str, Any]) -> Any:
-    """Expand a 4-D mask of the caller's own over the rows, so that it is not taken for padding."""
-    mask = kwargs.get("attention_mask")
-    source = kwargs.get("input_ids") if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
-    if isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape[2] == 1 and source is not None:
-        return mask.expand(-1, -1, source.shape[1], -1)
-    return mask

@@ -31,6 +31,10 @@ class PooledHead:
     def __bool__(self) -> bool:
         return bool(self.handles)
 
+    def cut_next(self, tokens: int, length: int) -> None:
+        """Cut the first ``tokens`` of ``length`` places from the output of the running forward."""
+        self.tokens, self.length = tokens, length
+
     def after(self, model: nn.Module, args: Any, output: Any) -> Any:
         """What the model returns for every token, of the rows' own."""
         tokens, self.tokens = self.tokens, 0

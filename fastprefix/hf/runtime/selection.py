@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -39,6 +41,25 @@ class Selection:
     def __getstate__(self) -> dict[str, Any]:
         # A copy made inside a block is outside of it.
         return {**self.__dict__, "chosen": None, "shared": None}
+
+    @contextmanager
+    def choosing(self, selected: AdapterSelection) -> Iterator[None]:
+        """Let the rows of forwards inside the block read these names."""
+        outside, self.chosen = self.chosen, selected
+        try:
+            with self.provider.held(selected):
+                yield
+        finally:
+            self.chosen = outside
+
+    @contextmanager
+    def sharing(self, block: PromptBlock) -> Iterator[None]:
+        """Let forwards inside the block read a shared prompt."""
+        self.shared = block
+        try:
+            yield
+        finally:
+            self.shared = None
 
     def named(self, name: str) -> Prefix | SoftPrompt:
         """The prefix of a name; raises ValueError when none is attached under it."""
