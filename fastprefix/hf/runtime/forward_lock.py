@@ -37,7 +37,7 @@ class ForwardLock:
         self.condition = threading.Condition()
         self.owner: int | None = None  # the thread that holds the lock
         self.depth = 0  # how often the owner has acquired it
-        self.released_in_finally = False  # whether the owner releases in a ``finally``; an interrupt may skip forward hooks
+        self.released_in_finally = False  # by the owner; an interrupt may skip forward hooks
         self.block_owner: int | None = None  # the thread that has a block open
 
     def hook(self) -> None:
