@@ -75,7 +75,8 @@ def check_head(installation: Installation) -> None:
 def reads_token_ids(installation: Installation) -> bool:
     """Whether layers of a causal model read token ids in addition to embeddings (Gemma 3n's per-layer embeddings).
 
-    In such a model a soft prompt, which has no ids, can be concatenated exactly only to rows without ids.
+    There, rows after a shared soft prompt have ids and the prompt has none; concatenated embeddings have no ids at all.
+    The two therefore differ.
     """
     main, embed = installation.facts.layers.main, installation.model.get_input_embeddings()
     if not main.causal or main.main_input != "input_ids":
