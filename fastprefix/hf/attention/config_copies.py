@@ -20,7 +20,7 @@ class _Config:
 
 
 class ConfigCopies:
-    """Copies of a model's configs on which the attention implementation is switched; ``restore`` puts originals back."""
+    """Copies of a model's configs, on which the attention implementation is switched until :meth:`restore`."""
 
     def __init__(self, model: Any) -> None:
         self.model = model
