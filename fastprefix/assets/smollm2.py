@@ -39,7 +39,7 @@ def smollm2_dir() -> Path:
     conversion leaves nothing that a later call would take for a model.
 
     Raises:
-        ImportError: the weights' package, or what transformers needs to read it, is not installed.
+        ImportError: the weights' package, or a package that transformers needs to read it, is not installed.
     """
     target = cache_dir() / MODEL_NAME
     if not target.is_dir():

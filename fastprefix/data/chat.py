@@ -92,7 +92,7 @@ def _marked(
     trained = [False] * len(ids)
     for before, until in turns:
         first, end = (_common(ids, _ids(part, tokenizer)) for part in (before, until))
-        # The model need not learn what a template writes after the token that ends a turn.
+        # The model need not learn the template's text after the token that ends a message.
         ends = [i for i in range(first, end) if ids[i] == tokenizer.eos_token_id]
         end = ends[-1] + 1 if ends else end
         trained[first:end] = [True] * (end - first)

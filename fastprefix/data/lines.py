@@ -14,7 +14,7 @@ def read_lines(path: str | os.PathLike[str], expected: str) -> list[tuple[int, d
 
     Args:
         path: the file.
-        expected: what a line should be, for error messages.
+        expected: a description of the expected line, for error messages.
 
     Raises:
         OSError: the file cannot be read.

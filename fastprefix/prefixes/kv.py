@@ -70,7 +70,7 @@ class PrefixEncoder(nn.Module):
         self._shared = [self._split(x, s) for x, s in zip(flat, self.shapes, strict=True)]
 
     def unshare(self) -> None:
-        """Forget what :meth:`share` computed."""
+        """Drop the keys and values that :meth:`share` computed."""
         self._shared = None
 
     def layer(self, index: int) -> tuple[Tensor, Tensor]:
@@ -142,7 +142,7 @@ class PartEncoders(nn.ModuleDict):
                 self.of(part).share()
 
     def unshare(self) -> None:
-        """Forget what :meth:`share` computed."""
+        """Drop the keys and values that :meth:`share` computed."""
         for part in self.places:
             self.of(part).unshare()
 

@@ -118,7 +118,7 @@ def patched(cls: Any, start: str) -> Any:
     """The patched subclass of a PEFT class; ``start`` is the start of its name and selects the mixin."""
     members: dict[str, Any] = {"__module__": __name__, "__doc__": cls.__doc__}
     if start == SHARING:
-        # Read here, as torch.compile cannot trace inspect; transformers reads argument names from __signature__.
+        # Read here, as torch.compile cannot trace inspect, and set on forward for callers that ask for argument names.
         signature = inspect.signature(cls.forward)
         members["_arguments"] = tuple(signature.parameters)[1:]
         members["forward"] = types.FunctionType(_forward.__code__, _forward.__globals__, "forward")

@@ -42,7 +42,7 @@ class ResolvedPrefix(NamedTuple):
 
     kind: str  # in words, for messages
     tokens: int  # P
-    offset: int  # positions that content after it is shifted by
+    offset: int  # number of positions by which the content after the prefix is shifted
     parameters: tuple[Tensor, ...]  # parameters that the prefix is computed from
     key_values: Callable[[], KeyValues] | None = None
     prompt: Callable[[], Tensor] | None = None  # [P, d]
@@ -93,7 +93,7 @@ class PrefixBank:
 class ForwardContext:
     """Everything that one forward reads besides its content: made before the layers run, dropped afterwards."""
 
-    offset: int | Tensor = 0  # positions that content is shifted by; [B, 1]
+    offset: int | Tensor = 0  # number of positions by which content is shifted; [B, 1]
     layers: KeyValues | None = None  # None: every layer reads the active prefix
     last: Tensor | None = None  # [B or 1, d], hidden state of the last token of each row's prompt
     concatenated: Tensor | None = None  # [B or 1, P, d], embeddings to concatenate instead

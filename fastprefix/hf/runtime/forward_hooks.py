@@ -153,7 +153,7 @@ class ForwardHooks:
             self.shifted_table.offset = 0
 
     def unshare_encoder(self) -> None:
-        """Drop what the active prefix's MLP computed for this forward."""
+        """Drop the keys and values that the active prefix's MLP computed for this forward."""
         if (encoder := self.selection.active_encoder()) is not None:
             encoder.unshare()
 
