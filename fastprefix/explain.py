@@ -1,4 +1,4 @@
-"""``explain``: which backend a call takes and why, for the operator and for a whole model."""
+"""``explain``: which backend runs and why, for a call of the operator or for a whole model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def explain(*args: Any, **kwargs: Any) -> str:
         each attention layer what the active prefix adds there and which backend runs a short forward.
 
     Raises:
-        ValueError: as ``prefix_attention``; or nothing is attached to the model.
+        ValueError: as ``prefix_attention``; or no prefix is attached to the model.
     """
     if args and isinstance(args[0], nn.Module):
         from fastprefix.hf.explain import explain_model

@@ -1,4 +1,4 @@
-"""``fastprefix.init``: where a prefix starts. See :mod:`fastprefix.prefixes.init`."""
+"""``fastprefix.init``: initial values of a prefix. See :mod:`fastprefix.prefixes.init`."""
 
 from fastprefix.prefixes.init import Init, kv, normal, text, token_ids, vocabulary
 

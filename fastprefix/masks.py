@@ -1,4 +1,4 @@
-"""Which key a query row may see, as a dense mask: for the oracle, and for vendor kernels that need one."""
+"""Dense masks of the keys that each query row sees, for the reference and for vendor kernels that need a mask."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def query_positions(args: AttentionArgs) -> Tensor:
 
 
 def visible_keys(args: AttentionArgs) -> Tensor | None:
-    """``[B or 1, H or 1, S or 1, T]`` bool, True where the row sees the key; None when it sees all of them."""
+    """``[B or 1, H or 1, S or 1, T]`` bool, True where the row sees the key; None when every row sees every key."""
     keys = args.k.shape[2]
     column = torch.arange(keys, device=args.q.device)  # [T]
     position = query_positions(args)[:, None, :, None]  # [B or 1, 1, S, 1]
@@ -46,13 +46,13 @@ def visible_keys(args: AttentionArgs) -> Tensor | None:
 
 
 def prefix_owner(lens: Tensor, tokens: int) -> Tensor:
-    """The prefix of each token of a packed bank, ``[P]``; N after the last prefix. Nothing is read on the host."""
-    # The first prefix that ends after the token: one of length 0 ends where it begins and owns none.
+    """Index ``[P]`` of the prefix that owns each token of a packed bank; N after the last prefix. No host sync."""
+    # The first prefix that ends after the token; a prefix of length 0 ends where it begins and owns no token.
     return torch.searchsorted(lens.cumsum(0), torch.arange(tokens, device=lens.device), right=True)
 
 
 def additive_bias(args: AttentionArgs) -> Tensor | None:
-    """The float bias, four-dimensional and finite; None for a bool bias (which only hides) or none."""
+    """The float bias, four-dimensional and finite; None without a bias or for a bool bias, which only hides keys."""
     if args.bias is None or args.bias.dtype == torch.bool:
         return None
     bias = args.bias[(None,) * (4 - args.bias.dim())]

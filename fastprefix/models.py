@@ -1,4 +1,4 @@
-"""Find, load and run the model that ``--model`` names: a folder, a name on the Hugging Face hub, or ``smollm2``."""
+"""Finds, loads and runs the model that ``--model`` names: a folder, a name on the Hugging Face hub, or ``smollm2``."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ HUB_SECONDS = 5.0
 
 @dataclass(frozen=True)
 class Found:
-    """Where a model is."""
+    """Where a model was found."""
 
     name: str  # as the user gave it
-    source: str  # what from_pretrained takes
+    source: str  # the argument for from_pretrained
     local: bool  # whether it is on this machine, so that no network is needed
 
 
@@ -92,12 +92,12 @@ def load_model(found: Found, dtype: torch.dtype = torch.float32, causal: bool = 
     """The model, in eval mode on the CPU.
 
     Args:
-        found: where it is.
-        dtype: of its weights.
+        found: where the model is.
+        dtype: dtype of the weights.
         causal: whether to require a causal language model; else the class that the configuration names is loaded.
 
     Raises:
-        ValueError: the model cannot be read, or is no causal language model.
+        ValueError: the model cannot be read, or is not a causal language model and ``causal`` is set.
     """
     import transformers
 
@@ -112,7 +112,7 @@ def load_model(found: Found, dtype: torch.dtype = torch.float32, causal: bool = 
         kind = transformers.AutoModelForCausalLM
     else:
         kind = getattr(transformers, architecture, transformers.AutoModel)
-    if not hasattr(kind, "_model_mapping"):  # a model's own class takes no such option
+    if not hasattr(kind, "_model_mapping"):  # only transformers' Auto classes take such an option
         del options["trust_remote_code"]
     with _loading(found, "its weights"):
         return kind.from_pretrained(found.source, dtype=dtype, **options).eval()
@@ -129,7 +129,7 @@ def complete(model: Any, tokenizer: Any, ids: Tensor, max_new_tokens: int) -> st
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
         max_new_tokens=max_new_tokens,
-        max_length=None,  # else a model with a max_length of its own would warn that both are set
+        max_length=None,  # a model with its own max_length would otherwise warn that both are set
         do_sample=False,
         eos_token_id=sorted(ends) or None,
         pad_token_id=min(ends, default=None) if pad is None else pad,

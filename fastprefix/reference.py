@@ -1,6 +1,6 @@
-"""The oracle: concatenate prefix and content, one softmax in fp32 (fp64 for fp64). Takes every argument.
+"""The reference: concatenates prefix and content, with one softmax in fp32 (fp64 for fp64). Supports all arguments.
 
-``attention`` is plain differentiable torch: in fp64 it is the truth that every backend is judged by. ``fwd`` and
+``attention`` is plain differentiable torch; in fp64 it is the truth that every backend is compared with. ``fwd`` and
 ``bwd`` make a backend of it, with the backward written out (dS = A * (dA - delta), delta = rowsum(do * o)).
 """
 
@@ -16,14 +16,14 @@ from .types import AttentionArgs, Grads, Needs, lse_dtype
 
 
 class _Dense(NamedTuple):
-    """Everything at full size, in the compute dtype, with the query heads of a group spelled out."""
+    """All tensors at full size, in the compute dtype, with key/value heads repeated for each query head."""
 
     q: Tensor  # [B, H, S, D]
     k: Tensor  # [B, H, T, D]
     v: Tensor  # [B, H, T, D_v]
     prefix_k: Tensor  # [B or 1, H, P, D]; [B*S, H, P, D] when every row has its own prefix
-    prefix_v: Tensor  # likewise, D_v
-    prefix_visible: Tensor | None  # [B or B*S, 1, 1, P]; None: all of it
+    prefix_v: Tensor  # the same, with D_v
+    prefix_visible: Tensor | None  # [B or B*S, 1, 1, P]; None: all visible
 
 
 def _dense(args: AttentionArgs) -> _Dense:
@@ -33,7 +33,7 @@ def _dense(args: AttentionArgs) -> _Dense:
     def heads(x: Tensor) -> Tensor:
         return x.to(compute).repeat_interleave(groups, dim=1)
 
-    # A hidden key must not reach the output through 0 * nan either.
+    # A hidden key must not reach the output, not even as 0 * nan.
     k, v = heads(args.k), heads(args.v)
     if args.key_padding_mask is not None:
         hidden = ~args.key_padding_mask[:, None, :, None]
@@ -43,7 +43,7 @@ def _dense(args: AttentionArgs) -> _Dense:
         return _Dense(args.q.to(compute), k, v, prefix_k, prefix_v, None)
     ids, visible = _bank_rows(args)
     hidden = ~visible.unsqueeze(-1)  # [rows, 1, P, 1]
-    # Of a packed bank every row has all tokens, those of other prefixes hidden.
+    # With a packed bank every row has all tokens, and those of other prefixes are hidden.
     own = (x.expand(len(ids), -1, -1, -1) if args.packed else x[ids] for x in (args.prefix_k, args.prefix_v))
     prefix_k, prefix_v = (heads(x).masked_fill(hidden, 0.0) for x in own)
     return _Dense(args.q.to(compute), k, v, prefix_k, prefix_v, visible.unsqueeze(2))
@@ -92,7 +92,7 @@ def _scores(args: AttentionArgs, x: _Dense) -> tuple[Tensor, Tensor]:
 
 
 def _logits(args: AttentionArgs, prefix: Tensor, content: Tensor) -> Tensor:
-    """Prefix, content and sink side by side, ``[B, H, S, P + T (+ 1)]``: the one softmax's input."""
+    """Scores of prefix, content and sink, concatenated to the softmax's input ``[B, H, S, P + T (+ 1)]``."""
     bias, visible = additive_bias(args), visible_keys(args)
     if bias is not None:
         content = content + bias.to(content.dtype)
@@ -136,7 +136,7 @@ def attention(args: AttentionArgs) -> tuple[Tensor, Tensor]:
 
 
 def unsupported(args: AttentionArgs) -> list[str]:
-    """Reasons against this backend: none, ever."""
+    """Reasons why this backend cannot run a call: there are never any."""
     return []
 
 
@@ -167,7 +167,7 @@ def bwd(args: AttentionArgs, o: Tensor, lse: Tensor, do: Tensor, needs: Needs) -
     ds_prefix, ds_content = ds[..., :num_prefix], ds[..., num_prefix:]
 
     def shared(dx: Tensor, like: Tensor) -> Tensor:
-        """Sum the query heads of a group: ``[B, H, T, X] -> [B, H_kv, T, X]``."""
+        """Sum over the query heads of each group: ``[B, H, T, X] -> [B, H_kv, T, X]``."""
         return dx.unflatten(1, (-1, args.groups)).sum(2).to(like.dtype)
 
     def prefix_grad(dx: Tensor, like: Tensor) -> Tensor:
@@ -175,7 +175,7 @@ def bwd(args: AttentionArgs, o: Tensor, lse: Tensor, do: Tensor, needs: Needs) -
         if args.prefix_ids is None:
             return dx.sum(0).to(like.dtype)
         ids, visible = _bank_rows(args)
-        if args.packed:  # a nan in a row must not reach the prefixes that the row does not read
+        if args.packed:  # a row's nan must not reach prefixes that it does not read
             return dx.masked_fill(~visible.unsqueeze(-1), 0.0).sum(0).to(like.dtype)
         return dx.new_zeros(like.shape).index_add_(0, ids, dx).to(like.dtype)
 

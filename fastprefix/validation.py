@@ -1,4 +1,4 @@
-"""Shapes, dtypes and devices of the operator's arguments: one place, and every error names the argument."""
+"""Checks the shapes, dtypes and devices of the operator's arguments; every error names the argument."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from .errors import fail
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTS = (torch.int32, torch.int64)
 INFINITY = float("inf")
-FARTHEST = 2**62  # a position: sums and differences of two stay in int64
+FARTHEST = 2**62  # the largest position, so that the sum or difference of two fits int64
 
 
 def is_int(x: object) -> TypeGuard[int]:
-    """Whether it is a whole number; True and False are none."""
+    """Whether ``x`` is an int; True and False are not."""
     return isinstance(x, int) and not isinstance(x, bool)
 
 
@@ -37,14 +37,14 @@ def _sizes(want: list[int | None]) -> str:
 
 
 def _shape(name: str, x: Tensor, dims: str, want: list[int | None]) -> None:
-    """``want`` holds sizes; None leaves a dimension free."""
+    """Raise ValueError unless ``x`` has the sizes in ``want``, in which None allows any size."""
     for have, need in zip(x.shape, want, strict=True):
         if need is not None and have != need:
             raise fail(name, f"shape {list(x.shape)}", f"{dims} = {_sizes(want)}")
 
 
 def check_content(q: Tensor, k: Tensor, v: Tensor) -> None:
-    """q, k and v agree with each other."""
+    """Check that q, k and v fit each other."""
     _tensor("q", q, "[B, H, S, D]", (4,), FLOATS)
     _tensor("k", k, "[B, H_kv, T, D]", (4,), FLOATS)
     _tensor("v", v, "[B, H_kv, T, D_v]", (4,), FLOATS)
@@ -67,7 +67,7 @@ def check_content(q: Tensor, k: Tensor, v: Tensor) -> None:
 def check_prefix(
     q: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor, prefix_ids: object, prefix_lens: object
 ) -> None:
-    """The prefix (with ``prefix_ids`` a bank, packed if it has three dimensions) fits q and v; its dtype is its own."""
+    """Check that the prefix fits q and v; its dtype may differ. With ``prefix_ids`` it is a bank, packed if 3-D."""
     bank = prefix_ids is not None
     packed = bank and prefix_lens is not None and isinstance(prefix_k, Tensor) and prefix_k.dim() == 3
     bank = bank and not packed
@@ -105,7 +105,7 @@ def _optional(q: Tensor, name: str, x: object, dims: str, want: list[int | None]
 def check_masks(
     q: Tensor, k: Tensor, causal: bool, key_padding_mask: object, segment_ids: object, q_start: object, window: object
 ) -> None:
-    """Everything that hides content keys."""
+    """Check all arguments that hide content keys."""
     check_flag("causal", causal)
     batch, keys = q.shape[0], k.shape[2]
     _optional(q, "key_padding_mask", key_padding_mask, "[B, T]", [batch, keys], (torch.bool,))
@@ -131,7 +131,7 @@ def check_masks(
 
 
 def check_extras(q: Tensor, k: Tensor, sinks: object, bias: object, gate: object, softcap: object) -> None:
-    """What changes scores or the mix of the two parts."""
+    """Check the arguments that change scores or the merge of prefix and content: sinks, bias, gate, softcap."""
     batch, heads, seq, keys = *q.shape[:3], k.shape[2]
     _optional(q, "sinks", sinks, "[H]", [heads], FLOATS)
     _optional(q, "gate", gate, "[H]", [heads], FLOATS)
@@ -148,7 +148,7 @@ def check_extras(q: Tensor, k: Tensor, sinks: object, bias: object, gate: object
 
 
 def check_bank(q: Tensor, prefix_k: Tensor, prefix_ids: object, prefix_lens: object) -> None:
-    """Ids choose rows of the bank. Values are checked on the CPU only: reading them elsewhere would synchronise."""
+    """Check that ids are rows of the bank, on the CPU only: reading values on another device would synchronise."""
     if prefix_ids is None:
         if prefix_lens is not None:
             raise fail("prefix_lens", "lengths without prefix_ids", "prefix_ids, which make a bank of the prefix")
@@ -181,18 +181,18 @@ def check_bank(q: Tensor, prefix_k: Tensor, prefix_ids: object, prefix_lens: obj
 
 
 def _is_number(x: object) -> TypeGuard[float]:
-    # Compared, not math.isfinite: torch.compile may have made the number a symbol.
+    # A comparison instead of math.isfinite, as torch.compile may have made the number symbolic.
     return isinstance(x, (int, float)) and not isinstance(x, bool) and -INFINITY < x < INFINITY
 
 
 def check_flag(name: str, x: object) -> None:
-    """A plain bool."""
+    """Raise ValueError unless ``x`` is a plain bool."""
     if not isinstance(x, bool):
         raise fail(name, repr(x), "True or False")
 
 
 def check_scalars(scale: object, dropout_p: object) -> None:
-    """Plain numbers."""
+    """Raise ValueError unless ``scale`` and ``dropout_p`` are plain numbers in their ranges."""
     if scale is not None and not _is_number(scale):
         raise fail("scale", repr(scale), "a finite number, or None for 1 / sqrt(D)")
     if not _is_number(dropout_p) or not 0.0 <= dropout_p < 1.0:

@@ -1,4 +1,4 @@
-"""Weights from pip packages: found without importing the package, converted once into transformers directories."""
+"""Finds weights in pip packages without importing them, and converts them once into transformers directories."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def find_in_package(package: str, pattern: str) -> Path | None:
 
 
 def convert_once(target: Path, title: str, convert: Callable[[Path], None]) -> None:
-    """Make ``target`` by ``convert(folder to make)`` unless it is there, and say so on stderr.
+    """Create the folder ``target`` by ``convert(folder)`` unless it exists, and print a line on stderr.
 
     Several processes may call it at once. An interrupted conversion leaves nothing that a later call would take for a
     model.

@@ -1,4 +1,4 @@
-"""CTranslate2's ``model.bin``, read without CTranslate2."""
+"""Reads CTranslate2's ``model.bin`` without CTranslate2."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastprefix.errors import fail
 
-VERSION = 6  # of the file format; a model's specification has another version number
+VERSION = 6  # version of the file format; a model's specification has its own version number
 _DTYPES = (torch.float32, torch.int8, torch.int16, torch.int32, torch.float16, torch.bfloat16)
 
 

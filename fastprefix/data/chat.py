@@ -50,11 +50,11 @@ def render(messages: Messages, tokenizer: PreTrainedTokenizerBase, answer: bool)
 
 
 def encode_chat(messages: Messages, tokenizer: PreTrainedTokenizerBase, max_length: int | None = None) -> Sequence[Row]:
-    """Encode a chat as rows whose labels are the assistant's tokens, including those that end its turns.
+    """Encode a chat as rows whose labels are the assistant's tokens, including the token that ends each message.
 
-    The chat is one row if the template marks the assistant's words (``{% generation %}``), or if it writes a message in
-    the same way whatever follows. Otherwise (templates that drop earlier reasoning) each message of the assistant is a
-    row, after the chat as the model sees it when it answers.
+    The chat is one row if the template marks the assistant's words (``{% generation %}``), or if the template's text of
+    a message does not depend on later messages. Otherwise (templates that drop earlier reasoning) each message of the
+    assistant is a row, after the chat as the model sees it when it answers.
 
     Args:
         messages: each with ``role`` and ``content``.
@@ -78,7 +78,7 @@ def encode_chat(messages: Messages, tokenizer: PreTrainedTokenizerBase, max_leng
 
 
 def _turn(messages: Messages, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
-    """The text of the chat before its last message, an answer, and the text with it."""
+    """The text of a chat without its last message, an answer, and the text with it."""
     before, until = render(messages[:-1], tokenizer, answer=True), render(messages, tokenizer, answer=False)
     if not until.startswith(before):
         raise ValueError("the chat template writes an answer other than where it asks for one: no telling where it is")
@@ -92,7 +92,7 @@ def _marked(
     trained = [False] * len(ids)
     for before, until in turns:
         first, end = (_common(ids, _ids(part, tokenizer)) for part in (before, until))
-        # The model need not learn what a template writes after the token that ends a turn.
+        # The model need not learn the template's text after the token that ends a message.
         ends = [i for i in range(first, end) if ids[i] == tokenizer.eos_token_id]
         end = ends[-1] + 1 if ends else end
         trained[first:end] = [True] * (end - first)

@@ -1,4 +1,4 @@
-"""Read files of JSON lines, each an object; errors name the file and the line."""
+"""Reads files of JSON lines, each an object; errors name the file and the line."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def read_lines(path: str | os.PathLike[str], expected: str) -> list[tuple[int, d
 
     Args:
         path: the file.
-        expected: what a line should be, for error messages.
+        expected: a description of the expected line, for error messages.
 
     Raises:
         OSError: the file cannot be read.
@@ -47,7 +47,7 @@ def _object(line: bytes, where: str, expected: str) -> dict[str, Any]:
 
 
 def string(row: dict[str, Any], field: str, where: str, empty: bool = False) -> str:
-    """The value of a field that must be a string, and not empty unless ``empty``; ValueError naming it otherwise."""
+    """The value of a field that must be a string, not empty unless ``empty``; ValueError naming the field otherwise."""
     if field not in row:
         raise ValueError(f"{where}: the field {field!r} is missing")
     if not isinstance(row[field], str):

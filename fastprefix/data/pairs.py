@@ -76,7 +76,7 @@ def encode_pairs(
 
     Args:
         pairs: mappings with keys ``prompt`` and ``completion``, taken as they are (no space is added).
-        tokenizer: needs ``eos_token_id``; pads with ``pad_token_id``, or with eos if there is none.
+        tokenizer: needs ``eos_token_id``; rows are padded with its ``pad_token_id``, or with eos if there is none.
         max_length: the most tokens of a row, including the prompt; ``None`` for no limit.
 
     Returns:

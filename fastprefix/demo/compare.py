@@ -26,17 +26,17 @@ class Row:
     seconds: float
     low: float
     high: float
-    times_frozen: float  # median over rounds of its time over the frozen model's
+    times_frozen: float  # its time divided by the frozen model's, median over rounds
     saved_bytes: int
     rounds: int
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data."""
+        """The fields as plain data."""
         return asdict(self)
 
 
 def compare(model: nn.Module, ids: Tensor, num_virtual_tokens: int) -> list[Row]:
-    """Time the three steps in turns, on copies that share the model's weights; ``ids`` is ``[B, S]``."""
+    """Time the three steps alternately, on copies that share the model's weights; ``ids`` is ``[B, S]``."""
     steps = build_steps(model, ids, num_virtual_tokens, (PEFT, OURS, FROZEN))
     start = time.perf_counter()
     for step in steps.values():

@@ -25,7 +25,7 @@ QUICK_STEPS, QUICK_HELDOUT = 3, 8
 
 
 def run(steps: int = 40, output: str | Path = "fastprefix-demo", quick: bool = False) -> int:
-    """Train, save, read back in PEFT, measure, plot; ``quick`` takes few steps and measures nothing.
+    """Train, save, load in PEFT, measure and plot; ``quick`` takes few steps and measures nothing.
 
     Returns:
         0, the exit status.
@@ -42,7 +42,7 @@ def run(steps: int = 40, output: str | Path = "fastprefix-demo", quick: bool = F
     results: dict[str, Any] = {"environment": environment("cpu"), "steps": steps}
     model, tokenizer = load_smollm2()
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # of PEFT's calls, not ours
+        warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # caused by PEFT's calls
         _train(model, tokenizer, folder, quick, results)
         rows = [] if quick else _compare(tokenizer, folder, results)
     plot.plot(folder / PICTURE, results["losses"], results["heldout_loss"], rows)

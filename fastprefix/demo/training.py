@@ -27,7 +27,7 @@ def batches(pairs: Pairs, tokenizer: Any) -> Iterator[Batch]:
 
 
 def train(model: Any, parameters: Sequence[Tensor], pairs: Pairs, tokenizer: Any, steps: int) -> list[float]:
-    """Train with AdamW on shuffled batches for so many steps; returns the loss of every step."""
+    """Train with AdamW on shuffled batches for ``steps`` steps; returns the loss of every step."""
     optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE)
     losses: list[float] = []
     bar = tqdm(itertools.islice(_shuffled(pairs, tokenizer), steps), total=steps, desc="training", unit="step")

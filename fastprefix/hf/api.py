@@ -1,4 +1,4 @@
-"""The public functions that need transformers; importing this registers the attention implementation."""
+"""The public functions that need transformers. Importing this module registers the attention implementation."""
 
 from fastprefix.hf.adapters.attach import attach, bake, detach, set_prefix
 from fastprefix.hf.adapters.prefix_batch import prefix_batch

@@ -1,4 +1,4 @@
-"""What is attached to a model, layer by layer."""
+"""``explain`` for models: describes, layer by layer, the prefixes that are attached to a model."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from fastprefix.prefixes.config import PrefixConfig
 
 
 def explain_model(model: Any) -> str:
-    """A line a prefix, then the attention layers: shape, prefix, the backend of a 2-token forward and why.
+    """One line for each prefix, then for each attention layer its shape, prefix, and a 2-token forward's backends.
 
-    Layers of the same name, but for numbers, with the same to say are told together.
+    Layers whose names differ only in numbers, with the same description, are listed together.
     """
     if find_installation(model) is None:
         check_carries(model)
@@ -70,7 +70,7 @@ def explain_model(model: Any) -> str:
 
 
 def check_carries(model: Any) -> None:
-    """Raise ValueError with the reason where a bare model cannot carry a prefix; it is left as it was."""
+    """Raise ValueError with the reason where a bare model cannot carry a prefix; the model is left as it was."""
     try:
         attach(model, PrefixConfig(1))
     except ValueError as error:
@@ -83,18 +83,18 @@ def check_carries(model: Any) -> None:
 
 
 def _about(installation: Installation, index: int, call: AttentionCall) -> list[str]:
-    """A layer's shape and prefix, and what every backend says."""
+    """A layer's shape and prefix length, then each backend's line of ``functional.explain``."""
     shape = installation.facts.layers.shapes[index]
     heads = f"H={call.tensors['q'].shape[1]} H_kv={shape.num_kv_heads} D={shape.head_dim}"
     heads += f" D_v={shape.value_dim}" if shape.value_dim != shape.head_dim else ""
-    window = getattr(call.module, "sliding_window", None)  # two tokens do not reach beyond any
+    window = getattr(call.module, "sliding_window", None)  # read here, as two tokens fit any window
     heads += f" window={window}" if isinstance(window, int) else ""
     heads += f" P={call.tensors['prefix_k'].shape[-2]}"
     return [heads, *functional.explain(**call.tensors, **call.options).splitlines()]
 
 
 def _ranges(numbers: Sequence[int]) -> str:
-    """Ascending numbers, neighbours as a range: ``0-3, 5``."""
+    """Ascending numbers as text, with consecutive ones as a range: ``0-3, 5``."""
     runs: list[list[int]] = []
     for number in numbers:
         if runs and runs[-1][-1] == number - 1:
@@ -105,7 +105,7 @@ def _ranges(numbers: Sequence[int]) -> str:
 
 
 def _rows(stack: model_layers.AttentionStack) -> list[AttentionCall]:
-    """A stack's layers in a forward of two tokens; a soft prompt's own calls come before them."""
+    """The attention calls of a stack's layers in a forward of two tokens, without a soft prompt's earlier calls."""
     backwards = probing.run(stack.owner, stack.dummy_inputs())[::-1]
     return probing.first_calls(backwards)[: len(stack.layers)][::-1]
 

@@ -27,15 +27,15 @@ _PLAIN = "transformers.Trainer saves the whole model"
 class PrefixTrainer(Trainer):
     """A ``Trainer`` for a model that :func:`fastprefix.attach` was called on.
 
-    Its checkpoints, and what ``save_model`` writes, are what :func:`fastprefix.save` writes: a few megabytes
-    that :func:`fastprefix.load` and PEFT read, with the MLP where one is trained. With several prefixes
-    attached, ``default`` lies in the folder itself and each other one in a subfolder of its name. Modules of the
-    configuration's ``modules_to_save``, and a classifier's head that is trained, lie with it. Resuming is
-    exact: weights go back into the parameters that the optimizer holds.
+    Its checkpoints, and the files that ``save_model`` writes, are those of :func:`fastprefix.save`: a few megabytes
+    that :func:`fastprefix.load` and PEFT read, with the MLP if one is trained. With several prefixes attached,
+    ``default`` is saved in the folder itself, and each other prefix in a subfolder of its name. Modules of the
+    configuration's ``modules_to_save``, and a classifier's trained head, are saved with the prefix. Resuming is exact:
+    weights are loaded into the parameters that the optimizer holds.
 
     Raises:
-        ValueError: no prefix is attached; something besides prefixes is trainable and would be missing in the
-            checkpoints; or parameters are sharded (FSDP, DeepSpeed). The plain ``Trainer`` saves them all.
+        ValueError: no prefix is attached; parameters other than prefixes are trainable and would be missing in the
+            checkpoints; or parameters are sharded (FSDP, DeepSpeed). The plain ``Trainer`` saves all parameters.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -75,7 +75,7 @@ class PrefixTrainer(Trainer):
 
 
 def _folder(installation: Installation, folder: Path, name: str) -> Path:
-    """Where a checkpoint keeps one prefix; PEFT's rule for several adapters."""
+    """The folder of one prefix in a checkpoint, by PEFT's rule for several adapters."""
     return folder if name == "default" or len(installation.selection.prefixes) == 1 else folder / name
 
 
@@ -83,15 +83,15 @@ def _folder(installation: Installation, folder: Path, name: str) -> Path:
 def restore(
     prefix: Prefix | SoftPrompt, dir: str | os.PathLike[str], modules: Mapping[str, nn.Module] | None = None
 ) -> None:
-    """Read what :func:`fastprefix.save` wrote of the same prefix into its parameters, objects that stay.
+    """Load the files that :func:`fastprefix.save` wrote of a prefix into its existing parameter objects.
 
     Args:
-        prefix: as it was when it was saved.
-        dir: of :func:`fastprefix.save`.
-        modules: of the model, by name, that were saved with it; default its own ``modules_to_save``.
+        prefix: the prefix, with the same configuration as when it was saved.
+        dir: the folder that :func:`fastprefix.save` wrote.
+        modules: the model's modules, by name, that were saved with the prefix; default its own ``modules_to_save``.
 
     Raises:
-        ValueError: a file is missing or malformed, or of a prefix with another configuration; names the field.
+        ValueError: a file is missing or malformed, or from a prefix with another configuration; names the field.
     """
     stored = SavedAdapter(dir)
     own, path = stored.own, stored.paths[peft_format.OWN_CONFIG]

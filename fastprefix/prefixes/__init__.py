@@ -1,1 +1,1 @@
-"""Trained parameters: the prefix's keys and values, however they are parameterised. Free of transformers."""
+"""Trainable prefixes and soft prompts, their configurations and initial values. Does not import transformers."""

@@ -1,4 +1,4 @@
-"""``PrefixConfig``: the user's choices about a prefix."""
+"""``PrefixConfig``: the size, parameterisation and initialisation of a prefix."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PARTS: tuple[Part, ...] = ("encoder", "decoder", "cross")
 
 
 class LayerShape(NamedTuple):
-    """One attention layer's key/value geometry."""
+    """Key and value dimensions of one attention layer."""
 
     num_kv_heads: int  # H_kv
     head_dim: int  # D
@@ -24,24 +24,24 @@ class LayerShape(NamedTuple):
 
     @property
     def numel(self) -> int:
-        """Numbers that one prefix token takes in this layer."""
+        """How many numbers one prefix token has in this layer."""
         return self.num_kv_heads * (self.head_dim + self.value_dim)
 
 
 def check_tokens(tokens: object) -> None:
-    """Raise ValueError unless there can be so many prefix tokens."""
+    """Raise ValueError unless ``tokens`` is a possible number of prefix tokens."""
     if not is_int(tokens) or tokens < 1:
         raise fail("num_virtual_tokens", repr(tokens), "an int of at least 1")
 
 
 def _members(given: Any, name: str, expected: str) -> tuple[Any, ...]:
-    """Distinct things, at least one; ValueError otherwise."""
+    """The elements of an iterable as a tuple; ValueError unless they are distinct and at least one."""
     if isinstance(given, (str, bytes, Mapping)) or not isinstance(given, Iterable):
         raise fail(name, repr(given), expected)
     members = tuple(given)
     try:
         distinct = len(set(members)) == len(members)
-    except TypeError:  # lists and the like
+    except TypeError:  # elements that cannot be hashed, such as lists
         distinct = False
     if not members or not distinct:
         raise fail(name, list(members), expected)
@@ -49,7 +49,7 @@ def _members(given: Any, name: str, expected: str) -> tuple[Any, ...]:
 
 
 def checked_modules(names: Any) -> tuple[str, ...] | None:
-    """Names of modules that are trained and saved with a prefix; ValueError for what are none."""
+    """The names in a ``modules_to_save`` field as a tuple; ValueError where they are not names of modules."""
     if names is None:
         return None
     expected = "distinct ends of modules' names, at least one, or None"
@@ -64,26 +64,26 @@ class PrefixConfig:
     """A trained prefix of keys and values in every attention layer (prefix tuning, Li & Liang 2021).
 
     Args:
-        num_virtual_tokens: prefix tokens P, at least 1; default as many as ``init`` has (a text's tokens, given keys).
+        num_virtual_tokens: prefix tokens P, at least 1; default as many as ``init`` has (tokens of a text, or keys).
         prefix_projection: train ``embedding -> Linear -> tanh -> Linear`` in place of the keys and values themselves.
         encoder_hidden_size: width of that MLP; default the model's hidden size.
         init: where training starts: ``fastprefix.init.normal(std)`` (default), ``.text(text, tokenizer)``,
-            ``.token_ids(ids)`` (the model's own keys and values of them; fitted by least squares through the MLP) or
-            ``.kv(keys, values)``.
-        layers: indices of the attention layers that get a prefix, in execution order, of an encoder-decoder within
-            each part; default all.
-        position_offset: ``"after_prefix"``: content starts at position P, as PEFT has it; ``"none"``: at 0. The
-            same where a model takes no position ids: its positions belong to the content (patches, sounds, biases).
-            In an encoder-decoder it is the decoder's content; the encoder's always starts at 0, as in the paper.
+            ``.token_ids(ids)`` (the model's own keys and values of these tokens) or ``.kv(keys, values)``. With
+            ``prefix_projection``, least squares fits the MLP's output to these keys and values.
+        layers: indices of the attention layers that get a prefix, in execution order; in an encoder-decoder, within
+            each part. Default all.
+        position_offset: ``"after_prefix"``: content starts at position P, as in PEFT; ``"none"``: content starts at 0.
+            Both are the same for a model without position ids, whose positions are fixed (patches, sounds, biases).
+            In an encoder-decoder this is the decoder's content; the encoder's always starts at 0, as in the paper.
         num_frozen_tokens: leading prefix tokens that are not trained (the attention sink of Cartridges,
             arXiv:2506.06266).
-        parts: of an encoder-decoder: any of ``"encoder"`` (its self-attention), ``"decoder"`` (the decoder's own) and
-            ``"cross"`` (the decoder's over the encoder's states), each a prefix of its own and, with
-            ``prefix_projection``, an MLP of its own; default all three. None for other models.
-        modules_to_save: of the model: modules that are trained and saved with this prefix, such as a classifier's head
-            (``["classifier"]``, ``["score"]``); as in PEFT, every module whose name ends so. The prefix has copies of
-            its own, which stand in the model while it is active and are among its parameters; the model's own are
-            left as they are. None trains the prefix alone.
+        parts: for an encoder-decoder, any of ``"encoder"`` (its self-attention), ``"decoder"`` (the decoder's
+            self-attention) and ``"cross"`` (the decoder's attention over the encoder's states). Each part has its own
+            prefix and, with ``prefix_projection``, its own MLP; default all three. None for other models.
+        modules_to_save: names of the model's modules that are trained and saved with this prefix, such as a
+            classifier's head (``["classifier"]``, ``["score"]``); as in PEFT, a name means every module whose name
+            ends with it. The prefix has its own copies, which are in the model while the prefix is active and are
+            among the prefix's parameters; the model's original modules do not change. None trains the prefix alone.
 
     Raises:
         ValueError: a field is out of range or two contradict each other; the message names the field.
@@ -134,7 +134,7 @@ class PrefixConfig:
         self.modules_to_save = checked_modules(self.modules_to_save)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data; ``init`` is kept as its name, as what it gave is in the weights."""
+        """The fields as plain data; of ``init`` only the name, as the initial values are not needed again."""
         return {
             "num_virtual_tokens": self.num_virtual_tokens,
             "prefix_projection": self.prefix_projection,
@@ -148,10 +148,10 @@ class PrefixConfig:
         }
 
     def active_layers(self, parts: Sequence[Part | None]) -> list[int]:
-        """The layers that get a prefix, sorted, of a model whose attention layers belong to these parts.
+        """Sorted indices of the layers that get a prefix, in a model whose attention layers belong to ``parts``.
 
         Raises:
-            ValueError: the model has no such layer, or no parts.
+            ValueError: the model has no such layer, or the config names parts and the model has none.
         """
         if self.parts is not None and None in parts:
             raise fail("parts", list(self.parts), "None: the model is no encoder-decoder")

@@ -1,7 +1,7 @@
-"""Where a prefix starts: at random, at the model's own keys and values of some text, or at given ones.
+"""Initial values of a prefix: random, the model's own keys and values of some text, or given keys and values.
 
-Initialisation is the largest lever in prefix tuning at low data (Li & Liang 2021, section 7.4; PEFT's MetaMathQA
-comparison), which is why text is one call away.
+With little data, initialisation matters most in prefix tuning (Li & Liang 2021, section 7.4; PEFT's MetaMathQA
+comparison), so initialising from a text takes a single call.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from fastprefix.validation import is_int
 
 @dataclass(frozen=True)
 class Init:
-    """One way to start. Made by the functions below."""
+    """One way to initialise a prefix, made by the functions of this module."""
 
     name: str
     std: float = 0.02
@@ -31,18 +31,18 @@ class Init:
 
     @property
     def of_tokens(self) -> bool:
-        """Whether it starts from tokens of the vocabulary."""
+        """Whether the initial values come from tokens of the vocabulary."""
         return self.ids is not None or self.most_common is not None
 
     @property
     def length(self) -> int | None:
-        """Tokens that it has by itself; None where it makes as many as are asked for."""
+        """The number of tokens that this initialisation has; None where it makes any number."""
         if self.ids is not None:
             return len(self.ids)
         return self.keys[0].shape[1] if self.keys else None
 
     def tokens(self, num_virtual_tokens: int, vocab_size: int) -> Tensor:
-        """``[P]`` token ids: drawn, or the given ones cut to P or repeated from the start until there are P."""
+        """``[P]`` token ids: drawn at random, or ``ids`` cut to P or repeated from the start until there are P."""
         if self.most_common is not None:
             return torch.randint(min(self.most_common, vocab_size), (num_virtual_tokens,))
         assert self.ids is not None
@@ -51,12 +51,12 @@ class Init:
 
 
 def take_length(num_virtual_tokens: int | None, init: Init) -> int:
-    """Prefix tokens P: those asked for, or, where none were, those that the start has.
+    """The number P of prefix tokens: ``num_virtual_tokens``, or if that is None the initialisation's length.
 
-    A text of another length is cut or repeated, with a warning that gives both numbers.
+    If a text has another length, a warning with both numbers says that the text is cut or repeated.
 
     Raises:
-        ValueError: neither says how many.
+        ValueError: both are None.
     """
     length = init.length
     if num_virtual_tokens is None:
@@ -76,24 +76,24 @@ def take_length(num_virtual_tokens: int | None, init: Init) -> int:
 
 
 def normal(std: float = 0.02) -> Init:
-    """Independent ``N(0, std^2)`` entries. Not zero: identical rows would get identical gradients for ever."""
+    """Independent ``N(0, std^2)`` entries. Not zeros: identical tokens would always get identical gradients."""
     if not std > 0:
         raise fail("std", std, "a positive number")
     return Init("normal", std=std)
 
 
 def vocabulary(most_common: int = 5000) -> Init:
-    """Tokens drawn from the first ``most_common`` ids, the commonest of a BPE vocabulary (Lester et al. 2021)."""
+    """Tokens drawn from the first ``most_common`` ids, the most frequent of a BPE vocabulary (Lester et al. 2021)."""
     if not isinstance(most_common, int) or most_common < 1:
         raise fail("most_common", repr(most_common), "an int of at least 1")
     return Init("vocabulary", most_common=most_common)
 
 
 def token_ids(ids: Sequence[int] | Tensor) -> Init:
-    """The model's own keys and values of these tokens; cut or repeated, with a warning, where P is another number.
+    """The model's own keys and values of these tokens, which are cut or repeated, with a warning, to P tokens.
 
-    They are those of a text that ends there: where rotary frequencies depend on a text's whole length (dynamic NTK,
-    LongRoPE), the same tokens in front of a long one have others.
+    The keys and values are those of a text of these tokens alone. If rotary frequencies depend on a text's length
+    (dynamic NTK, LongRoPE), the same tokens in front of a long text have other keys.
     """
     flat = tuple(int(i) for i in torch.as_tensor(ids).reshape(-1).tolist())
     if not flat:
@@ -102,9 +102,9 @@ def token_ids(ids: Sequence[int] | Tensor) -> Init:
 
 
 def text(prompt: str, tokenizer: Any) -> Init:
-    """The model's own keys and values of a text, as :func:`token_ids`. ``tokenizer``: any that is callable.
+    """The model's own keys and values of a text, as :func:`token_ids`. ``tokenizer``: any callable tokenizer.
 
-    Leave ``num_virtual_tokens`` out of the config to have as many prefix tokens as the text has.
+    Leave ``num_virtual_tokens`` out of the config to get as many prefix tokens as the text has.
     """
     ids = tokenizer(prompt)["input_ids"]
     if not ids:

@@ -1,4 +1,4 @@
-"""The two parameterisations of a layer's prefix: its keys and values themselves, or an MLP's output."""
+"""The two parameterisations of a layer's prefix: keys and values as parameters, or as the output of an MLP."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fastprefix.prefixes.config import LayerShape, Part
 
 
 class DirectKV(nn.Module):
-    """Trained keys ``[H_kv, P - F, D]`` and values after F frozen ones; ``forward`` gives all P."""
+    """F frozen keys and values, then P - F trained ones ``[H_kv, P - F, D]``; ``forward`` returns all P."""
 
     frozen_k: Tensor
     frozen_v: Tensor
@@ -34,9 +34,9 @@ class DirectKV(nn.Module):
 
 
 class Projection(nn.Module):
-    """``x W^T + b``, with the parameters of ``nn.Linear`` and their start, but not one of them.
+    """``x W^T + b``, with the parameters and initialisation of ``nn.Linear``, but not a subclass of it.
 
-    What rewrites every linear layer of a model (LoRA on ``"all-linear"``, quantisation) would rewrite the prefix, too.
+    Tools that replace every linear layer of a model (LoRA on ``"all-linear"``, quantisation) leave this class alone.
     """
 
     def __init__(self, inputs: int, outputs: int) -> None:
@@ -51,8 +51,8 @@ class Projection(nn.Module):
 class PrefixEncoder(nn.Module):
     """The MLP reparameterisation (Li & Liang 2021, section 4.3): ``[P, d] -> tanh -> every layer's keys and values``.
 
-    All layers share it. A layer can be computed alone, from parameters only, so that recomputation under gradient
-    checkpointing is exact in both modes; :meth:`share` computes all of them at once for a forward without it.
+    All layers share the MLP. A layer can be computed alone, from parameters only, so that recomputation under gradient
+    checkpointing is exact in both modes. In a forward without checkpointing, :meth:`share` computes all layers at once.
     """
 
     def __init__(self, num_virtual_tokens: int, token_dim: int, hidden: int, shapes: Sequence[LayerShape]) -> None:
@@ -64,13 +64,13 @@ class PrefixEncoder(nn.Module):
         self._shared: list[tuple[Tensor, Tensor]] | None = None
 
     def share(self, parts: Sequence[Part | None] | None = None) -> None:
-        """Compute every layer now; :meth:`layer` hands them out until :meth:`unshare`. It has no parts."""
+        """Compute every layer now; :meth:`layer` returns these until :meth:`unshare`. ``parts`` is not used here."""
         hidden = torch.tanh(self.down(self.embedding))
         flat = self.up(hidden).split([s.numel for s in self.shapes], dim=-1)
         self._shared = [self._split(x, s) for x, s in zip(flat, self.shapes, strict=True)]
 
     def unshare(self) -> None:
-        """Forget what :meth:`share` computed."""
+        """Drop the keys and values that :meth:`share` computed."""
         self._shared = None
 
     def layer(self, index: int) -> tuple[Tensor, Tensor]:
@@ -93,16 +93,16 @@ class PrefixEncoder(nn.Module):
 
     @torch.no_grad()
     def fit(self, keys: Sequence[Tensor], values: Sequence[Tensor]) -> float:
-        """Make the output these keys and values: least squares for the last layer, exact while P <= hidden.
+        """Fit the MLP's output to these keys and values, by least squares for its last layer; exact if P <= hidden.
 
         Returns:
-            The error that is left, relative to the keys and values (Frobenius norms).
+            The remaining error, relative to the keys and values (Frobenius norms).
         """
         columns = [x.transpose(0, 1).flatten(1) for pair in zip(keys, values, strict=True) for x in pair]
         target = torch.cat(columns, dim=-1).double()  # [P, sum numel]
         hidden = torch.tanh(self.down(self.embedding)).double()  # [P, hidden]
         mean = target.mean(0)
-        # gelsd's minimum-norm solution: tanh of a wide Gaussian is well conditioned, its tail need not be.
+        # gelsd, for its minimum-norm solution: the smallest singular values of ``hidden`` may be close to zero.
         solution = torch.linalg.lstsq(hidden.cpu(), (target - mean).cpu(), driver="gelsd").solution
         self.up.weight.copy_(solution.T)
         self.up.bias.copy_(mean)
@@ -111,7 +111,7 @@ class PrefixEncoder(nn.Module):
 
 
 class PartEncoders(nn.ModuleDict):
-    """An encoder-decoder's MLPs, one for each part (Li & Liang 2021 train three), read as if they were one."""
+    """An encoder-decoder's MLPs, one for each part (Li & Liang 2021 train three), with a PrefixEncoder's methods."""
 
     def __init__(
         self,
@@ -136,13 +136,13 @@ class PartEncoders(nn.ModuleDict):
         return encoder
 
     def share(self, parts: Sequence[Part | None] | None = None) -> None:
-        """Compute every layer of these parts now, of all by default."""
+        """Compute every layer of these parts (default: all parts) now, for :meth:`layer` until :meth:`unshare`."""
         for part in self.places:
             if parts is None or part in parts:
                 self.of(part).share()
 
     def unshare(self) -> None:
-        """Forget what :meth:`share` computed."""
+        """Drop the keys and values that :meth:`share` computed."""
         for part in self.places:
             self.of(part).unshare()
 
@@ -152,7 +152,7 @@ class PartEncoders(nn.ModuleDict):
         return self.of(part).layer(self.places[part].index(index))
 
     def fit(self, keys: Sequence[Tensor], values: Sequence[Tensor]) -> float:
-        """Make the output these keys and values; returns the largest error of a part's that is left."""
+        """Fit each part's MLP to these keys and values; returns the largest remaining relative error of a part."""
         return max(
             self.of(part).fit([keys[i] for i in places], [values[i] for i in places])
             for part, places in self.places.items()
@@ -160,12 +160,12 @@ class PartEncoders(nn.ModuleDict):
 
 
 class ProjectedKV(nn.Module):
-    """One layer's view of a shared :class:`PrefixEncoder`, which is registered elsewhere: no parameters here."""
+    """One layer of a shared :class:`PrefixEncoder`. The encoder is registered elsewhere, so this has no parameters."""
 
     def __init__(self, encoder: PrefixEncoder | PartEncoders, index: int) -> None:
         super().__init__()
         self.index = index
-        self._encoder = (encoder,)  # in a tuple, so that it is not registered a second time
+        self._encoder = (encoder,)  # in a tuple, so that the encoder is not registered a second time
 
     def forward(self) -> tuple[Tensor, Tensor]:
         """``[H_kv, P, D]`` and ``[H_kv, P, D_v]``."""

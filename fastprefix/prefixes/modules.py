@@ -1,4 +1,4 @@
-"""``Modules``: a prefix's own copies of modules of the model, by the names that these have there."""
+"""``Modules``: holds a prefix's copies of the model's modules, by the names that these have in the model."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from torch import nn
 
 
 class Modules(nn.Module):
-    """Modules by their names in another module, dots included, which a ``ModuleDict`` does not take."""
+    """A dictionary of modules whose names may contain dots, which ``nn.ModuleDict`` does not allow."""
 
     def put(self, modules: Mapping[str, nn.Module]) -> None:
-        """Hold these and no others."""
+        """Replace the content by these modules."""
         self._modules.clear()
         self._modules.update({name.replace(".", "/"): module for name, module in modules.items()})
 
     def named(self) -> dict[str, nn.Module]:
-        """What it holds."""
+        """The modules by name."""
         return {name.replace("/", "."): m for name, m in self._modules.items() if m is not None}

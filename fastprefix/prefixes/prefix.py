@@ -1,4 +1,4 @@
-"""``Prefix``: the trainable module that ``attach`` returns, and the slot that an attention module holds it in."""
+"""``Prefix``, the trainable module that ``attach`` returns, and ``LayerSlot``, its place in an attention module."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from fastprefix.prefixes.modules import Modules
 class Prefix(nn.Module):
     """All layers of one prefix.
 
-    Its layers are also children of the model's attention modules (and its encoder of the model), so that whatever
-    walks the model - optimisers, FSDP, checkpoints - finds the parameters; this module is the handle on them.
+    The prefix's layers are also children of the model's attention modules (and its encoder a child of the model), so
+    that optimisers, FSDP and checkpoints find the parameters in the model. This module gives access to all of them.
 
     Attributes:
-        config: the :class:`PrefixConfig` it was made from.
-        layer_indices: the attention layers that have it, in the order in which they run.
-        parts: what each of them is in an encoder-decoder (``"encoder"``, ``"decoder"`` or ``"cross"``); None elsewhere.
-        sources: the layer whose content's keys and values each of them reads: its own, where layers share none.
-        shapes: their geometry.
+        config: the :class:`PrefixConfig` that the prefix was made from.
+        layer_indices: indices of the attention layers that have the prefix, in execution order.
+        parts: each layer's part of an encoder-decoder (``"encoder"``, ``"decoder"`` or ``"cross"``), else None.
+        sources: for each of these layers, the layer whose content keys and values it reads: itself, unless shared.
+        shapes: the :class:`LayerShape` of each of these layers.
         encoder: the MLP (in an encoder-decoder one for each part), or None when keys and values are trained directly.
-        modules_to_save: its own copies of the model's modules of ``config.modules_to_save``.
+        modules_to_save: the prefix's copies of the modules that ``config.modules_to_save`` names.
     """
 
     def __init__(
@@ -63,14 +63,14 @@ class Prefix(nn.Module):
         return [layer()[0].device for layer in self.layers]
 
     def set_direct(self, keys: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-        """Train these keys ``[H_kv, P, D]`` and values themselves."""
+        """Make these keys ``[H_kv, P, D]`` and values the parameters, without an MLP."""
         self.check(keys, values)
         self.encoder = None
         frozen = self.config.num_frozen_tokens
         self.layers = nn.ModuleList(DirectKV(k, v, frozen) for k, v in zip(keys, values, strict=True))
 
     def set_encoder(self, encoder: PrefixEncoder | PartEncoders) -> None:
-        """Train an MLP that gives them."""
+        """Make an MLP's output the keys and values."""
         self.encoder = encoder
         self.layers = nn.ModuleList(ProjectedKV(encoder, i) for i in range(len(self.shapes)))
 
@@ -95,7 +95,7 @@ class Prefix(nn.Module):
 class LayerKV(NamedTuple):
     """The prefix that one layer's attention reads in addition to its content."""
 
-    k: Tensor  # [H_kv, P, D]; with ids a packed bank, P the sum of its prefixes' lengths
+    k: Tensor  # [H_kv, P, D]; with ids a packed bank, where P is the sum of all prefixes' lengths
     v: Tensor  # [H_kv, P, D_v]
     ids: Tensor | None = None  # [B], the row's prefix in the bank, -1 = none
     lens: Tensor | None = None  # [N]
@@ -103,10 +103,10 @@ class LayerKV(NamedTuple):
 
 
 class LayerSlot(nn.Module):
-    """The child of an attention module that holds the prefixes attached to it by name, one of them active or none.
+    """A child of an attention module, which holds the layer's prefixes by name; at most one of them is active.
 
-    A forward may bring keys and values of its own (``override``): a bank, or those
-    that the model computed from a prompt.
+    During a forward ``override`` may replace the active prefix by other keys and values: a bank, or those that the
+    model computed from a prompt.
     """
 
     def __init__(self) -> None:
@@ -114,17 +114,17 @@ class LayerSlot(nn.Module):
         self.prefixes = nn.ModuleDict()
         self.active: str | None = None
         self.override: LayerKV | None = None
-        self.is_overridden = False  # whether ``override``, None included, is read instead of the active prefix
+        self.is_overridden = False  # whether ``override`` (even if None) replaces the active prefix
         self.capturing = False
         self.captured: tuple[Tensor, Tensor] | None = None  # the content's [B, H_kv, T, D], [B, H_kv, T, D_v]
-        self.fallback_attention: str | None = None  # the implementation that the content keeps beside a gated prompt
+        self.fallback_attention: str | None = None  # the content's implementation, with a gated prompt
         self.keeps_query = False
         self.query: Tensor | None = None  # [B, H, S, D]
         self.query_factor: Tensor | None = None  # [B or 1, 1, S, 1], see hf/attention/query_scaling.py
         self.ran = False  # whether the attention function was called, for the check after the first forward
 
     def set_override(self, kv: LayerKV | None) -> None:
-        """Read these, or nothing, whichever prefix is active."""
+        """Read these keys and values (None: no prefix) instead of the active prefix."""
         self.override, self.is_overridden = kv, True
 
     def clear_override(self) -> None:
@@ -132,7 +132,7 @@ class LayerSlot(nn.Module):
         self.override, self.is_overridden = None, False
 
     def forward(self) -> LayerKV | None:
-        """What this layer reads, or None where it has no prefix."""
+        """The keys and values that this layer reads; None where it has no prefix."""
         if self.is_overridden:
             return self.override
         if self.active is None or self.active not in self.prefixes:

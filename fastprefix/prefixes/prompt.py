@@ -1,4 +1,4 @@
-"""``PromptConfig`` and ``SoftPrompt``: trained input embeddings, of which the frozen model makes keys and values."""
+"""``PromptConfig`` and ``SoftPrompt``: trained input embeddings, from which the frozen model computes a prefix."""
 
 from __future__ import annotations
 
@@ -19,20 +19,21 @@ from fastprefix.prefixes.modules import Modules
 class PromptConfig:
     """A soft prompt: P trained input embeddings in front of every row (prompt tuning, Lester et al. 2021).
 
-    In a causal model the states of the prompt's tokens do not depend on the tokens after them. So they run through the
-    frozen model once per forward, whatever the batch, and their keys and values become every row's prefix: ``P + B*S``
-    tokens of work for ``B * (P + S)``, with the loss and the gradient of embeddings concatenated to every row. With
-    ``labels``, that loss counts the first token of a row too, which the prompt's last one predicts; logits are those
-    of the row's own tokens, ``[B, S, V]``. Auxiliary losses of expert models count the rows' tokens only.
+    In a causal model the states of the prompt's tokens do not depend on the tokens after them. The prompt therefore
+    runs through the frozen model once per forward, whatever the batch size, and its keys and values become every row's
+    prefix. This takes ``P + B*S`` tokens of work instead of ``B * (P + S)``, with the same loss and gradient as
+    embeddings concatenated to every row. With ``labels``, the loss counts a row's first token too, which the prompt's
+    last token predicts; logits are those of the row's own tokens, ``[B, S, V]``. Auxiliary losses of expert models
+    count the rows' tokens only.
 
     Where sharing would not be exact (bidirectional models, dropout active in the frozen model, rows that outgrow a
-    sliding window) the embeddings are concatenated, with a warning that says so; into a cache they are not, which
-    raises and asks for ``use_cache=False``.
+    sliding window) the embeddings are concatenated to every row, with a warning. With a cache this raises and asks for
+    ``use_cache=False``.
 
     Args:
         num_virtual_tokens: prompt tokens P, at least 1; default as many as the text of ``init`` has.
         init: where training starts: ``fastprefix.init.vocabulary()`` (default), ``.text(text, tokenizer)``,
-            ``.token_ids(ids)``: the embeddings of these tokens; or ``.normal(std)``.
+            ``.token_ids(ids)`` (the model's embeddings of these tokens) or ``.normal(std)``.
         modules_to_save: modules of the model that are trained and saved with the prompt, as in :class:`PrefixConfig`.
 
     Raises:
@@ -53,7 +54,7 @@ class PromptConfig:
         self.modules_to_save = checked_modules(self.modules_to_save)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data; ``init`` is kept as its name."""
+        """The fields as plain data; of ``init`` only the name."""
         names = None if self.modules_to_save is None else list(self.modules_to_save)
         return {"num_virtual_tokens": self.num_virtual_tokens, "init": self.init.name, "modules_to_save": names}
 
@@ -70,9 +71,9 @@ class SoftPrompt(nn.Module):
     """Trained embeddings ``[P, d]``. They are also in the model, so that optimisers and checkpoints find them.
 
     Attributes:
-        config: the :class:`PromptConfig` it was made from.
+        config: the :class:`PromptConfig` that the prompt was made from.
         embedding: the trained parameter, fp32.
-        modules_to_save: its own copies of the model's modules of ``config.modules_to_save``.
+        modules_to_save: the prompt's copies of the modules that ``config.modules_to_save`` names.
     """
 
     def __init__(self, config: PromptConfig, embedding: Tensor) -> None:
@@ -100,7 +101,7 @@ class SoftPrompt(nn.Module):
 
 @torch.no_grad()
 def start(config: PromptConfig, word_embeddings: nn.Module, vocab_size: int, dim: int, device: torch.device) -> Tensor:
-    """``[P, d]`` to start from, on a device: the model's input embedding of tokens, or noise."""
+    """Initial embeddings ``[P, d]`` on a device: the model's input embeddings of tokens, or random numbers."""
     if config.init.of_tokens:
         ids = config.init.tokens(config.num_virtual_tokens, vocab_size)
         return word_embeddings(ids.to(device)).float()

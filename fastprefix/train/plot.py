@@ -12,7 +12,7 @@ PICTURE = "loss.png"
 
 
 def write(folder: Path, history: Sequence[dict[str, Any]]) -> str:
-    """Draw what a Trainer logged into ``loss.png``; returns a line that names the file, or says why there is none."""
+    """Plot the losses that a Trainer logged to ``loss.png``; returns a line with the file, or why there is none."""
     if find_spec("matplotlib") is None:
         return f"no {PICTURE}: matplotlib is not installed (pip install matplotlib)"
     from matplotlib.backends.backend_agg import FigureCanvasAgg

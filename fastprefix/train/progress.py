@@ -22,7 +22,7 @@ class Progress(TrainerCallback):
             spent = time.perf_counter() - self.began
             left = spent / max(state.global_step - self.first, 1) * (state.max_steps - state.global_step)
             print(f"{at}: loss {float(logs['loss']):.3f}, {_time(left)} left", flush=True)
-        elif "eval_loss" in logs and state.global_step < state.max_steps:  # the last one is told with the results
+        elif "eval_loss" in logs and state.global_step < state.max_steps:  # the last one is printed with the results
             print(f"{at}: held-out loss {float(logs['eval_loss']):.3f}", flush=True)
 
 

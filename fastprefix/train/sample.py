@@ -29,7 +29,7 @@ def table(tokenizer: Any, row: Row, origin: str, before: str, after: str) -> str
     """The example, with the completions of the model alone before training and with the prefix after it."""
     given, ids, labels = _given(row), row["input_ids"], row["labels"]
     trained = labels[given:] != IGNORE_INDEX
-    # Of a chat with several answers, the first.
+    # In a chat with several answers, the first answer is shown.
     end = given + (len(trained) if bool(trained.all()) else int(trained.int().argmin()))
     texts = {
         "prompt": tokenizer.decode(ids[:given], skip_special_tokens=True),

@@ -1,4 +1,4 @@
-"""``attach``, ``detach``, ``set_prefix``: a prefix in a transformers model, and the model as it was afterwards."""
+"""``attach``, ``detach``, ``bake`` and ``set_prefix``: put prefixes into a transformers model and take them out."""
 
 from __future__ import annotations
 
@@ -52,15 +52,15 @@ def attach(
         model: a decoder, encoder or encoder-decoder whose attention goes through transformers' attention interface.
         config: what to train and where to start: a :class:`PrefixConfig` (keys and values in every attention layer)
             or a :class:`PromptConfig` (input embeddings).
-        name: of this prefix; several can be attached, the last one is active (see :func:`set_prefix`).
+        name: name of this prefix. Several can be attached; the last one is active (see :func:`set_prefix`).
         weights: called on the new prefix before it is placed in the model, to fill it from elsewhere.
 
     Returns:
         The trainable :class:`Prefix` or :class:`SoftPrompt`; its parameters are fp32, on their layers' devices.
 
     Raises:
-        ValueError: the model cannot carry a prefix (its class is named) or is sharded already, a name is taken or a
-            config field is off.
+        ValueError: the model cannot carry a prefix (its class is named) or is sharded already, the name is taken, or
+            a config field does not fit.
     """
     if not isinstance(config, PrefixConfig | PromptConfig):
         raise fail("config", type(config).__name__, "a fastprefix.PrefixConfig or PromptConfig")
@@ -76,7 +76,7 @@ def attach(
 
 @torch.inference_mode(False)
 def attach_made(model: Any, name: str, make: Callable[[Installation], Prefix | SoftPrompt]) -> Prefix | SoftPrompt:
-    """Give a model what ``make`` makes for it; after an error of its the model is as it was."""
+    """Attach the prefix that ``make`` returns to a model; after an error the model is as it was."""
     check_name(name)
     model = wrappers.unwrapped(model, but=wrappers.ADDING)
     fresh = find_installation(model) is None
@@ -116,23 +116,23 @@ def _attach_made(
 
 
 def check_name(name: object) -> None:
-    """Raise ValueError unless a prefix can be called so."""
+    """Raise ValueError unless ``name`` can be a prefix's name."""
     if not isinstance(name, str) or not re.fullmatch(r"\w[\w-]*", name) or hasattr(nn.ModuleDict, name):
         raise fail("name", repr(name), "letters, digits, '_' and '-'")
 
 
 def _attached(model: Any) -> Installation:
-    """What is installed in a model; raises ValueError where nothing is, or PEFT's adapters are."""
+    """A model's Installation; raises ValueError where there is none, or the model is a patched PEFT model."""
     installation = require_installation(model)
     require_not_patched(installation)
     return installation
 
 
 def detach(model: Any) -> None:
-    """Take every prefix out; the model is bit for bit what it was, its parameters trainable where they were.
+    """Take every prefix out. The model is again bit for bit what it was; parameters that were trainable are so again.
 
     Raises:
-        ValueError: nothing is attached, or the model is a patched one (see :func:`unpatch`).
+        ValueError: nothing is attached, or the model is a patched PEFT model (see :func:`unpatch`).
     """
     installation = _attached(model)
     with installation.lock.hold():
@@ -140,10 +140,10 @@ def detach(model: Any) -> None:
 
 
 def bake(model: Any, name: str = "default") -> Prefix | SoftPrompt:
-    """Replace a prefix's MLP by its output, for use: the same numbers without the MLP's cost. Nothing without an MLP.
+    """Replace a prefix's MLP by its output: the same keys and values without the MLP's cost. No-op without an MLP.
 
     Returns:
-        The same prefix, its keys and values now parameters of their own.
+        The same prefix; its keys and values are now parameters themselves.
 
     Raises:
         ValueError: no prefix of this name is attached, or the model is sharded.
@@ -163,7 +163,7 @@ def set_prefix(model: Any, name: str | None) -> None:
     """Make an attached prefix the active one; None runs the bare model.
 
     Raises:
-        ValueError: nothing is attached, or not under this name.
+        ValueError: no prefix is attached, or none under this name.
     """
     installation = _attached(model)
     if installation.selection.chosen is not None:

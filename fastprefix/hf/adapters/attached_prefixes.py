@@ -1,4 +1,4 @@
-"""Names of what :func:`fastprefix.attach` attached, or :func:`fastprefix.register` keeps on disk."""
+"""The provider of prefixes that :func:`fastprefix.attach` attached or :func:`fastprefix.register` keeps on disk."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ from fastprefix.prefixes.prompt import SoftPrompt
 
 
 class StoredPrefixes(Protocol):
-    """Prefixes on disk, of which those used last are in memory (see storage/registry.py)."""
+    """Prefixes on disk, the most recently used of them in memory (see storage/registry.py)."""
 
     paths: dict[str, Path]
 
     @property
     def resident(self) -> Mapping[str, Prefix | SoftPrompt]:
-        """Those in memory."""
+        """The prefixes in memory, by name."""
         ...
 
     def get(self, name: str) -> Prefix | SoftPrompt:
-        """A prefix, read from disk unless it is in memory."""
+        """The prefix of a name, read from disk unless it is in memory."""
         ...
 
     def pin(self, names: Sequence[Name]) -> AbstractContextManager[None]:
-        """Keep these in memory for a block."""
+        """Keep these prefixes in memory inside the block."""
         ...
 
 
 class AttachedPrefixes:
-    """Leads from names to the prefixes that were attached to a model, or are kept on disk."""
+    """The ``PrefixProvider`` of prefixes that are attached to a model or registered on disk."""
 
     gated = False
 
@@ -46,27 +46,27 @@ class AttachedPrefixes:
         self.registry: StoredPrefixes | None = None
 
     def names(self) -> list[str]:
-        """Attached ones, then those on disk."""
+        """Names of attached prefixes, then of those on disk."""
         return [*self.selection.prefixes, *(self.registry.paths if self.registry is not None else ())]
 
     def resident(self) -> list[str]:
-        """Those in memory."""
+        """Names of the prefixes in memory."""
         return [*self.selection.prefixes, *(self.registry.resident if self.registry is not None else ())]
 
     def enabled(self) -> bool:
-        """Always."""
+        """Always True: there is no switch."""
         return True
 
     def active(self) -> AdapterSelection | None:
-        """The one that every row reads."""
+        """The active prefix, for all rows; None without one."""
         return None if self.selection.active is None else AdapterSelection((self.selection.active,))
 
     def resolve(self, name: Name) -> ResolvedPrefix:
-        """The prefix of a name; raises ValueError where there is none."""
+        """The prefix of a name, resolved; raises ValueError where there is none."""
         return resolve(self.prefix(name), self.num_layers)
 
     def prefix(self, name: Name) -> Prefix | SoftPrompt:
-        """What is attached under a name, or read from disk; raises ValueError where there is none."""
+        """The prefix attached under a name, or read from disk; raises ValueError where there is none."""
         prefix = self.selection.prefixes.get(name) if isinstance(name, str) else None
         if prefix is None:
             if self.registry is None or name not in self.registry.paths:
@@ -75,12 +75,12 @@ class AttachedPrefixes:
         return prefix
 
     def modules(self, name: Name | None) -> dict[str, nn.Module]:
-        """A prefix's own copies of modules of the model."""
+        """A prefix's trained copies of the model's modules, by path."""
         return {} if name is None else self.prefix(name).modules_to_save.named()
 
     @contextmanager
     def held(self, selection: AdapterSelection) -> Iterator[None]:
-        """Keep what lies on disk in memory for a block, and let every row use its own prefix's modules."""
+        """Keep registered prefixes in memory inside the block, and let every row use its own prefix's modules."""
         with nullcontext() if self.registry is None else self.registry.pin(selection.distinct()):
             modules = {name: self.modules(name) for name in dict.fromkeys(selection.names)}
             with self.modules_in_model.rows(selection, modules):
@@ -88,7 +88,7 @@ class AttachedPrefixes:
 
 
 def resolve(prefix: Prefix | SoftPrompt, num_layers: int) -> ResolvedPrefix:
-    """What a prefix or soft prompt gives a model of so many attention layers."""
+    """A :class:`ResolvedPrefix` of a prefix or soft prompt, for a model with ``num_layers`` attention layers."""
     tokens, parameters = prefix.num_virtual_tokens, tuple(prefix.parameters())
     if isinstance(prefix, SoftPrompt):
         return ResolvedPrefix("soft prompt", tokens, tokens, parameters, prompt=prefix)

@@ -1,4 +1,4 @@
-"""A new prefix for a model: its layers' shapes and devices, and where its numbers start."""
+"""Builds a new prefix for a model: its layers' shapes, devices and initial values."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from fastprefix.prefixes.kv import PartEncoders, PrefixEncoder
 from fastprefix.prefixes.prefix import Prefix
 from fastprefix.prefixes.prompt import PromptConfig, SoftPrompt, start
 
-_INEXACT = 1e-2  # relative error of a start through an MLP; rounding leaves far less
+_INEXACT = 1e-2  # relative error of an MLP's fit that is worth a warning; rounding alone leaves far less
 
 
 def build(installation: Installation, config: PrefixConfig | PromptConfig) -> Prefix | SoftPrompt:
-    """A new prefix for the layers that the model was found to have, or a soft prompt, filled with its start."""
+    """A new prefix (or soft prompt) for an installation's model, with its initial values."""
     prefix = _build(installation, config)
     if config.modules_to_save is not None:
         prefix.modules_to_save.put(installation.modules.copies(config.modules_to_save))
@@ -39,7 +39,7 @@ def _build(installation: Installation, config: PrefixConfig | PromptConfig) -> P
 
 
 def prompt_dim(installation: Installation) -> int:
-    """Numbers of a soft prompt's token; raises ValueError for a model that takes none."""
+    """Size d of a soft prompt's token; raises ValueError for a model that cannot read soft prompts."""
     check_prompts(installation.facts)
     hidden = installation.model.config.get_text_config().hidden_size
     dim = int(getattr(installation.model.get_input_embeddings(), "embedding_dim", hidden))
@@ -58,14 +58,14 @@ def prompt_dim(installation: Installation) -> int:
 
 
 def check_head(installation: Installation) -> None:
-    """Raise ValueError where a head looks at one place of a bidirectional text for all others (Splinter's question)."""
+    """Raise ValueError where a bidirectional model's head reads one position for all others (Splinter's question)."""
     main = installation.facts.layers.main
     if main.causal or main.owner is installation.model or installation.pooled or installation.head:
         return
     try:
         with installation.forward.bypass():
             each = reads_each_token(installation.model, main)
-    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError):  # it looks at the ids, say
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError):  # the head needs token ids, for example
         each = False
     if not each:
         got = f"{type(installation.model).__name__}, whose head reads one place of its text for all tokens"
@@ -73,9 +73,10 @@ def check_head(installation: Installation) -> None:
 
 
 def reads_token_ids(installation: Installation) -> bool:
-    """Whether layers of a causal model read token ids beside their embeddings (Gemma 3n's per-layer ones).
+    """Whether layers of a causal model read token ids in addition to embeddings (Gemma 3n's per-layer embeddings).
 
-    Then rows have ids and a prompt in front of them has none, as it has not where both are embeddings.
+    There, rows after a shared soft prompt have ids and the prompt has none; concatenated embeddings have no ids at all.
+    The two therefore differ.
     """
     main, embed = installation.facts.layers.main, installation.model.get_input_embeddings()
     if not main.causal or main.main_input != "input_ids":
@@ -88,7 +89,7 @@ def reads_token_ids(installation: Installation) -> bool:
 
 
 def empty_prefix(installation: Installation, config: PrefixConfig) -> Prefix:
-    """The layers that get a prefix, without its numbers."""
+    """A :class:`Prefix` with its layers' shapes, and no parameters yet."""
     layers = installation.facts.layers
     indices = config.active_layers(layers.parts)
     shapes, parts = [layers.shapes[i] for i in indices], [layers.parts[i] for i in indices]
@@ -96,7 +97,7 @@ def empty_prefix(installation: Installation, config: PrefixConfig) -> Prefix:
 
 
 def new_encoder(installation: Installation, prefix: Prefix) -> PrefixEncoder | PartEncoders:
-    """An MLP for a prefix's layers."""
+    """A new MLP for a prefix's layers (in an encoder-decoder one MLP for each part)."""
     config, hidden_size = prefix.config, installation.model.config.get_text_config().hidden_size
     sizes = config.num_virtual_tokens, hidden_size, config.encoder_hidden_size or hidden_size
     named = [part for part in prefix.parts if part is not None]
@@ -104,7 +105,7 @@ def new_encoder(installation: Installation, prefix: Prefix) -> PrefixEncoder | P
 
 
 def build_prefix(installation: Installation, config: PrefixConfig) -> Prefix:
-    """Keys and values for every layer."""
+    """A new prefix of keys and values for every layer of the config, direct or through an MLP."""
     if config.position_offset == "after_prefix":
         check_images(installation.facts)
     prefix = empty_prefix(installation, config)
@@ -166,7 +167,7 @@ def _start(
             if len(layers.stacks) > 1:
                 return encoder_decoder.key_values(installation.model, layers, ids, indices)
             modules = [layers.modules[i] for i in indices]
-            # Not the whole model: the logits of thousands of tokens would be made for nothing.
+            # Not the whole model, which would compute the logits of thousands of tokens for nothing.
             return model_layers.key_values(layers.main.owner, ids, modules)
     finally:
         installation.activate(active)

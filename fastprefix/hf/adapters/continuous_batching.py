@@ -1,4 +1,4 @@
-"""Continuous batching runs in a thread of its own, where errors end in a log: it is refused at its entry."""
+"""Refuses continuous batching while a prefix is read, at its entry: errors in its own thread would only be logged."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from fastprefix.errors import fail
 from fastprefix.hf.attention.config_copies import ConfigCopies
 from fastprefix.hf.runtime.selection import Selection
 
-_ENTRY = "init_continuous_batching"  # what generate_batch, the context manager and a server go through
+_ENTRY = "init_continuous_batching"  # generate_batch, the context manager and the server all call this method
 
 
 class ContinuousBatching:
-    """Takes the place of a model's entry to continuous batching."""
+    """Replaces the method of a model that starts continuous batching."""
 
     def __init__(self, model: Any, selection: Selection, configs: ConfigCopies) -> None:
         self.model, self.selection, self.configs = model, selection, configs
@@ -20,14 +20,14 @@ class ContinuousBatching:
             model.__dict__[_ENTRY] = self
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's own, while it runs bare; raises ValueError while a prefix is read."""
+        """Call the model's own method; raises ValueError while a prefix is read."""
         if self.selection.shared is not None or self.selection.current() is not None:
             got = f"{type(self.model).__name__} with a prefix, in continuous batching (generate_batch)"
             expected = "no active prefix there, as its paged cache cannot run beside one: use generate, or detach"
             raise fail("model", got, expected)
-        self.configs.switch(on=False)  # it asks for the attention's name before the first forward
+        self.configs.switch(on=False)  # the method reads the attention implementation before the first forward
         return getattr(type(self.model), _ENTRY)(self.model, *args, **kwargs)
 
     def remove(self) -> None:
-        """Give the model its own back."""
+        """Restore the model's own method."""
         self.model.__dict__.pop(_ENTRY, None)

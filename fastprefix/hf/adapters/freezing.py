@@ -1,4 +1,4 @@
-"""What ``attach`` froze, and gives back."""
+"""Freezes a model's parameters for ``attach``, and restores ``requires_grad`` for ``detach``."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from torch import nn
 
 
 class Frozen:
-    """Parameters by their places: others (accelerate's offloading) put new objects there."""
+    """Remembers parameters by module and name, as accelerate's offloading may replace the parameter objects."""
 
     def __init__(self) -> None:
         self.before: dict[tuple[int, str], tuple[nn.Module, nn.Parameter, bool]] = {}
 
     def freeze(self, model: nn.Module, but: Collection[int]) -> None:
-        """Freeze a model but for some parameters, by their ids; what it was at first is remembered."""
+        """Freeze a model except the parameters whose ``id`` is in ``but``; remember which were trainable."""
         known = {id(p) for _, p, _ in self.before.values()}
         for module in model.modules():
             for name, p in module._parameters.items():
@@ -25,7 +25,7 @@ class Frozen:
                 p.requires_grad_(False)
 
     def thaw(self) -> None:
-        """Let them be trained that were."""
+        """Give every frozen parameter its former ``requires_grad``."""
         for (_, name), (module, p, requires_grad) in self.before.items():
             p.requires_grad_(requires_grad)
             now = module._parameters.get(name)

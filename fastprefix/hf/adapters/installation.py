@@ -1,4 +1,4 @@
-"""Everything fastprefix put into one model, assembled from its parts, and what it needs to take it out again."""
+"""``Installation``: all slots, hooks and records that fastprefix puts into one model, and their removal."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ from fastprefix.hf.runtime.warn_once import WarnOnce
 
 
 class Installation:
-    """The parts that are in one model.
+    """Assembles the parts that work inside one model.
 
-    Records (``facts``, ``selection``, ``forward``) hold what several parts read; each hook is given those it needs
-    and knows nothing of the others. Only this class knows them all.
+    The records ``facts``, ``selection`` and ``forward`` are shared between parts. Each hook receives only the parts
+    that it needs; this class alone knows all of them.
     """
 
     def __init__(self, model: Any) -> None:
@@ -49,12 +49,12 @@ class Installation:
         self.parameters = offload.AttachedParameters()
         self.configs = ConfigCopies(model)
         self.overrides = method_overrides.install_overrides(model)
-        requested.clear()  # an interrupt may have kept another model's forward from it
+        requested.clear()  # an interrupted forward of another model may not have cleared it
         self.facts = self._discover()
         layers = self.facts.layers
         self.slots = AttentionSlots(layers.modules)
         self.query_scaling = QueryScaling(layers.modules)
-        self.pooled = PooledHead(model, layers.main)  # it runs the model: before there are hooks
+        self.pooled = PooledHead(model, layers.main)  # runs the model, so before any hooks are set
         self.modules = TrainedModules(model, layers, self.selection)
         self.selection.provider = AttachedPrefixes(self.selection, len(layers.modules), self.modules)
         self.lock = ForwardLock(model, layers.stacks)
@@ -97,7 +97,7 @@ class Installation:
         self.lock.hook()
 
     def _discover(self) -> ModelFacts:
-        """Run the model on a few tokens to see what it is; after an error it is as it was."""
+        """Run the model on a few tokens and return its :class:`ModelFacts`; an error leaves the model as it was."""
         model = self.model
         try:
             self.configs.switch(on=True)
@@ -122,7 +122,10 @@ class Installation:
         return ModelFacts(model, layers, tuple(rope_limits(layers.main.owner)), positions, outer, tables)
 
     def _check_masks(self, layers: Any) -> None:
-        """Some models combine masks with their own, which would lose the causality that ours leave to the layer."""
+        """Raise ValueError for a model whose causality changes under fastprefix.
+
+        Such a model combines our mask with one of its own. Our mask leaves causality to the layer, so it would be lost.
+        """
         with recording() as calls:
             ours = causality.sees_the_future(layers.main)
         causality.check_keys(self.model, layers.main, calls)
@@ -133,12 +136,12 @@ class Installation:
             raise does_not_dispatch(self.model, ": it makes masks of its own")
 
     def freeze(self) -> None:
-        """Freeze the model, but for what was attached to it; which parameters were trainable is remembered."""
+        """Freeze the model except the attached prefixes, and remember which parameters were trainable."""
         prefixes = self.selection.prefixes.values()
         self.frozen.freeze(self.model, {id(p) for prefix in prefixes for p in prefix.parameters()})
 
     def activate(self, name: str | None) -> None:
-        """Use one prefix, or none: then the model runs exactly what it ran before."""
+        """Make one prefix active, or none: then the model runs exactly its own attention."""
         selection = self.selection
         provider = selection.provider
         if name is not None and name not in provider.names():
@@ -149,12 +152,12 @@ class Installation:
         self.configs.switch(on=name is not None)
 
     def _restore_methods(self) -> None:
-        """Let the model run on its own configs and methods again."""
+        """Restore the model's own configs and methods."""
         self.configs.restore()
         method_overrides.remove_overrides(self.overrides)
 
     def remove(self) -> None:
-        """Undo everything."""
+        """Take all parts out of the model and restore its trainable parameters."""
         for hooks in self.hooks:
             hooks.remove()
         for part in (self.lock, self.head, self.outer, self.query_scaling, self.pooled, self.continuous):

@@ -1,4 +1,4 @@
-"""Finds a model's installation, puts one in and takes it out."""
+"""Finds a model's :class:`Installation`, creates it and removes it."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ ATTRIBUTE = "_fastprefix"
 
 
 def find_installation(model: Any) -> Installation | None:
-    """What is installed in a model, or in the one it wraps; None where nothing is."""
+    """The Installation of a model, or of the model that it wraps; None where there is none."""
     found = getattr(wrappers.unwrapped(model), ATTRIBUTE, None)
     return found if isinstance(found, Installation) else None
 
 
 def require_installation(model: Any) -> Installation:
-    """What is installed in a model; raises ValueError when nothing is."""
+    """The Installation of a model; raises ValueError where there is none."""
     installation = find_installation(model)
     if installation is None:
         expected = "a model that fastprefix.attach or fastprefix.patch was called on"
@@ -39,10 +39,10 @@ def require_not_patched(installation: Installation) -> AttachedPrefixes:
 
 
 def get_or_install(model: Any) -> Installation:
-    """What is installed in a model, or now is.
+    """The Installation of a model, created if there is none.
 
     Raises:
-        ValueError: a patched PEFT model, or one that is sharded, where a prefix would differ from device to device.
+        ValueError: the model is a patched PEFT model, or it is sharded, so that each device would get another prefix.
     """
     model = wrappers.unwrapped(model)
     dtensor.refuse(model)
@@ -64,7 +64,7 @@ def install(model: Any) -> Installation:
 
 
 def uninstall(installation: Installation) -> None:
-    """Take everything out of the model."""
+    """Remove an Installation from its model."""
     installation.remove()
-    # A wrapper (a compiled model, a PeftModel) finds the attribute by delegation: it is the model's own.
+    # The attribute is the model's own; a wrapper (a compiled model, a PeftModel) only finds it by delegation.
     del installation.model.__dict__[ATTRIBUTE]

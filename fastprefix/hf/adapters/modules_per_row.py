@@ -1,4 +1,4 @@
-"""A module of its own for every row of a batch."""
+"""``RowModules``: runs a different module for each row of a batch, chosen by the row's prefix."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from fastprefix.hf.runtime.forward_context import AdapterSelection, Name
 
 
 class RowModules(nn.Module):
-    """Runs each of several modules of one place on the rows that read its prefix."""
+    """Replaces one module of the model; runs each prefix's copy of that module on the rows that read the prefix."""
 
     def __init__(self, path: str, selection: AdapterSelection, modules: Mapping[Name | None, nn.Module]) -> None:
         super().__init__()
         self.path, self.selection = path, selection
-        self._modules_of = (dict(modules),)  # in a tuple, so that they are not registered a second time
+        self._modules_of = (dict(modules),)  # in a tuple, so that the modules are not registered a second time
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """``[B, ...]`` from tensors ``[B, ...]``; ValueError where a module gives anything else."""
+        """``[B, ...]`` from tensors ``[B, ...]``; ValueError where a module returns anything else."""
         given = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.dim() > 0]
         if not given:
             got = f"different modules at {self.path!r}, which is given no rows"

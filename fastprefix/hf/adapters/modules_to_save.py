@@ -1,7 +1,7 @@
-"""A prefix's copies of modules of the model (PEFT's ``modules_to_save``): they stand in it while the prefix is active.
+"""Swaps a prefix's trained copies of modules into the model while the prefix is active (PEFT's ``modules_to_save``).
 
-What does not stand in the model - the original of a module whose copy does, the copies of other prefixes - is kept in a
-child of the model, so that moves to a device, modes and optimizers reach it.
+Modules that are swapped out - originals, and the copies of inactive prefixes - are kept in a child of the model, so
+that device moves, train/eval modes and optimizers reach them.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _OURS = {SLOT, KEPT, ENCODERS}
 
 
 class Kept(nn.Module):
-    """Modules that stand nowhere in the model."""
+    """Holds the modules that are swapped out of the model."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -35,16 +35,19 @@ class Kept(nn.Module):
 
 
 class TrainedModules:
-    """Which module stands at each place of one model that a prefix has a copy for."""
+    """Decides which module is in use at each path of one model for which a prefix has a copy."""
 
     def __init__(self, model: Any, layers: Layers, selection: Selection) -> None:
         self.model, self.layers, self.selection = model, layers, selection
-        self.places: dict[str, tuple[nn.Module, str]] = {}  # the parent, and the name there
+        self.places: dict[str, tuple[nn.Module, str]] = {}  # by path: parent module, and attribute name there
         self.originals: dict[str, nn.Module] = {}
-        self.using: dict[str, nn.Module] = {}  # instead of them
+        self.using: dict[str, nn.Module] = {}  # the copies in use, by path
 
     def matching(self, names: Sequence[str]) -> dict[str, nn.Module]:
-        """The model's own modules whose names end so, those inside of others left out; as PEFT finds them."""
+        """The model's own modules whose path ends with one of ``names``, without those nested in another match.
+
+        PEFT matches the same way.
+        """
         found: dict[str, nn.Module] = {}
         if not names:
             return found
@@ -56,7 +59,7 @@ class TrainedModules:
         return found
 
     def copies(self, names: Sequence[str]) -> dict[str, nn.Module]:
-        """New copies of the model's modules of these names, to be trained; ValueError where a name leads to none."""
+        """New trainable copies of the modules that ``names`` match; ValueError where a name matches none."""
         found = self.matching(names)
         for name in names:
             if not any(path.endswith(name) for path in found):
@@ -75,7 +78,7 @@ class TrainedModules:
         return {path: module.requires_grad_(True) for path, module in made.items()}
 
     def check(self, path: str, module: nn.Module) -> None:
-        """Raise ValueError where another module could not stand in a module's place, or not be trained."""
+        """Raise ValueError where a module cannot be replaced by a copy, or cannot be trained."""
         inside = {id(m) for m in module.modules()}
         if any(id(m) in inside for m in self.layers.modules):
             raise fail("modules_to_save", f"{path!r}, which holds layers of attention", "modules beside them")
@@ -93,7 +96,7 @@ class TrainedModules:
 
     @contextmanager
     def in_place(self, chosen: Mapping[str, nn.Module]) -> Iterator[None]:
-        """Let these stand in the model inside the block, and elsewhere its own."""
+        """Put these copies into the model inside the block; at all other paths use the originals."""
         before = self.using
         self.use(chosen)
         try:
@@ -102,7 +105,7 @@ class TrainedModules:
             self.use(before)
 
     def use(self, chosen: Mapping[str, nn.Module]) -> None:
-        """Let these stand in the model from now on, and elsewhere its own."""
+        """Put these copies into the model from now on; at all other paths use the originals."""
         if chosen == self.using:
             return
         self.check_places()
@@ -117,14 +120,14 @@ class TrainedModules:
         self.keep()
 
     def check_places(self) -> None:
-        """Raise ValueError where somebody else has put a module of theirs, which would be lost."""
+        """Raise ValueError where user code has replaced one of the modules: its module would be lost."""
         for path, (parent, leaf) in self.places.items():
             if parent._modules.get(leaf) is not self.using.get(path, self.originals[path]):
                 expected = "the module that stood there when the prefix was attached: detach before replacing it"
                 raise fail("model", f"{type(self.model).__name__} with another {path!r}", expected)
 
     def keep(self) -> None:
-        """Hold in the model what belongs to it and stands nowhere in it."""
+        """Put all swapped-out modules into the model's :class:`Kept` child."""
 
         def absent(modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
             return {path: m for path, m in modules.items() if not self._stands(path, m)}
@@ -152,7 +155,11 @@ class TrainedModules:
     def rows(
         self, selection: AdapterSelection, modules: Mapping[Name | None, Mapping[str, nn.Module]]
     ) -> Iterator[None]:
-        """Let every row of a batch use those of its name inside the block; ValueError where rows are not told apart."""
+        """Let every row of a batch use its own prefix's modules inside the block.
+
+        Raises:
+            ValueError: prefixes differ in a module inside the layers, where rows cannot be told apart.
+        """
         chosen: dict[str, nn.Module] = {}
         inner = {id(m) for m in self.layers.main.owner.modules()}
         for path in dict.fromkeys(path for given in modules.values() for path in given):
@@ -168,7 +175,7 @@ class TrainedModules:
             yield
 
     def remove(self) -> None:
-        """Give the model its own back; what somebody else has put there stays."""
+        """Put the originals back; a module that user code has put in their place stays."""
         for path, (parent, leaf) in self.places.items():
             if self._stands(path, self.using.get(path, self.originals[path])):
                 parent._modules[leaf] = self.originals[path]
@@ -177,12 +184,12 @@ class TrainedModules:
 
 
 def is_pefts(module: nn.Module) -> bool:
-    """Whether PEFT has put something of its own into a module."""
+    """Whether a module is, or contains, one of PEFT's modules."""
     return any(type(m).__module__.partition(".")[0] == "peft" for m in module.modules())
 
 
 def is_plain(module: nn.Module) -> bool:
-    """Whether its weights are plain floats: not quantised."""
+    """Whether a module's weights are plain floating-point parameters, not quantised ones."""
     return all(type(p) is nn.Parameter and p.is_floating_point() for p in module.parameters())
 
 

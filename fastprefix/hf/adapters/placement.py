@@ -1,4 +1,4 @@
-"""Where an attached prefix's modules lie: children of the model, so that whatever walks it finds their parameters."""
+"""Makes a prefix's modules children of the model, so that optimizers, wrappers and checkpoints find them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fastprefix.prefixes.prompt import SoftPrompt
 
 
 def place(installation: Installation, name: str, prefix: Prefix | SoftPrompt) -> None:
-    """Make a prefix's modules children of the model."""
+    """Make a prefix's layers children of the attention modules, and its MLP a child of the model."""
     slots = installation.slots
     if isinstance(prefix, Prefix):
         for layer, index in zip(prefix.layers, prefix.layer_indices, strict=True):
@@ -34,7 +34,7 @@ def place(installation: Installation, name: str, prefix: Prefix | SoftPrompt) ->
 
 
 def displace(installation: Installation, name: str) -> None:
-    """Take one prefix out again."""
+    """Take one prefix out of the model."""
     del installation.selection.prefixes[name]
     for slot in installation.slots:
         if name in slot.prefixes:

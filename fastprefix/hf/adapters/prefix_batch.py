@@ -1,4 +1,4 @@
-"""``prefix_batch``: a prefix of its own for every row of a batch."""
+"""``prefix_batch``: selects a prefix for each row of a batch."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from fastprefix.hf.runtime.prefix_reader import AdapterSelection
 def prefix_batch(model: Any, names: Sequence[str | None]) -> Iterator[None]:
     """Let row i of every batch inside the block read the prefix ``names[i]``, or none: forward, training, ``generate``.
 
-    The prefixes in use lie behind one another in memory, once, however different their lengths: nothing is padded to
-    the longest and nothing copied for a row. Content starts behind its own row's prefix. Prefixes and soft prompts
-    may be mixed (where a soft prompt need not be concatenated), and every one that is trained gets its gradient.
-    Under ``generate``, beams and ``num_return_sequences`` of a row read its prefix. The block chooses for the thread
-    that opened it: meanwhile another thread's forward of the model raises RuntimeError, its block ValueError.
+    The prefixes in use are stored once, one after the other, whatever their lengths: none is padded to the longest,
+    and none is copied for a row. A row's positions start after its own prefix. Prefixes and soft prompts may be mixed
+    (where a soft prompt need not be concatenated), and every trained one gets its gradient. Under ``generate``, beams
+    and ``num_return_sequences`` of a row read the row's prefix. The block applies to the thread that opened it: until
+    it exits, another thread's forward of the model raises RuntimeError, and another thread's block ValueError.
 
     Args:
         model: with the prefixes attached (or kept on disk, see :func:`register`), or a patched PEFT model.

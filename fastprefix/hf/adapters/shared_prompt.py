@@ -1,4 +1,4 @@
-"""``shared_prompt``: a system prompt or few-shot examples read by every row, computed once per forward."""
+"""``shared_prompt``: a system prompt or few-shot examples that every row reads, computed once per forward."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ _numbers = itertools.count()
 
 
 class SharedPrompt:
-    """What :func:`shared_prompt` gives.
+    """The object that :func:`shared_prompt` yields.
 
     Attributes:
-        next_logits: ``[B, V]``, what the prompt predicts as each row's first token: from the last forward of a
-            language model that started its rows (no cache, no ``logits_to_keep``); with its gradient.
+        next_logits: ``[B, V]``, the prompt's prediction of each row's first token, with its gradient. From the last
+            forward of a language model that started its rows (no cache, no ``logits_to_keep``).
     """
 
     def __init__(
@@ -37,12 +37,12 @@ class SharedPrompt:
     ) -> None:
         self.prompts = prompts  # [P_n] token ids
         self.groups = groups  # [B]
-        self.number = next(_numbers)  # its name in a generation's cache
+        self.number = next(_numbers)  # identifies this prompt in a generation's cache
         self.reader, self.slots = reader, slots
         self.next_logits: Tensor | None = None
 
     def rows(self, batch: int) -> list[int]:
-        """Each row's prompt."""
+        """The index of each row's prompt."""
         if self.groups is None:
             return [0] * batch
         if batch % len(self.groups):
@@ -50,7 +50,7 @@ class SharedPrompt:
         return self.groups.repeat_interleave(batch // len(self.groups)).tolist()
 
     def read(self, selection: AdapterSelection | None, kwargs: dict[str, Any]) -> ForwardContext:
-        """What a forward inside the block reads: the prompts, after what the model itself has attached, if anything."""
+        """The context of a forward inside the block: the prompts, after the attached prefix if one is active."""
         reader = self.reader
         if selection is not None and len(selection.names) > 1:
             raise fail("names", "a mixed batch beside a shared prompt", "one prefix for all rows")
@@ -78,7 +78,7 @@ class SharedPrompt:
     def concatenate(
         self, rows: list[int], front: ForwardContext | None, kwargs: dict[str, Any], reason: str
     ) -> ForwardContext:
-        """The prompts in every row, padded on the left."""
+        """The context that concatenates each row's prompt to it, padded on the left."""
         refuse_cache(kwargs, reason)
         self.reader.warn.concatenation(reason)
         longest = max(len(prompt) for prompt in self.prompts)
@@ -97,14 +97,14 @@ class SharedPrompt:
         return context
 
     def _layers_in_front(self, front: ForwardContext | None) -> KeyValues:
-        """What each layer reads in front of the prompts."""
+        """The keys and values that each layer reads in front of the prompts."""
         if front is None:
             return [None] * len(self.slots)
         return [slot() for slot in self.slots] if front.layers is None else front.layers
 
 
 def _join(first: LayerKV | None, kv: LayerKV | None) -> LayerKV | None:
-    """One prefix behind the other."""
+    """One layer's keys and values of two prefixes, the second after the first."""
     if first is None or kv is None:
         return kv if first is None else first
     return LayerKV(torch.cat([first.k, kv.k], 1), torch.cat([first.v, kv.v], 1))
@@ -114,25 +114,24 @@ def _join(first: LayerKV | None, kv: LayerKV | None) -> LayerKV | None:
 def shared_prompt(model: Any, input_ids: Any, groups: Any = None) -> Iterator[SharedPrompt]:
     """Let all rows inside the block share a prompt - a system prompt, few-shot examples - that is computed once.
 
-    Every forward of a causal model inside the block behaves as if its row's prompt stood in front of the row: the
-    prompt runs through the model once, beside the batch, and its keys and values are read by every row. Gradients
-    flow into whatever is trainable in the model (LoRA, all of it) through rows and prompt alike. Logits and labels
-    are those of the rows' own tokens; with ``labels``, a row's first token counts in the loss, as the prompt predicts
-    it; they are a view (``reshape`` them). Generation computes the prompt once for its cache. A prefix that is attached
-    stands in front of the prompt.
+    Every forward of a causal model inside the block behaves as if its row's prompt stood in front of the row. The
+    prompt runs through the model once, separately from the batch, and every row reads its keys and values. Gradients
+    flow through rows and prompt alike into all trainable parameters of the model (LoRA, or all of them). Logits and
+    labels are those of the rows' own tokens; with ``labels``, the loss counts a row's first token too, which the prompt
+    predicts. The logits are a view: use ``reshape``, not ``view``. Generation computes the prompt once for its cache.
+    An attached prefix stands in front of the prompt.
 
     Where sharing would not be exact (bidirectional models, active dropout, rows that outgrow a sliding window) the
-    prompt is repeated in every row, with a warning that says so; with a cache that raises and asks for
-    ``use_cache=False``.
+    prompt is concatenated to every row, with a warning; with a cache this raises and asks for ``use_cache=False``.
 
     Args:
         model: a transformers model that can carry a prefix, or a PeftModel around one (LoRA; patched ones).
-            Nothing is frozen. Slots stay in the model after the block, idle; :func:`detach` takes them out.
+            Nothing is frozen. Idle slots stay in the model after the block; :func:`detach` takes them out.
         input_ids: ``[P]`` token ids; or N prompts, ``[N, P]`` or sequences of different lengths.
         groups: ``[B]`` ints, each row's prompt; needed when there are several (GRPO: one prompt, many completions).
 
     Yields:
-        A :class:`SharedPrompt`, whose ``next_logits`` are what the prompt predicts as each row's first token.
+        A :class:`SharedPrompt`, whose ``next_logits`` are the prompt's prediction of each row's first token.
 
     Raises:
         ValueError: an argument does not fit, or the model cannot carry a prefix.
@@ -167,7 +166,7 @@ def shared_prompt(model: Any, input_ids: Any, groups: Any = None) -> Iterator[Sh
 
 
 def _bare(model: Any) -> Any:
-    """The transformers model inside a PeftModel, or the model."""
+    """The transformers model inside a PeftModel; any other model itself."""
     config = getattr(model, "active_peft_config", None) if hasattr(model, "get_base_model") else None
     if config is None:
         return model

@@ -1,4 +1,4 @@
-"""A model's own forward, run once as its user will run it: what cannot work is to be known at ``attach``."""
+"""Runs a model's own forward once, as its user will, so that ``attach`` already refuses what cannot work."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from fastprefix.hf.model.encoder_decoder import is_encoder_decoder
 
 
 def run_once(installation: Installation) -> None:
-    """Run the model from its outermost module on a few tokens, with a mask and without one, reading what is active.
+    """Run the outermost model on a few tokens with the active prefix, once without a mask and once with one.
 
-    Warnings are kept for the user's own first forward.
+    Warnings are not shown here, but in the user's own first forward.
 
     Raises:
-        ValueError: it does not run; the model's class and the error are named.
+        ValueError: the forward fails with a prefix but not without; the model's class and the error are named.
     """
     model, active = installation.model, installation.selection.active
     for inputs in _calls(model, labelled=bool(installation.head) and installation.selection.has_prompts()):
@@ -35,24 +35,24 @@ def run_once(installation: Installation) -> None:
         if bare is None:
             got = f"{type(model).__name__}, whose forward of {' and '.join(inputs)} fails with a prefix ({error})"
             raise fail("model", got, "a model that runs with one on what it runs on without") from error
-    # Whether every layer reads it is looked at again in the user's own first forward: much may happen before that.
+    # The user's own first forward checks again that every layer reads the prefix, as the model may change until then.
     for hooks in installation.hooks:
         hooks.check_again()
 
 
 def _error(model: Any, inputs: dict[str, Any]) -> Exception | None:
-    """What a forward raises."""
+    """The exception that a forward raises; None if it runs."""
     try:
         with warnings.catch_warnings(), probing.evaluating(model):
             warnings.simplefilter("ignore")
             model(**inputs)
-    except Exception as error:  # every kind: it is told to the user, or is the bare model's own
+    except Exception as error:  # any kind: run_once reports it, unless the bare model fails too
         return error
     return None
 
 
 def _calls(model: Any, labelled: bool) -> list[dict[str, Any]]:
-    """A forward's arguments as users give them; with labels, where they have to be one place longer for the loss."""
+    """Keyword arguments of the forwards to try: bare, with a mask, and (``labelled``) with labels."""
     arguments = inspect.signature(model.forward).parameters
     inputs: dict[str, Any] = dummy_inputs(model.get_encoder() if is_encoder_decoder(model) else model)
     if is_encoder_decoder(model):

@@ -1,4 +1,4 @@
-"""A model's own copies of its configs: two models built from one config must not switch each other's attention."""
+"""Gives a model its own copies of its configs, as models built from one config would switch each other's attention."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ _IMPLEMENTATION = "_attn_implementation"
 class _Config:
     original: Any
     own: Any
-    implementation: str  # what the model ran before
-    fields: dict[str, Any]  # of the copy when it was made
+    implementation: str  # the attention implementation before fastprefix's
+    fields: dict[str, Any]  # the copy's fields when it was made
 
 
 class ConfigCopies:
-    """Copies of a model's configs, on which the attention implementation is switched; the originals come back."""
+    """Copies of a model's configs, on which the attention implementation is switched until :meth:`restore`."""
 
     def __init__(self, model: Any) -> None:
         self.model = model
@@ -40,7 +40,7 @@ class ConfigCopies:
         ]
 
     def switch(self, on: bool) -> None:
-        """Let the model's attention run through fastprefix, or as it did before; nothing happens if it does already."""
+        """Switch the model's attention to fastprefix's, or back to the former one; no-op if it is so already."""
         if on == self.on:
             return
         self.on = on
@@ -61,7 +61,7 @@ class ConfigCopies:
             self.switch(on=on)
 
     def before(self, module: Any) -> str | None:
-        """What a module's attention ran before, if it can be asked for by name; None for eager."""
+        """Name of the implementation that a module's attention used before; None for eager, which has no name."""
         from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
         names = (c.implementation for c in self.configs if c.own is getattr(module, "config", None))
@@ -70,16 +70,16 @@ class ConfigCopies:
 
     @property
     def ran_eager(self) -> bool:
-        """Whether the model's attention was eager before, which has a mask where others have none."""
+        """Whether the model's attention was eager before, which gets a mask where other implementations get None."""
         return bool(self.configs) and self.configs[-1].implementation == "eager"
 
     def changed(self) -> str | None:
-        """Another implementation that somebody has set meanwhile; None while it is ours."""
+        """The implementation that user code has set instead of fastprefix's; None if there is none."""
         names = (config.own._attn_implementation for config in self.configs)
         return next((name for name in names if name != NAME), None)
 
     def restore(self) -> None:
-        """Give every module its config object back, with what was changed meanwhile but for the implementation."""
+        """Give every module its original config, with all fields that were changed meanwhile but the implementation."""
         back = {id(config.own): config for config in self.configs}
         for module in self.model.modules():
             config = back.get(id(module.__dict__.get("config")))
@@ -87,7 +87,7 @@ class ConfigCopies:
                 module.config = config.original
         for config in self.configs:
             for name, value in config.own.__dict__.items():
-                if name.startswith(_IMPLEMENTATION) or id(value) in back:  # a config inside has its own original
+                if name.startswith(_IMPLEMENTATION) or id(value) in back:  # a nested config has its own original
                     continue
                 if name not in config.fields or config.fields[name] != value:
                     config.original.__dict__[name] = value

@@ -34,7 +34,7 @@ def attention_forward(
     Args:
         module: the attention module; its child ``fastprefix`` holds the prefixes.
         query: ``[B, H, S, D]``; key, value: ``[B, H_kv, T, D]``, ``[B, H_kv, T, D_v]``.
-        attention_mask: what ``masks.mask_function`` returned, or a 4-D mask of the user's own.
+        attention_mask: the result of ``masks.mask_function``, or a 4-D mask of the user's own.
 
     Returns:
         ``([B, S, H, D_v], None)``: attention weights are never materialised.
@@ -76,7 +76,7 @@ def _gated(
     is_causal: bool | None,
     kwargs: dict[str, Any],
 ) -> tuple[Tensor, None]:
-    """The layer's own attention over its content, and what a gated prompt adds to it."""
+    """The model's own attention of one layer over its content, plus the gate times attention over a gated prompt."""
     slot.ran = True
     if slot.keeps_query:
         slot.query = query
@@ -128,7 +128,7 @@ def _mask_options(mask: Tensor | None, causal: bool, rows: int, keys: int) -> di
             return {"causal": False}
         batch_mask = mask[:, 0, 0]  # [B, T]
         if mask.shape[2] == 1:
-            # One row: the mask is the whole truth. Several: padding beside the layer's own causality.
+            # With one row the mask says everything. With several it is padding, and the layer's causality applies too.
             return {"causal": causal and bool(rows > 1), "key_padding_mask": batch_mask}
         if mask.stride(2) == 0:
             return {"causal": False, "key_padding_mask": batch_mask}

@@ -1,11 +1,12 @@
 """The mask function that transformers calls once per forward and mask type; its result reaches every layer.
 
-A prefix is always visible, so masks speak of content only. What is returned, and what the attention function reads:
+A prefix is always visible, so masks describe content only. A mask has one of four forms, which the attention function
+reads:
 
-* ``None``: causal as the layer is, rows aligned with the last keys;
-* ``[B, 1, 1, T]`` bool: padding, beside the layer's causality;
-* ``[B, 1, S, T]`` bool with stride 0 over S: padding, everything else visible (encoders); over T, too: nothing hidden;
-* ``[B, 1, S, T]`` bool: the whole truth (windows shorter than the text, packing, static caches, overlays).
+* ``None``: the layer's own causality, rows aligned with the last keys;
+* ``[B, 1, 1, T]`` bool: padding, in addition to the layer's causality;
+* ``[B, 1, S, T]`` bool with stride 0 over S: padding, all else visible (encoders); stride 0 over T too: nothing hidden;
+* ``[B, 1, S, T]`` bool: the complete mask (windows shorter than the text, packing, static caches, overlays).
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ Index = int | Tensor
 
 
 class _MaskRequest(threading.local):
-    """What the running forward of this thread asks of its masks; transformers passes the mask function no handle.
+    """Settings of this thread's running forward for the mask function, to which transformers passes no handle.
 
-    It is local to the thread, as another thread may run another model.
+    They are local to the thread, as another thread may run another model.
     """
 
     def __init__(self) -> None:
@@ -44,7 +45,7 @@ class _MaskRequest(threading.local):
         self.windows: list[list[int]] = []
 
     def clear(self) -> None:
-        """No forward runs."""
+        """Reset all settings, as no forward runs any more."""
         self.boundary = self.implementation = None
         self.explicit_causal = self.even_without_padding = False
 
@@ -54,7 +55,7 @@ requested = _MaskRequest()
 
 @contextmanager
 def recording_windows() -> Iterator[list[int]]:
-    """Collect the windows and chunks of local layers inside the block."""
+    """Collect the window and chunk sizes of local layers whose masks are made inside the block."""
     sizes: list[int] = []
     requested.windows.append(sizes)
     try:
@@ -64,7 +65,7 @@ def recording_windows() -> Iterator[list[int]]:
 
 
 def mask_function(**arguments: Any) -> Tensor | None:
-    """:func:`content_mask` of the arguments that transformers gives.
+    """Call :func:`content_mask` with transformers' arguments and check packed rows.
 
     Raises:
         ValueError: rows are packed and the mask lets a document see the one before it.
@@ -95,7 +96,7 @@ def content_mask(
     allow_is_causal_skip: bool = True,
     **kwargs: Any,
 ) -> Tensor | None:
-    """The content mask in the cheapest of the forms above.
+    """The content mask, in the cheapest of the module's four forms.
 
     Args:
         batch_size, q_length, kv_length: B, S and T (a static cache's capacity).
@@ -107,7 +108,7 @@ def content_mask(
     padding = _padding(attention_mask, kv_length, kv_offset)
     aligned = _is_aligned(q_length, kv_length, q_offset, kv_offset)
     plain_causal = mask_function is masking_utils.causal_mask_function
-    exporting = torch.compiler.is_exporting()  # for texts of any length, without a guard on this one's
+    exporting = torch.compiler.is_exporting()  # an export serves any length, so no guard on this one
     if not plain_causal and aligned and allow_is_causal_skip and local_size is not None and not exporting:
         # A window or chunk that the text has not outgrown hides nothing.
         plain_causal = bool(q_offset + q_length <= local_size)
@@ -115,7 +116,7 @@ def content_mask(
     if plain_causal and aligned and not explicit:
         return None if padding is None else padding[:, None, None, :]
     if mask_function is masking_utils.bidirectional_mask_function:
-        # Said aloud even when nothing is hidden: the layer itself may not know that it is not causal.
+        # Written out even when nothing is hidden, as the layer itself may claim to be causal.
         if padding is None:
             padding = torch.ones(1, 1, dtype=torch.bool, device=kwargs.get("device")).expand(batch_size, kv_length)
         return padding[:, None, None, :].expand(-1, -1, q_length, -1)
@@ -134,20 +135,20 @@ def content_mask(
 
 
 def _is_aligned(q_length: int, kv_length: int, q_offset: Index, kv_offset: Index) -> bool:
-    """Whether the last query stands at the last key, as without a static cache it does."""
+    """Whether the last query's position is the last key's, which holds unless the cache is static."""
     if isinstance(q_offset, Tensor) or isinstance(kv_offset, Tensor):
         return False
     return bool(q_offset + q_length == kv_offset + kv_length)
 
 
 def _padding(attention_mask: Tensor | None, kv_length: int, kv_offset: Index) -> Tensor | None:
-    """``[B, T]`` bool over the keys at hand, or None when it hides nothing."""
+    """``[B, T]`` bool over this forward's keys; None when it hides nothing."""
     if attention_mask is None or isinstance(kv_offset, Tensor):
         return None
     padding = attention_mask[:, kv_offset : kv_offset + kv_length].bool()
     if padding.shape[1] < kv_length:
         padding = torch.nn.functional.pad(padding, (0, kv_length - padding.shape[1]))
-    # Reading the values would break a graph under torch.compile, where a mask of ones is simply kept.
+    # Reading the values would break the graph under torch.compile, so a mask of ones is kept there.
     if not torch.compiler.is_compiling() and bool(padding.all()):
         return None
     return padding

@@ -14,13 +14,13 @@ from fastprefix.hf.attention.function import NAME, attention_forward
 class MethodOverride:
     """Replaces a method of one attention module while the model's attention implementation is fastprefix's.
 
-    With any other implementation it calls the method that it replaces. It is kept in the instance's own attributes,
-    so that a copy or pickle of a model holds an override that points at the copied layer.
+    With any other implementation the override calls the method that it replaces. It is an attribute of the instance,
+    so that a copy or pickle of the model has an override that points at the copied layer.
     """
 
     def __init__(self, model: Any, module: nn.Module, method: str) -> None:
         self.model, self.module, self.method = model, module, method
-        self.own = module.__dict__.get(method)  # an override that was there before, if any
+        self.own = module.__dict__.get(method)  # an instance attribute of that name, if there was one
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         module: Any = self.module
@@ -32,10 +32,10 @@ class MethodOverride:
 
 
 def find_overrides(model: Any) -> list[MethodOverride]:
-    """Overrides for a model's layers, not installed yet; empty where none of its layers is known.
+    """New overrides for a model's layers, not installed yet; empty where no layer's class has an override.
 
-    Models with ALiBi get none: its biases depend on a key's place alone, so that a row's length would change how much
-    of the prefix it sees.
+    Models with ALiBi get none: its bias depends on a key's position alone, so that a row's length would change the
+    weight of the prefix.
     """
     if getattr(model.config, "alibi", False):
         return []
@@ -52,7 +52,7 @@ def install_overrides(model: Any) -> list[MethodOverride]:
 
 
 def remove_overrides(found: list[MethodOverride]) -> None:
-    """Give the layers their own methods back."""
+    """Restore the layers' own methods."""
     for override in found:
         del override.module.__dict__[override.method]
         if override.own is not None:
@@ -62,7 +62,7 @@ def remove_overrides(found: list[MethodOverride]) -> None:
 def _attn(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None
 ) -> tuple[Tensor, None]:
-    """GPT-J's and CodeGen's ``_attn``, ``[B, H, S, D]`` in and out; queries come in fp32 for their own products."""
+    """Replaces ``_attn`` of GPT-J and CodeGen, ``[B, H, S, D]`` in and out; these models pass queries in fp32."""
     dropout = module.attn_dropout.p if module.training else 0.0
     scale = float(1.0 / module.scale_attn)
     query, key = query.to(value.dtype), key.to(value.dtype)
@@ -75,7 +75,7 @@ def _attn(
 def _attn_local(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None
 ) -> tuple[Tensor, None]:
-    """GPT-Neo's: without a scale, its local layers' windows in a buffer ``[1, 1, max, max]``."""
+    """Replaces ``_attn`` of GPT-Neo: no scale, and local layers have their window in a buffer ``[1, 1, max, max]``."""
     rows, keys = query.shape[2], key.shape[2]
     if module.attention_type == "local":
         local = module.bias[:, :, keys - rows : keys, :keys].expand(len(query), -1, -1, -1)
@@ -83,7 +83,7 @@ def _attn_local(
             attention_mask = local
         elif attention_mask.dtype == torch.bool:
             attention_mask = local & attention_mask[..., :keys]
-        else:  # one of the caller's own
+        else:  # a caller's own mask
             hidden = torch.finfo(attention_mask.dtype).min
             attention_mask = attention_mask[..., :keys].masked_fill(~local, hidden)
     dropout = module.attn_dropout.p if module.training else 0.0
@@ -102,14 +102,14 @@ def _falcon(
     position_embeddings: tuple[Tensor, Tensor] | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Falcon's ``forward`` with rotary positions."""
+    """Replaces ``forward`` of Falcon's attention with rotary positions."""
     from transformers.models.falcon.modeling_falcon import apply_rotary_pos_emb
 
     query, key, value = (x.transpose(1, 2) for x in module._split_heads(module.query_key_value(hidden_states)))
     query, key = apply_rotary_pos_emb(query, key, *(position_embeddings or ()))
     if layer_past is not None:
         key, value = layer_past.update(key, value, module.layer_idx)
-    if module.new_decoder_architecture:  # it repeats the heads of a group before the cache
+    if module.new_decoder_architecture:  # the model has repeated each group's head before the cache
         each = module.num_heads // module.num_kv_heads
         key, value = key[:, ::each], value[:, ::each]
     output, _ = attention_forward(module, query, key, value, attention_mask, is_causal=True)

@@ -1,4 +1,4 @@
-"""Packed rows: several documents in one row, told by position ids that jump, whose content must not see each other."""
+"""Packed rows: several documents in one row, recognised by jumping position ids, which must not see each other."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ _AXES_AND_TEXT = 4  # Qwen2-VL's: a text's positions, then time, height and widt
 def separate_documents(
     kwargs: dict[str, Any], arguments: Sequence[str], model: str, keeps_state: bool, training: bool
 ) -> None:
-    """Ask for masks that keep a causal forward's documents apart.
+    """Set up a causal forward so that its masks keep packed documents apart.
 
-    transformers looks for documents only where there is no cache, and not in every model.
+    transformers detects packed documents only in a forward without a cache, and not in every model.
 
     Args:
         kwargs: the forward's keyword arguments; ``use_cache`` is set to False where rows are packed.
-        arguments: the names that the forward takes.
-        model: the class's name, for errors.
+        arguments: the argument names of the forward.
+        model: name of the model's class, for errors.
         keeps_state: whether some of the model's layers carry a state from token to token (hybrids).
         training: whether the module is in training mode.
 
@@ -32,7 +32,7 @@ def separate_documents(
     """
     takes_cache = "use_cache" in arguments
     if torch.compiler.is_compiling():
-        # The ids cannot be read. In training those that come without a mask may be packed, and need no cache.
+        # The ids' values cannot be read. Ids without a mask may be packed; training then needs no cache.
         may_be = kwargs.get("position_ids") is not None and kwargs.get("attention_mask") is None
         if may_be and keeps_state and kwargs.get("past_key_values") is None:
             got = "ids that may be those of packed documents, which torch.compile cannot read"
@@ -51,10 +51,10 @@ def separate_documents(
 
 
 def documents(kwargs: dict[str, Any]) -> tuple[int, int] | None:
-    """Row and first position of a document that lies behind another in its row; None where there is none.
+    """Row and first position of a document that follows another in its row; None where there is none.
 
-    A row is packed when its position ids jump, and neither a mask nor a cache says otherwise. Positions on several axes
-    ``[3, B, S]`` are those of images and films, which jump by themselves; ``[4, B, S]`` begins with the text's own.
+    A row is packed when its position ids jump and the forward has neither a mask nor a cache. Positions on several axes
+    ``[3, B, S]`` are those of images and videos, which always jump; ``[4, B, S]`` begins with the text's positions.
     """
     ids = kwargs.get("position_ids")
     if ids is None or kwargs.get("attention_mask") is not None or kwargs.get("past_key_values") is not None:

@@ -1,4 +1,4 @@
-"""Decoders without position ids look positions up in an embedding table: its module is hooked to look further on."""
+"""Shifts the positions of decoders that take no position ids, by a hook on the module that embeds positions."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ _PAST = "past_key_values_length"
 
 
 def find_table(owner: nn.Module) -> nn.Module | None:
-    """The module that turns a decoder's places into positions; None where there is none."""
+    """The module inside a decoder that embeds positions; None unless there is exactly one."""
     found = [m for m in owner.modules() if m is not owner and _PAST in inspect.signature(m.forward).parameters]
     return found[0] if len(found) == 1 else None
 
 
 def has_position_embeddings(owner: nn.Module) -> bool:
-    """Whether a module inside looks like a table of absolute positions."""
+    """Whether a module inside has the name of an embedding of absolute positions."""
     names = ("embed_positions", "position_embeddings", "position_embedding", "wpe")
     return any(name.rsplit(".", 1)[-1] in names for name, _ in owner.named_modules())
 
 
 class ShiftedTable:
-    """A hook on such a module that moves the rows of the running forward by ``offset`` positions."""
+    """A hook on a position embedding module that moves the running forward's rows by ``offset`` positions."""
 
     def __init__(self, module: nn.Module) -> None:
         self.offset: int | Tensor = 0  # or [B, 1]
@@ -35,7 +35,7 @@ class ShiftedTable:
         self.handle = module.register_forward_hook(self.after, with_kwargs=True)
 
     def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
-        """Replace the embeddings that were looked up by those ``offset`` positions later."""
+        """After the module's forward: replace its embeddings by those ``offset`` positions later."""
         if isinstance(self.offset, int):
             return self.look_up(module, args, kwargs, self.offset) if self.offset else None
         rows = self.offset.flatten().tolist()
@@ -44,7 +44,7 @@ class ShiftedTable:
         return torch.stack([each[n][i] for i, n in enumerate(rows)])
 
     def look_up(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], offset: int) -> Tensor:
-        """The embeddings ``offset`` positions after those that were asked for."""
+        """Call the module's forward again with its positions increased by ``offset``."""
         asked = self.signature.bind(*args, **kwargs).arguments
         if asked.get("position_ids") is not None:
             asked["position_ids"] = asked["position_ids"] + offset

@@ -1,4 +1,4 @@
-"""Position ids of the content beside a prefix: equal in training and in generation, padded or not."""
+"""Position ids of the content after a prefix: equal in training and in generation, padded or not."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fastprefix.errors import fail
 
 
 def learned_table(owner: nn.Module) -> nn.Embedding | None:
-    """The model's learned absolute positions, if it has them."""
+    """The model's embedding of learned absolute positions; None without one."""
     for name, module in owner.named_modules():
         if isinstance(module, nn.Embedding) and name.rsplit(".", 1)[-1] in (
             "position_embeddings",
@@ -25,11 +25,11 @@ def learned_table(owner: nn.Module) -> nn.Embedding | None:
 def content_positions(
     kwargs: dict[str, Any], offset: int | Tensor, causal: bool, table: nn.Embedding | None, first: int = 0
 ) -> Tensor:
-    """``[B or 1, S]`` position ids for a forward's keyword arguments, ``offset`` (an int or ``[B, 1]``) behind 0.
+    """``[B or 1, S]`` position ids for a forward's keyword arguments, shifted by ``offset`` (an int or ``[B, 1]``).
 
-    Given ids are shifted. Otherwise causal models count the tokens that are not padding, as ``generate`` does, so
-    that a left-padded row means the same in training; encoders keep the model's own counting.
-    ``first`` is the position of a row's first token in this model.
+    Position ids among the arguments are shifted. Without them causal models count the tokens that are not padding, as
+    ``generate`` does, so that a left-padded row gives the same in training; encoders count as the model does.
+    ``first`` is the position of a row's first token in this model, ``table`` its learned positions.
     """
     position_ids = kwargs.get("position_ids")
     if position_ids is None:
@@ -65,6 +65,6 @@ def _default_positions(kwargs: dict[str, Any], causal: bool, padding_idx: int | 
     if causal and isinstance(mask, Tensor) and mask.dim() in (2, 3):
         mask = mask.reshape(-1, mask.shape[-1]).to(source.device)
         counted = (mask.long().cumsum(-1) - 1).clamp(min=0)
-        # A mask may reach further than this forward: a prompt's behind its first part, a static cache's to its end.
+        # A mask may be longer than this forward: in a chunked prefill, or as long as a static cache's capacity.
         return counted[:, -seq:] if mask.shape[1] <= seq else counted.index_select(1, columns)
     return columns.unsqueeze(0)

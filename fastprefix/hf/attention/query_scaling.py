@@ -1,7 +1,7 @@
-"""Queries that a layer scales by a position it counts itself, without what stands in front of the text.
+"""Corrects queries that a layer scales by a position which it counts itself and which ignores the prefix.
 
-Llama 4 does so in its layers without rotary positions (temperature tuning, arXiv:2501.19399): the position is the
-token's place in the cache. Behind a prefix, as behind the same tokens in context, it is further on.
+Llama 4 scales so in its layers without rotary positions (temperature tuning, arXiv:2501.19399), by the token's index
+in the cache. After a prefix, as after the same tokens in the context, that position is larger.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ def _scales_queries(module: Any) -> bool:
 
 
 class QueryScaling:
-    """Hooks on such attention modules of a model: each leaves in its slot what its queries lack."""
+    """Hooks on the attention modules that scale queries; each stores a correcting factor in the module's slot."""
 
     def __init__(self, modules: tuple[nn.Module, ...]) -> None:
-        self.offset: int | Tensor = 0  # positions that the rows of the forward that runs are moved by; [B, 1]
+        self.offset: int | Tensor = 0  # shift of the running forward's rows; [B, 1]
         self.handles = [
             m.register_forward_pre_hook(self.before, with_kwargs=True) for m in modules if _scales_queries(m)
         ]
 
     def before(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Compare the scales at the rows' positions with those that the module will take."""
+        """Before the module's forward: store the ratio of the scale at the shifted positions to the module's own."""
         slot: Any = module._modules[SLOT]
         slot.query_factor = None
         if isinstance(self.offset, int) and self.offset == 0:

@@ -1,4 +1,4 @@
-"""Records what each layer hands to the operator, so that a forward can tell what a model's layers are."""
+"""Records the arguments with which each layer calls the operator, so that one forward shows a model's layers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 class AttentionCall(NamedTuple):
-    """What one layer handed to the operator."""
+    """The arguments with which one layer called the operator."""
 
     module: nn.Module
     tensors: dict[str, Tensor]  # q, k, v, prefix_k, prefix_v
@@ -19,7 +19,7 @@ class AttentionCall(NamedTuple):
 
 
 class _Recorders(threading.local):
-    """Of this thread: another may run another model."""
+    """The open recordings of this thread, as another thread may run another model."""
 
     def __init__(self) -> None:
         self.open: list[list[AttentionCall]] = []

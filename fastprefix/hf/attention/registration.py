@@ -1,4 +1,4 @@
-"""Makes ``attn_implementation="fastprefix"`` known to transformers: attention and, beside it, masks."""
+"""Registers ``attn_implementation="fastprefix"`` with transformers: the attention function and the mask function."""
 
 from transformers import AttentionInterface, AttentionMaskInterface
 
@@ -6,5 +6,5 @@ from fastprefix.hf.attention.function import NAME, attention_forward
 from fastprefix.hf.attention.masks import mask_function
 
 AttentionInterface.register(NAME, attention_forward)
-# With this one missing, transformers would hand every layer a mask of None and padding would be attended to.
+# Without this registration transformers would pass every layer a mask of None, and padding would be attended to.
 AttentionMaskInterface.register(NAME, mask_function)

@@ -1,4 +1,4 @@
-"""What a model's layers see of a text: whether its first tokens depend on those behind them, and one key for each."""
+"""Checks how a model's layers see a text: whether tokens depend on later ones, and whether each token has one key."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from fastprefix.hf.model.dummy_inputs import dummy_inputs
 from fastprefix.hf.model.layers import AttentionStack
 from fastprefix.hf.model.probing import does_not_dispatch, evaluating, run
 
-_TOKENS = 8  # of a text that is run for it
+_TOKENS = 8  # length of the text that is run
 
 
 def runs(model: Any) -> bool:
-    """Whether a bare model runs on the example of its kind."""
+    """Whether a bare model runs on its dummy inputs."""
     try:
         run(model, dummy_inputs(model, tokens=_TOKENS))
-    except Exception:  # whatever it is, it is the model's own
+    except Exception:  # any error here is the model's own
         return False
     return True
 
 
 def check_keys(model: nn.Module, stack: AttentionStack, calls: Sequence[AttentionCall]) -> None:
-    """Raise ValueError where a layer of a text's had not one key for each query (DeepSeek V4 compresses them)."""
+    """Raise ValueError where a layer has not one key for each query of a text (DeepSeek V4 compresses keys)."""
     counts = {(call.tensors["q"].shape[2], call.tensors["k"].shape[2]) for call in calls}
     if stack.main_input == "input_ids" and not stack.extra_inputs and any(rows != keys for rows, keys in counts):
         got = f", with one key for each token: {_TOKENS} tokens have {sorted({keys for _, keys in counts})} keys"
@@ -35,7 +35,7 @@ def check_keys(model: nn.Module, stack: AttentionStack, calls: Sequence[Attentio
 
 
 def sees_the_future(stack: AttentionStack) -> bool:
-    """Whether a stack's first tokens, patches or frames depend on the last number of its input."""
+    """Whether the outputs of a stack's first tokens, patches or frames depend on the last value of its input."""
     # Not token 0, which is often padding and embedded as nothing.
     inputs, hidden = stack.dummy_inputs(tokens=_TOKENS), []
     content = inputs[stack.main_input]
@@ -48,6 +48,6 @@ def sees_the_future(stack: AttentionStack) -> bool:
                 raise fail("model", got, "the model inside it, which does")
             hidden.append(output[:, :-1])
     before, after = hidden
-    # Other rows of a product may round differently; a mask that lets the future in changes more than that.
+    # Rows of a matrix product may round differently; a mask that shows later tokens changes more than that.
     tiny = 64 * torch.finfo(before.dtype).eps
     return not torch.allclose(before, after, rtol=tiny, atol=tiny * before.abs().max().item())

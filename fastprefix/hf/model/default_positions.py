@@ -1,4 +1,4 @@
-"""Where a text's positions begin when nobody gives them, and whether giving them moves anything."""
+"""Finds a model's first position when no position ids are passed, and whether passing them has any effect."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from fastprefix.hf.model import probing
 
 
 class DefaultPositions(NamedTuple):
-    """How the module that makes a stack's positions counts."""
+    """How a stack counts positions by default."""
 
-    first: int = 0  # position of a row's first token (fairseq's sinusoids: one behind the padding token's id)
-    moved: bool = True  # whether ``position_ids`` are read as places in a text (CSM's depth decoder passes them by)
+    first: int = 0  # position of a row's first token (fairseq's sinusoids: the padding token's id plus 1)
+    moved: bool = True  # whether ``position_ids`` move tokens (CSM's depth decoder ignores them)
 
 
 def find(model: Any, stack: model_layers.AttentionStack) -> DefaultPositions:
-    """Run a stack on a few tokens, with position ids and without, and compare.
+    """Run a stack on a few tokens, with position ids and without, and compare the outputs.
 
-    RoBERTa's kin have a learned table that says where it begins (``position_ids.learned_table``).
+    Models like RoBERTa need no run: their learned table tells the first position (``position_ids.learned_table``).
     """
     table = learned_table(stack.owner)
     behind = table is not None and table.padding_idx is not None
@@ -32,7 +32,7 @@ def find(model: Any, stack: model_layers.AttentionStack) -> DefaultPositions:
     token = getattr(model.config.get_text_config(), "pad_token_id", None)
     padding = token if isinstance(token, int) else 0
     counted = torch.arange(3, device=inputs["input_ids"].device)[None]
-    inputs["input_ids"] = 1 + padding + counted  # all different, none of them padding
+    inputs["input_ids"] = 1 + padding + counted  # distinct ids, none of them padding
 
     def hidden(position_ids: Tensor | None) -> Tensor:
         given = {} if position_ids is None else {"position_ids": position_ids}
@@ -42,7 +42,7 @@ def find(model: Any, stack: model_layers.AttentionStack) -> DefaultPositions:
         return x
 
     own, from_zero = hidden(None), hidden(counted)
-    # The same positions take the same steps: bit for bit, as in half precision little else can be told from rounding.
+    # Compared bit for bit: the same positions take the same steps, and in half precision rounding hides much else.
     if torch.equal(from_zero, hidden(counted + torch.tensor([0, 0, 3], device=counted.device))):
         return DefaultPositions(moved=False)
     for first in (0, 1, 1 + padding):

@@ -1,4 +1,4 @@
-"""Parameters in pieces on many devices (DTensors: FSDP2, tensor parallelism): how they are read and where refused."""
+"""Sharded parameters (DTensors of FSDP2 or tensor parallelism): where they are refused, and how they are gathered."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def is_sharded(x: Any) -> bool:
 
 
 def refuse(model: nn.Module) -> None:
-    """Raise ValueError for a model that is sharded already: a new prefix would be whole on every device, and differ."""
+    """Raise ValueError for a sharded model, in which each device would hold a different, unsharded prefix."""
     found = next((name for name, p in model.named_parameters() if is_sharded(p)), None)
     if found is not None:
         got = f"{type(model).__name__} with sharded parameters ({found} is a DTensor)"
@@ -30,7 +30,7 @@ def refuse(model: nn.Module) -> None:
 
 
 def refuse_bank(parameters: Iterable[Tensor]) -> None:
-    """Raise ValueError where what is read before the layers run is computed from shards, which each layer gathers."""
+    """Raise ValueError where these parameters are sharded: a bank needs them before their layers gather them."""
     if any(is_sharded(p) for p in parameters):
         expected = "one prefix for all rows, attached and active: no soft prompts, shared prompts or mixed batches"
         raise fail("model", "one with sharded parameters (FSDP2, tensor parallelism)", expected)
@@ -38,11 +38,11 @@ def refuse_bank(parameters: Iterable[Tensor]) -> None:
 
 @contextmanager
 def gathered(prefix: nn.Module) -> Iterator[bool]:
-    """A prefix with whole parameters inside the block, and whether this process is the one to write them.
+    """Replace a prefix's shards by whole parameters inside the block; yields whether this process should write them.
 
-    Where they are sharded every process has to enter, and leaves when all have.
+    If the parameters are sharded, every process has to enter the block, and all leave it together.
     """
-    prefix.state_dict()  # has FSDP2 shard again what a forward without a backward has left whole
+    prefix.state_dict()  # makes FSDP2 reshard parameters that a forward without a backward left gathered
     shards: list[tuple[nn.Module, str, Any]] = [
         (m, n, p) for m in prefix.modules() for n, p in m._parameters.items() if is_sharded(p)
     ]

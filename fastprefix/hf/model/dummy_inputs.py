@@ -1,4 +1,4 @@
-"""A small input of the kind that a model reads, to run it once."""
+"""Makes a small input of the kind that a model reads (text, image or sound), to run the model once."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from fastprefix.hf.model import offload
 
 
 def dummy_inputs(model: Any, tokens: int = 2) -> dict[str, Tensor]:
-    """Ones for the model's main input alone: ``[1, tokens]`` ids, an image of its size, or a short sound.
+    """A tensor of ones for the model's main input: ``[1, tokens]`` ids, an image of the right size, or a short sound.
 
     Raises:
-        ValueError: the model reads something else; its class and its main input are named.
+        ValueError: the model has another main input; its class and that input are named.
     """
     name, shape = model.main_input_name, None
     if name == "input_ids":
@@ -35,7 +35,7 @@ def dummy_inputs(model: Any, tokens: int = 2) -> dict[str, Tensor]:
 
 
 def _image(config: Any) -> tuple[int, ...] | None:
-    """``[channels, height, width]``, behind a number of frames where the model reads films."""
+    """``(channels, height, width)``, or ``(frames, channels, height, width)`` for a model of videos."""
     size = getattr(config, "image_size", None)
     if isinstance(size, int):
         size = (size, size)
@@ -47,7 +47,7 @@ def _image(config: Any) -> tuple[int, ...] | None:
 
 
 def _sound(config: Any) -> tuple[int, ...] | None:
-    """``[samples]`` for two frames behind a stack of convolutions, or the ``[frames, bins]`` of a spectrogram."""
+    """``(samples,)`` that give two frames after a stack of convolutions, or a spectrogram's ``(frames, bins)``."""
     kernels, strides = getattr(config, "conv_kernel", None), getattr(config, "conv_stride", None)
     if kernels and strides:
         samples = 2
@@ -60,7 +60,7 @@ def _sound(config: Any) -> tuple[int, ...] | None:
 
 
 def _spectrogram(model: nn.Module) -> tuple[int, ...] | None:
-    """``[bins, frames]`` of the one length that an encoder's fixed positions take, behind its convolutions."""
+    """``(bins, frames)``, with as many frames as fill an encoder's fixed positions after its convolutions."""
     bins, frames = (getattr(model.config, name, None) for name in ("num_mel_bins", "max_source_positions"))
     if not isinstance(bins, int) or not isinstance(frames, int):
         return None

@@ -1,4 +1,4 @@
-"""An encoder-decoder's three attentions (Li & Liang 2021): encoder, decoder, and the decoder's over the encoder."""
+"""Finds an encoder-decoder's three kinds of attention: encoder, decoder, and cross-attention (Li & Liang 2021)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fastprefix.hf.model.dummy_inputs import dummy_inputs
 from fastprefix.hf.model.layers import Layers
 from fastprefix.prefixes.config import Part
 
-_TOKENS = 2  # of the decoder in a probe: keys of another number are the encoder's
+_TOKENS = 2  # decoder tokens in a probe; attention over another number of keys is cross-attention
 
 
 def is_encoder_decoder(model: Any) -> bool:
@@ -24,7 +24,7 @@ def is_encoder_decoder(model: Any) -> bool:
 
 
 def find_layers(model: Any) -> Layers:
-    """Probe the two stacks of an encoder-decoder; raises ValueError naming its class."""
+    """Probe the two stacks of an encoder-decoder; raises ValueError, naming the class, where a layer is missed."""
     encoder, decoder = model.get_encoder(), model.get_decoder()
     if not all(isinstance(x, nn.Module) and x is not model for x in (encoder, decoder)):
         raise fail("model", f"{type(model).__name__} without an encoder and a decoder of its own", "a model of both")
@@ -54,7 +54,7 @@ def _states(encoder: Any, source: dict[str, Tensor]) -> Tensor:
 
 
 def _count(model: Any, encoders: int, decoders: int, cross: int) -> None:
-    """Raise ValueError unless every layer's attentions dispatch."""
+    """Raise ValueError unless every attention of every layer called the attention interface."""
     want_encoders = _field(model.config, "encoder", "encoder_layers", "num_layers", "num_hidden_layers")
     want = _field(model.config, "decoder", "decoder_layers", "num_decoder_layers", "num_hidden_layers")
     if (encoders, decoders, cross) != (want_encoders, want, want):
@@ -65,17 +65,19 @@ def _count(model: Any, encoders: int, decoders: int, cross: int) -> None:
 
 
 def _field(config: Any, part: str, *names: str) -> int | None:
-    """The first of these fields that is set, in the part's own config where there is one."""
+    """The first of these integer fields that is set, in the part's own config if it has one, else in ``config``."""
     holders = (getattr(config, part, None), config)
     values = [getattr(holder, name, None) for holder in holders for name in names]
     return next((value for value in values if isinstance(value, int)), None)
 
 
 def key_values(model: Any, layers: Layers, ids: Tensor, wanted: Sequence[int]) -> tuple[list[Tensor], list[Tensor]]:
-    """The model's own keys ``[H_kv, n, D]`` and values of a text ``[n]`` that its encoder and its decoder read.
+    """The model's own keys ``[H_kv, n, D]`` and values of a text ``[n]``, read by both encoder and decoder.
+
+    ``wanted``: indices of the layers.
 
     Raises:
-        ValueError: a layer that reads no tokens is wanted.
+        ValueError: a wanted layer does not read tokens.
     """
     encoder, decoder = layers.stacks
     tokens = {"input_ids": ids.reshape(1, -1).to(layers.devices[0])}

@@ -1,4 +1,4 @@
-"""Everything that is known of a model before a prefix is read in it."""
+"""``ModelFacts``: everything that probing has found out about a model."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ from fastprefix.hf.model.outer_modules import OuterModules
 
 @dataclass
 class ModelFacts:
-    """What a model was found to be when it was first attached to; no forward changes it."""
+    """The properties of a model, found by running it at the first ``attach`` and not changed by forwards."""
 
     model: Any  # a transformers PreTrainedModel
     layers: Layers
     rope_limits: tuple[tuple[str, int], ...]  # see rope_limits.py
     default_positions: DefaultPositions
     outer: OuterModules
-    position_tables: tuple[nn.Module | None, ...]  # of each stack: the table that has to look further on
-    # Whether layers of a causal model read token ids besides embeddings (Gemma 3n); found where soft prompts are used.
+    position_tables: tuple[nn.Module | None, ...]  # one for each stack, see position_table
+    # Whether layers of a causal model read token ids besides embeddings (Gemma 3n); set once soft prompts are used.
     reads_token_ids: bool = False
-    # Whether a loss accepts labels that are longer than the mask; found where a PEFT model is patched.
+    # Whether the loss accepts labels that are longer than the mask; set when a PEFT model is patched.
     loss_fits_mask: bool = True
 
 
 def position_table(model: nn.Module, stack: AttentionStack, is_decoder: bool) -> nn.Module | None:
-    """The table that moves a decoder without position ids; None where there is nothing to move.
+    """The position embeddings to hook in a decoder that takes no position ids; None where no hook is needed.
 
     Raises:
-        ValueError: its positions are absolute and cannot be moved.
+        ValueError: the decoder's positions are absolute and cannot be moved.
     """
     if not is_decoder or not stack.causal or stack.takes_positions:
         return None

@@ -1,4 +1,4 @@
-"""Which of a model's modules are checkpointed, and whether by reentrant checkpointing."""
+"""Finds which of a model's modules use gradient checkpointing, and whether it is reentrant."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ FUNCTION = "_gradient_checkpointing_func"
 
 
 def checkpointed_modules(model: nn.Module) -> list[Any]:
-    """Modules that transformers can checkpoint; ``gradient_checkpointing`` tells whether it does."""
+    """Modules that transformers can checkpoint; their attribute ``gradient_checkpointing`` says whether it does."""
     return [module for module in model.modules() if hasattr(module, "gradient_checkpointing")]
 
 
@@ -22,11 +22,11 @@ def is_active(modules: Sequence[Any]) -> bool:
 
 
 def is_reentrant(modules: Sequence[Any]) -> bool:
-    """Whether they are recomputed by a backward pass of their own inside the backward pass (``use_reentrant=True``)."""
+    """Whether some of these modules are checkpointed with ``use_reentrant=True``: each runs its own backward pass."""
     for module in modules:
         if module.gradient_checkpointing and module.training:
             function = getattr(module, FUNCTION, None)
-            function = getattr(function, "original", function)  # of a function that fastprefix has wrapped
+            function = getattr(function, "original", function)  # unwrap fastprefix's wrapper
             keywords = function.keywords if isinstance(function, functools.partial) else {}
             return bool(keywords.get("use_reentrant", True))
     return False

@@ -1,4 +1,4 @@
-"""Finds a model's attention layers by running one forward: every layer that dispatches can carry a prefix."""
+"""Finds a model's attention layers in one forward: a layer that calls the attention interface can carry a prefix."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fastprefix.hf.model.dummy_inputs import dummy_inputs
 from fastprefix.hf.model.probing import does_not_dispatch, first_calls, run, run_part
 from fastprefix.prefixes.config import LayerShape, Part
 
-# What transformers' configs call layers without keys and values: they keep a state, or nothing.
+# Types in transformers' configs of layers without keys and values: they keep a state, or nothing.
 WITHOUT_ATTENTION = ("linear_attention", "mamba", "mamba2", "conv", "recurrent", "moe", "mlp")
 
 
@@ -26,23 +26,23 @@ WITHOUT_ATTENTION = ("linear_attention", "mamba", "mamba2", "conv", "recurrent",
 class AttentionStack:
     """Attention layers that run in one forward of one module."""
 
-    part: nn.Module  # of the model: itself, its encoder or its decoder
+    part: nn.Module  # the model itself, its encoder or its decoder
     owner: nn.Module  # the module inside whose forward position ids and masks are made
-    owner_arguments: tuple[str, ...]  # of the owner's forward, without self
-    main_input: str  # the argument that holds the rows' content
+    owner_arguments: tuple[str, ...]  # argument names of the owner's forward, without self
+    main_input: str  # name of the argument that holds the content
     causal: bool
     layers: tuple[int, ...]  # indices of these layers among all of the model's
-    has_position_bias: bool = False  # whether biases by position are added to the content's scores (T5)
-    extra_inputs: dict[str, Tensor] = field(default_factory=dict)  # what a dummy forward needs besides its main input
-    ignores_position_ids: bool = False  # whether position ids are accepted and change nothing
+    has_position_bias: bool = False  # whether a bias by position is added to the content's scores (T5)
+    extra_inputs: dict[str, Tensor] = field(default_factory=dict)  # needed by a dummy forward too
+    ignores_position_ids: bool = False  # whether position ids are accepted but have no effect
 
     @property
     def takes_positions(self) -> bool:
-        """Whether content can be moved; elsewhere its positions belong to it (patches, convolutions, biases)."""
+        """Whether position ids move the content. Otherwise its positions are fixed (patches, convolutions, biases)."""
         return "position_ids" in self.owner_arguments and not self.ignores_position_ids
 
     def dummy_inputs(self, tokens: int = 2) -> dict[str, Tensor]:
-        """Arguments that the stack's part runs on, the main input first."""
+        """Keyword arguments with which the stack's part can be run, the main input first."""
         return {**dummy_inputs(self.part, tokens), **self.extra_inputs}
 
 
@@ -53,20 +53,20 @@ class Layers:
     modules: tuple[nn.Module, ...]
     shapes: tuple[LayerShape, ...]
     devices: tuple[torch.device, ...]
-    parts: tuple[Part | None, ...]  # of an encoder-decoder
-    stacks: tuple[AttentionStack, ...]  # an encoder's and a decoder's, or one
+    parts: tuple[Part | None, ...]  # each layer's part of an encoder-decoder, else None
+    stacks: tuple[AttentionStack, ...]  # an encoder and a decoder, or a single stack
     window: int | None  # the smallest sliding window or chunk of any layer, in tokens
-    hybrid_layer_types: tuple[str, ...]  # of a hybrid's layers, those without attention included; empty elsewhere
-    reuses_modules: bool  # whether one attention module runs as several layers, which share a prefix (ALBERT, Zamba)
-    kv_sources: tuple[int, ...]  # whose keys and values each layer reads: its own, or an earlier layer's (Gemma 3n)
+    hybrid_layer_types: tuple[str, ...]  # of all layers of a hybrid model; else empty
+    reuses_modules: bool  # one module serves several layers, which share a prefix (ALBERT, Zamba)
+    kv_sources: tuple[int, ...]  # the layer whose keys and values each layer reads; an earlier one in Gemma 3n
 
     @property
     def main(self) -> AttentionStack:
-        """The only stack, or the decoder's."""
+        """The decoder's stack, or the only one."""
         return self.stacks[-1]
 
     def batch_size(self, kwargs: dict[str, Any]) -> int:
-        """Rows B of a forward with these keyword arguments; raises ValueError where it is given no content."""
+        """Batch size B of a forward with these keyword arguments; raises ValueError where they hold no content."""
         names = [*(stack.main_input for stack in self.stacks), "inputs_embeds"]
         given = [kwargs[name] for name in names if kwargs.get(name) is not None]
         if not given:
@@ -74,18 +74,22 @@ class Layers:
         return int(given[0].shape[0])
 
     def without_positions(self) -> Layers:
-        """The same layers, of a model whose main stack ignores position ids."""
+        """A copy whose main stack is marked as ignoring position ids."""
         return replace(self, stacks=(*self.stacks[:-1], replace(self.main, ignores_position_ids=True)))
 
 
 def find_layers(model: nn.Module) -> Layers:
-    """Probe a model whose attention implementation is fastprefix's already; raises ValueError naming its class."""
+    """Probe a model whose attention implementation is already fastprefix's.
+
+    Raises:
+        ValueError: not every attention layer calls the attention interface; the model's class is named.
+    """
     inputs = dummy_inputs(model)
     with masks.recording_windows() as windows:
         calls = run_part(model, model, inputs)
     config: Any = getattr(model.config, "get_text_config", lambda: model.config)()
     types = tuple(getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or ())
-    # A decoder's config that an encoder-decoder shares names the encoder's layers so.
+    # In a decoder whose config is an encoder-decoder's, num_hidden_layers counts the encoder's layers.
     decoder = getattr(config, "decoder_layers", None) if getattr(config, "is_decoder", False) else None
     expected = decoder or getattr(config, "num_hidden_layers", None)
     if expected is not None:
@@ -106,7 +110,7 @@ def find_layers(model: nn.Module) -> Layers:
 
 
 def _kv_sources(config: Any, types: Sequence[str], count: int) -> tuple[int, ...]:
-    """The layer whose keys and values each of ``count`` layers reads; the last ones of some models share them."""
+    """For each of ``count`` layers, the layer whose keys and values it reads; some models' last layers share them."""
     own = count - (getattr(config, "num_kv_shared_layers", None) or 0)
     return tuple(i if i < own else max(j for j in range(own) if types[j] == types[i]) for i in range(count))
 
@@ -117,7 +121,7 @@ def make_layers(
     stacks: Sequence[AttentionStack],
     windows: Sequence[int],
 ) -> Layers:
-    """The layers that the recorded calls of a model's stacks describe."""
+    """Make :class:`Layers` from the recorded attention calls of a model's stacks."""
     every = [call for some in calls for call in some]
     return Layers(
         modules=tuple(call.module for call in every),
@@ -139,14 +143,14 @@ def make_stack(
     first: int = 0,
     extra_inputs: dict[str, Tensor] | None = None,
 ) -> AttentionStack:
-    """The stack that a forward of some dummy inputs ran through.
+    """The stack whose layers a dummy forward ran.
 
     Args:
         part: the module that was run.
-        calls: of its layers in that forward.
-        inputs: of that forward, the main one first.
+        calls: the layers' attention calls in that forward.
+        inputs: the forward's inputs, the main input first.
         first: index of the stack's first layer among all of the model's.
-        extra_inputs: what later dummy forwards need besides the main input.
+        extra_inputs: inputs that later dummy forwards need besides the main input.
     """
     main_input = next(iter(inputs))
     owner = _owner(part, [call.module for call in calls], main_input)
@@ -169,7 +173,7 @@ def _shape(call: AttentionCall) -> LayerShape:
 
 
 def _owner(model: nn.Module, attention: Sequence[nn.Module], main_input: str) -> nn.Module:
-    """The innermost module around all attention layers that takes the main input: heads may call it directly."""
+    """The innermost module around all attention layers that takes the main input; a head may call it directly."""
     found = model
     wanted = {id(m) for m in attention}
     for module in model.modules():

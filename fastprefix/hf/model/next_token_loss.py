@@ -1,4 +1,4 @@
-"""Whether a model's loss is that of predicting the next token: told by what it does, whatever its class is called."""
+"""Tests by running it whether a model's loss is that of predicting the next token; class names do not tell."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _TOKENS = 3
 
 
 def predicts_next_token(model: Any, stack: model_layers.AttentionStack) -> bool:
-    """Whether position i's logits are held to label i + 1, so that a prompt in front predicts a row's first token.
+    """Whether the loss compares position i's logits with label i + 1, so that a prompt predicts a row's first token.
 
-    A label of the first token then counts for nothing, and one of the last token does. Where that cannot be tried (a
-    forward without labels, or with labels of another shape) transformers' own word is taken: what generates predicts.
+    In that case the first token's label has no effect on the loss, and the last token's has. If the test cannot run (a
+    forward without labels, or with labels of another shape), a model that can ``generate`` counts as one.
     """
     if stack.owner is model or stack.main_input != "input_ids":
         return False
@@ -28,11 +28,11 @@ def predicts_next_token(model: Any, stack: model_layers.AttentionStack) -> bool:
         return bool(model.can_generate())
     try:
         first, last = (_loss(model, inputs, place, label=1) for place in (0, _TOKENS - 1))
-        if first != first and last == last:  # the mean over no tokens is nan
+        if first != first and last == last:  # the first label did not count: the mean over no tokens is nan
             return True
         other_first, other_last = (_loss(model, inputs, place, label=2) for place in (0, _TOKENS - 1))
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
-        return bool(model.can_generate())  # a classifier's labels are [B], say
+        return bool(model.can_generate())  # such as a classifier, whose labels are [B]
     return first == other_first and last != other_last
 
 

@@ -1,7 +1,7 @@
-"""Weights that accelerate keeps elsewhere: a hook brings a module's in for its forward, and leaves meta tensors behind.
+"""Weights that accelerate offloads: a hook loads a module's weights for its forward, then leaves meta tensors.
 
-The model's own are read where they lie. What is attached is trained, which tensors that are made anew for every forward
-cannot be: if accelerate takes it along (``cpu_offload`` after ``attach``), it is taken back.
+The model's own weights are read where the hook stores them. A prefix cannot be trained like that, as its tensors would
+be recreated for every forward: if accelerate offloads it too (``cpu_offload`` after ``attach``), it is brought back.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from fastprefix.errors import fail
 
 
 class Away(NamedTuple):
-    """A hook of accelerate's that offloads, and what it calls the module in question."""
+    """An offloading hook of accelerate, and the prefix of a module's tensor names in the hook's weights map."""
 
     hook: Any
     prefix: str = ""
 
     def of(self, name: str) -> Tensor | None:
-        """A tensor of that module, where it lies; None for one that the hook does not know."""
+        """The stored tensor of this name in the module; None for a name that the hook does not know."""
         try:
             x = self.hook.weights_map[self.prefix + name]
         except KeyError:
@@ -33,7 +33,7 @@ class Away(NamedTuple):
 
 
 def hook_of(module: nn.Module) -> Any:
-    """The hook by which accelerate offloads a module's own weights; None where it does not."""
+    """The hook with which accelerate offloads a module's own weights; None without one."""
     hook = module.__dict__.get("_hf_hook")
     for each in getattr(hook, "hooks", (hook,)):
         if getattr(each, "offload", False) and getattr(each, "weights_map", None) is not None:
@@ -42,7 +42,7 @@ def hook_of(module: nn.Module) -> Any:
 
 
 def tensors(module: nn.Module, away: Away | None = None, name: str = "") -> Iterator[tuple[str, Tensor, Tensor | None]]:
-    """Every parameter and buffer that a state dict has: its name, itself, and what it really is (None: not known)."""
+    """Each parameter and buffer of a state dict: name, tensor, and the loaded or stored weights (None: unknown)."""
     hook = hook_of(module)
     if hook is not None:
         away = Away(hook)
@@ -58,7 +58,7 @@ def tensors(module: nn.Module, away: Away | None = None, name: str = "") -> Iter
 
 
 def state_dict(module: nn.Module) -> dict[str, Tensor]:
-    """A module's state dict with the weights that it computes with."""
+    """A module's state dict, with stored weights in place of meta tensors."""
     if not any(x.is_meta for x in (*module.parameters(), *module.buffers())):
         return dict(module.state_dict())
     return {name: _known(name, module, real).detach() for name, _, real in tensors(module)}
@@ -71,12 +71,12 @@ def _known(name: str, module: nn.Module, real: Tensor | None) -> Tensor:
 
 
 def meta_parameters(model: nn.Module) -> list[str]:
-    """Names of parameters on the meta device that no hook brings in."""
+    """Names of parameters on the meta device that no hook loads."""
     return [name for name, x, real in tensors(model) if isinstance(x, nn.Parameter) and real is None]
 
 
 def device(module: nn.Module) -> torch.device:
-    """Where a module computes: its first parameter's device, or where a hook brings that."""
+    """The device on which a module computes: its first parameter's, or the one to which a hook loads that."""
     for each in module.modules():
         hook = hook_of(each)
         if hook is not None and (hook.place_submodules or each._parameters):
@@ -88,7 +88,7 @@ def device(module: nn.Module) -> torch.device:
 
 
 def refuse_offloaded_layers(model: nn.Module, layers: Sequence[nn.Module]) -> None:
-    """Raise ValueError where a hook brings in whole attention layers: it would look for a prefix's weights, too."""
+    """Raise ValueError where a hook loads whole attention layers: it would look for a prefix's weights too."""
     for name, module in model.named_modules():
         hook = hook_of(module)
         if hook is not None and hook.place_submodules and {id(m) for m in module.modules()} & {id(m) for m in layers}:
@@ -97,13 +97,13 @@ def refuse_offloaded_layers(model: nn.Module, layers: Sequence[nn.Module]) -> No
 
 
 def copy_module(module: nn.Module) -> nn.Module:
-    """A copy with weights of its own, where they are computed with, which moves its inputs there as the module does."""
+    """A copy of a module with its own weights on the execution device, to which it moves its inputs as before."""
     hooked = [(name, m) for name, m in module.named_modules() if m.__dict__.get("_hf_hook") is not None]
     if not hooked:
         return copy.deepcopy(module)
     from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 
-    # A hook holds the weights of the whole model.
+    # Hooks are not copied, as one holds the weights of the whole model.
     made = copy.deepcopy(module, {id(m._hf_hook): m._hf_hook for _, m in hooked})
     real = state_dict(module)
     for name, _ in hooked:
@@ -122,14 +122,14 @@ def copy_module(module: nn.Module) -> nn.Module:
 
 
 def _execution(hook: Any) -> tuple[torch.device | None, bool]:
-    """Where a hook has a module computed, and whether outputs go back to the inputs' device."""
+    """A hook's execution device, and whether it moves outputs back to the inputs' device."""
     found = [h for h in getattr(hook, "hooks", (hook,)) if getattr(h, "execution_device", None) is not None]
     where = torch.device(found[-1].execution_device) if found else None
     return where, any(h.io_same_device for h in found)
 
 
 def remove_offload_hooks(module: nn.Module) -> None:
-    """Let a module keep its weights, as parameters to be trained."""
+    """Remove offloading from a module, so that it keeps its weights as trainable parameters."""
     for inner in module.modules():
         if hook_of(inner) is not None:
             from accelerate.hooks import remove_hook_from_module
@@ -138,29 +138,29 @@ def remove_offload_hooks(module: nn.Module) -> None:
 
 
 class AttachedParameters:
-    """The parameters of what is attached, as optimizers hold them."""
+    """Remembers the parameter objects of attached prefixes, which optimizers hold."""
 
     def __init__(self) -> None:
         self.known: dict[str, list[tuple[nn.Module, str, nn.Parameter]]] = {}
-        self.strays: list[weakref.ref[nn.Parameter]] = []  # which stood in their places meanwhile
+        self.strays: list[weakref.ref[nn.Parameter]] = []  # replaced them while they were offloaded
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "strays": []}
 
     def remember(self, name: str, prefix: nn.Module) -> None:
-        """These are the ones of a prefix."""
+        """Remember the parameters of the prefix of this name."""
         named = ((m, n, p) for m in prefix.modules() for n, p in m._parameters.items())
         self.known[name] = [(m, n, p) for m, n, p in named if p is not None and not p.is_meta]
 
     def check_trained(self) -> None:
-        """Raise ValueError where somebody, an optimizer say, would train what stood in their places meanwhile."""
+        """Raise ValueError where an optimizer still holds the parameters that replaced a prefix's meanwhile."""
         self.strays = [stray for stray in self.strays if stray() is not None]
         if self.strays and torch.is_grad_enabled():
             got = "a prefix that was offloaded, and an optimizer, or a list, of parameters from then"
             raise fail("model", got, "an optimizer of the prefix's parameters as they are now: those are not trained")
 
     def bring_back(self, model: nn.Module) -> None:
-        """Take what accelerate has taken along, back; ValueError where a hook of a whole layer holds it."""
+        """Bring back prefix parameters that accelerate offloaded; ValueError where a whole layer's hook holds them."""
         away = [known for known in self._all() if _is_away(*known[:2])]
         if not away:
             return

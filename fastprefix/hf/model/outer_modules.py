@@ -1,4 +1,7 @@
-"""Modules around the one that holds the layers: some make its masks and its positions (Gemma 3, PaliGemma)."""
+"""Modules around the one that owns the layers: some make masks and positions for it (Gemma 3, PaliGemma).
+
+The owner of a stack is the innermost module around all its layers that takes the main input.
+"""
 
 from __future__ import annotations
 
@@ -20,29 +23,29 @@ _MASK = "attention_mask"
 
 @dataclass(frozen=True)
 class OuterModules:
-    """What reaches a stack's owner from a forward of the model itself, of text alone."""
+    """The arguments that outer modules make for a stack's owner, in a forward of text alone."""
 
-    makes_masks: bool = False  # whether the owner is given finished masks where the caller gave ``[B, S]`` padding
-    makes_positions: bool = False  # whether it is given ``[B, S]`` positions where the caller gave none
-    first_position: int = 0  # of a row's first token (PaliGemma counts from 1)
+    makes_masks: bool = False  # whether the owner receives finished masks where the caller passed ``[B, S]`` padding
+    makes_positions: bool = False  # whether it receives ``[B, S]`` positions where the caller passed none
+    first_position: int = 0  # position of a row's first token (PaliGemma counts from 1)
 
 
 def look(model: nn.Module, stack: AttentionStack) -> OuterModules:
-    """Run a model on a few tokens, with a mask and without one, and look at what its owner is given."""
+    """Run a model on a few tokens, with a mask and without one, and record the arguments of the stack's owner."""
     if stack.owner is model or stack.extra_inputs or stack.main_input != "input_ids":
-        return OuterModules()  # a decoder beside an encoder makes its own
+        return OuterModules()  # the decoder of an encoder-decoder makes its own
     given: list[dict[str, Any]] = []
 
     def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given.append({**dict(zip(stack.owner_arguments, args, strict=False)), **kwargs})
 
     inputs = stack.dummy_inputs(tokens=3)
-    mask = torch.tensor([[1, 1, 0]], device=inputs["input_ids"].device)  # a mask of ones may be dropped on the way
+    mask = torch.tensor([[1, 1, 0]], device=inputs["input_ids"].device)  # a mask of ones might be dropped
     handle = stack.owner.register_forward_pre_hook(record, with_kwargs=True)
     try:
         probing.run(model, inputs)
         if _MASK in inspect.signature(model.forward).parameters:
-            with suppress(AttributeError, LookupError, RuntimeError, TypeError, ValueError):  # bare, it does not run so
+            with suppress(AttributeError, LookupError, RuntimeError, TypeError, ValueError):  # the model's own
                 probing.run(model, {**inputs, _MASK: mask})
     finally:
         handle.remove()
@@ -59,22 +62,22 @@ def _is_made(mask: Any) -> bool:
 
 
 class _Given(NamedTuple):
-    """What a caller gave an outer module."""
+    """The arguments with which an outer module was called."""
 
     mask: Tensor | None  # [B, S]
-    made_masks: bool  # whether the caller gave finished masks instead
+    made_masks: bool  # whether finished masks were passed instead
     position_ids: Tensor | None
 
 
 class OuterCall:
-    """Hooks on the modules around a stack's owner: what they were given, which the owner is no longer told.
+    """Hooks on the modules around a stack's owner, which remember the masks and positions that the caller passed.
 
-    Nothing is hooked where the owner makes masks and positions itself.
+    There are no hooks where the owner makes masks and positions itself.
     """
 
     def __init__(self, model: nn.Module, stack: AttentionStack, outer: OuterModules, configs: ConfigCopies) -> None:
         self.outer, self.causal, self.configs = outer, stack.causal, configs
-        self.given: dict[int, _Given] = {}  # by module while it runs, the outermost first
+        self.given: dict[int, _Given] = {}  # by id of each running module, the outermost first
         self.handles: list[Any] = []
         if not outer.makes_masks and not outer.makes_positions:
             return
@@ -86,7 +89,7 @@ class OuterCall:
                 self.handles.append(module.register_forward_hook(self.leave, always_call=True))
 
     def leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        """The module's forward has ended."""
+        """After a module's forward: forget its arguments."""
         self.given.pop(id(module), None)
 
     def remove(self) -> None:
@@ -96,17 +99,17 @@ class OuterCall:
 
     @property
     def first_position(self) -> int:
-        """Of a row's first token in the forward that runs."""
+        """Position of a row's first token in the running forward."""
         return self.outer.first_position if self.given else 0
 
     @property
     def makes_masks(self) -> bool:
-        """Whether the finished masks of the forward that runs are an outer module's, by our mask function."""
+        """Whether an outer module made the running forward's masks (with our mask function), not the caller."""
         given = list(self.given.values())
         return bool(given) and not given[0].made_masks
 
     def own_arguments(self, kwargs: dict[str, Any]) -> tuple[Any, Any]:
-        """The mask and the position ids of an owner's call; where an outer module made them, what that was given."""
+        """The mask and position ids of a call of the owner, or those passed to the outer module that replaced them."""
         mask, ids = kwargs.get(_MASK), kwargs.get("position_ids")
         if not self.given:
             return mask, ids
@@ -119,7 +122,7 @@ class OuterCall:
 
 
 class _Enter:
-    """A hook before an outer module's forward."""
+    """A hook before an outer module's forward, which remembers its arguments."""
 
     def __init__(self, call: OuterCall, arguments: tuple[str, ...]) -> None:
         self.call, self.arguments = call, arguments

@@ -1,4 +1,4 @@
-"""Runs a model, or a part of it, on a few tokens and records what its attention layers hand to the operator."""
+"""Runs a model, or a part of it, on a few tokens and records its layers' calls of the attention function."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def check_model(model: Any) -> None:
 
 
 def does_not_dispatch(model: nn.Module, detail: str = "") -> ValueError:
-    """What is raised for a model that cannot carry a prefix, naming its class."""
+    """The error for a model that bypasses transformers' attention interface, naming its class."""
     return fail(
         "model",
         f"{type(model).__name__}, whose attention does not go through transformers' attention interface{detail}",
@@ -41,7 +41,7 @@ def does_not_dispatch(model: nn.Module, detail: str = "") -> ValueError:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode without gradients inside the block, and what is compiled (``module.compile()``) as it was written."""
+    """Eval mode inside the block, without gradients and with compiled modules (``module.compile()``) run eagerly."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -53,7 +53,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def run(model: nn.Module, inputs: dict[str, Tensor]) -> list[AttentionCall]:
-    """Every layer's attention call in a forward of these inputs, in eval mode without gradients."""
+    """All attention calls in a forward of these inputs, in eval mode without gradients."""
     options = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
     with evaluating(model), recording() as calls:
         model(**inputs, **options)
@@ -61,10 +61,14 @@ def run(model: nn.Module, inputs: dict[str, Tensor]) -> list[AttentionCall]:
 
 
 def run_part(model: nn.Module, part: nn.Module, inputs: dict[str, Tensor]) -> list[AttentionCall]:
-    """The calls of a model's part; raises ValueError naming the model's class where there are none."""
+    """All attention calls in a forward of a model's part.
+
+    Raises:
+        ValueError: there are none, or the part does not run on these inputs; the model's class is named.
+    """
     try:
         calls = run(part, inputs)
-    except KeyError as error:  # models that look their classes up by the implementation's name
+    except KeyError as error:  # from models with a table of attention classes by implementation name
         raise does_not_dispatch(model, f" ({error})") from error
     except (AttributeError, IndexError, RuntimeError, TypeError) as error:
         got = f"{type(model).__name__}, which does not run on {' and '.join(inputs)} alone ({error})"

@@ -1,4 +1,4 @@
-"""Which models a prompt - soft or of tokens - can be read in front of the rows of."""
+"""Checks whether a model can read a prompt - soft, or of tokens - in front of its rows."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from fastprefix.hf.model.facts import ModelFacts
 
 
 def check_tokens(model: Any) -> None:
-    """Raise ValueError unless a model reads tokens, as prompts are."""
+    """Raise ValueError unless a model reads token ids, which prompts need."""
     if model.main_input_name != "input_ids":
         got = f"{type(model).__name__}, which reads {model.main_input_name}"
         raise fail("model", got, "a model of input_ids: prompts are tokens")
@@ -36,10 +36,10 @@ def check_prompts(facts: ModelFacts) -> None:
 
 
 def check_images(facts: ModelFacts) -> None:
-    """Raise ValueError for a model whose images stand at places of their own, which must not move with the text.
+    """Raise ValueError for a model whose image tokens have fixed positions, which must not be shifted by a prefix.
 
-    HunYuan-VL counts an image's tokens by their column, their row and the image's number, from 0 wherever it stands in
-    the text; its positions do not tell which tokens are an image's.
+    HunYuan-VL numbers an image's tokens by column, row and image, from 0 wherever the image is in the text; the
+    position ids do not tell which tokens belong to an image.
     """
     name = type(facts.layers.main.owner).__name__
     if name.startswith("HunYuanVL"):

@@ -1,4 +1,4 @@
-"""Rotary frequencies that depend on the length of a whole text (transformers' ``dynamic_rope_update``)."""
+"""Finds rotary frequencies that depend on a whole text's length (transformers' ``dynamic_rope_update``)."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from torch import nn
 
 
 def rope_limits(owner: nn.Module) -> Iterator[tuple[str, int]]:
-    """Kinds of rotary frequencies inside a module that depend on a text's length, and from which length on.
+    """The rotary types inside a module whose frequencies change with a text's length, and the length where they do.
 
-    Dynamic NTK scaling changes them beyond the length that the model was trained on, LongRoPE beyond the original one;
-    a model may have a kind for each type of its layers.
+    Dynamic NTK scaling changes frequencies beyond the length that the model was trained on, LongRoPE beyond the
+    original length. A model may have one rotary type for each type of layer.
     """
     for module in owner.modules():
         kinds = getattr(module, "rope_type", None)

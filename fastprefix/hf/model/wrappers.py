@@ -1,4 +1,4 @@
-"""Wrappers around a model: those that leave it what it is are looked through, others are named."""
+"""Wrappers around a model: finds the model inside, and names the wrappers that cannot be used."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch.optim.swa_utils import AveragedModel
 
 from fastprefix.errors import fail
 
-_FLAT = "FullyShardedDataParallel"  # FSDP1, whose import takes long
-# What a wrapper has made of the parameters leaves no place for new ones.
+_FLAT = "FullyShardedDataParallel"  # FSDP1, compared by name as its import is slow
+# Wrappers that have collected the parameters already, so that none can be added.
 ADDING = {
     DistributedDataParallel.__name__: "the model itself, and DistributedDataParallel around it afterwards: it does not "
     "average gradients of parameters that come later",
@@ -26,11 +26,11 @@ def unwrapped(model: Any, but: Mapping[str, str] | None = None) -> Any:
     """The model inside DataParallel, DistributedDataParallel, AveragedModel, FSDP1 and ``torch.compile``.
 
     Args:
-        model: anything.
-        but: wrappers by their class's name that cannot be looked through here, and what is expected instead.
+        model: any object.
+        but: class names of wrappers to refuse, each with the text of what is expected instead.
 
     Raises:
-        ValueError: one of those; its name is given.
+        ValueError: the model is in one of the refused wrappers; its name is given.
     """
     while isinstance(model, nn.Module):
         name = type(model).__name__
@@ -46,7 +46,7 @@ def unwrapped(model: Any, but: Mapping[str, str] | None = None) -> Any:
 
 
 def hint(model: Any) -> str:
-    """Where an object that is no transformers model holds one; empty where it does not."""
+    """A hint for an error: the attribute in which an object holds a transformers model; empty without one."""
     from transformers import PreTrainedModel
 
     if not isinstance(model, nn.Module) or isinstance(model, PreTrainedModel):
@@ -59,7 +59,7 @@ def hint(model: Any) -> str:
 
 
 def refuse_flat(model: nn.Module, prefix: nn.Module) -> None:
-    """Raise ValueError where FSDP1 has flattened a prefix's parameters: what is left of them is stale, or nothing."""
+    """Raise ValueError where FSDP1 has flattened a prefix's parameters, which leaves them stale or empty."""
     left = list(prefix.parameters())
     if not left or any(getattr(p, "_fsdp_flattened", False) for p in left):
         raise fail("model", f"a {type(model).__name__} of {_FLAT}", SAVING[_FLAT])

@@ -1,4 +1,4 @@
-"""A PEFT model's adapters as what the layers read: nothing is copied, its own parameters are read and trained."""
+"""The provider of a PEFT model's adapters: the layers read PEFT's own parameters, which are not copied."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from fastprefix.hf.runtime.forward_context import AdapterSelection, KeyValues, N
 from fastprefix.hf.storage.peft_format import PREFIX_TYPES, PROMPT_TYPES
 
 MULTITASK = "MULTITASK_PROMPT_TUNING"
-PATCHED_PROMPT_TYPES = (*PROMPT_TYPES, MULTITASK)  # no file of it can be loaded without PEFT
-DIRECT = (*PREFIX_TYPES, "PROMPT_TUNING")  # what their encoders give is the parameter itself, without a projection
-BASE = "__base__"  # PEFT's name for no adapter in a mixed batch
+PATCHED_PROMPT_TYPES = (*PROMPT_TYPES, MULTITASK)  # the last one's files need PEFT to be loaded
+DIRECT = (*PREFIX_TYPES, "PROMPT_TUNING")  # without a projection their encoder's output is a parameter
+BASE = "__base__"  # PEFT's name for a row without adapter in a mixed batch
 
 
 def kind(config: Any) -> str:
@@ -33,7 +33,7 @@ def task(model: Any) -> str:
 
 
 class Adapters:
-    """The source of a patched model: names are PEFT's adapters; with several tasks, ``(name, task)``."""
+    """The ``PrefixProvider`` of a patched model. A name is a PEFT adapter's; for multitask prompts ``(name, task)``."""
 
     gated = False
 
@@ -41,20 +41,20 @@ class Adapters:
         self.installation = installation
         self.peft_model = peft_model
         self.bypassed = False  # while PEFT's own forward concatenates the prompt
-        self.shifted = False  # while the caller's position ids start behind the prefix already
+        self.shifted = False  # while the caller's position ids are shifted already
         self.fit = Fit(installation.facts)
 
     def names(self) -> list[str]:
-        """PEFT's adapters."""
+        """Names of PEFT's adapters."""
         return list(self.peft_model.peft_config)
 
     def resident(self) -> list[str]:
-        """All of them: where they lie is PEFT's business."""
+        """Names of all adapters, as PEFT keeps them in memory."""
         return self.names()
 
     @contextmanager
     def held(self, selection: AdapterSelection) -> Iterator[None]:
-        """Let heads that PEFT trains along (``modules_to_save``) take each row's adapter, as its LoRA does."""
+        """Let heads in PEFT's ``modules_to_save`` use each row's adapter inside the block, as PEFT's LoRA does."""
         from peft.utils.other import AuxiliaryTrainingWrapper
 
         names = [name[0] if isinstance(name, tuple) else name or BASE for name in selection.names]
@@ -72,18 +72,18 @@ class Adapters:
                 handle.remove()
 
     def enabled(self) -> bool:
-        """Whether PEFT has not disabled them, and does not concatenate itself."""
+        """False while PEFT's adapters are disabled, or PEFT's own forward concatenates the prompt."""
         return not (self.bypassed or self.peft_model._adapters_disabled)
 
     def active(self) -> AdapterSelection | None:
-        """PEFT's active adapter, unless PEFT has disabled it."""
+        """PEFT's active adapter for all rows; None while :meth:`enabled` is False."""
         model = self.peft_model
         if self.bypassed or model._adapters_disabled or model.active_adapter not in self.names():
             return None
         return AdapterSelection((model.active_adapter,))
 
     def choose(self, adapter_names: Sequence[str | None] | None, task_ids: Any) -> AdapterSelection | None:
-        """What a call's own arguments say of its rows; None where they say nothing."""
+        """The selection that a call's ``adapter_names`` and ``task_ids`` make; None for the active adapter."""
         if adapter_names is not None:
             names = [None if name in (None, BASE) else name for name in adapter_names]
             if not names:
@@ -107,11 +107,11 @@ class Adapters:
         if name is None or kind(self.peft_model.peft_config[name]) != MULTITASK:
             return name
         if task is None:
-            raise ValueError("task_ids cannot be None")  # PEFT's words
+            raise ValueError("task_ids cannot be None")  # PEFT's message
         return name, task
 
     def resolve(self, name: Name) -> ResolvedPrefix:
-        """What an adapter gives; raises ValueError for an unknown one."""
+        """The prefix or soft prompt of an adapter; raises ValueError for an unknown name."""
         name, task = name if isinstance(name, tuple) else (name, None)
         if name not in self.names():
             raise fail("names", repr(name), f"None or one of {sorted(self.names())}")
@@ -139,9 +139,9 @@ class Adapters:
         return ResolvedPrefix(what, tokens, tokens, parameters, prompt=prompt)
 
     def encoded(self, name: str) -> Tensor:
-        """What an adapter's encoder gives, once: ``[P, 2*L*H_kv*D]`` or ``[P, d]``."""
+        """The output of an adapter's encoder, without a batch: ``[P, 2*L*H_kv*D]`` or ``[P, d]``."""
         config, encoder = self.peft_model.peft_config[name], self.peft_model.prompt_encoder[name]
         if config.inference_mode or (kind(config) in DIRECT and not getattr(config, "prefix_projection", False)):
-            return encoder.embedding.weight  # looking all rows up would copy them
+            return encoder.embedding.weight  # a lookup of all rows would copy them
         ids = self.peft_model.prompt_tokens[name][: config.num_virtual_tokens]
         return encoder(ids[None].to(encoder.embedding.weight.device))[0]

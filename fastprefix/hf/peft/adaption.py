@@ -1,7 +1,8 @@
-"""LLaMA-Adapter (Zhang et al. 2023) as PEFT has it: its gated prompt read by the layer's own attention.
+"""PEFT's LLaMA-Adapter (Zhang et al. 2023), whose gated prompt the layer's own attention reads here.
 
 PEFT projects the queries again, repeats the prompt for every row and multiplies its output by ``o_proj`` a second
-time. Here keys and values are made once per forward, and ``o_content + gate * o_prompt`` is one call of the operator.
+time. Here the prompt's keys and values are computed once per forward, and ``gate * o_prompt`` is added to the layer's
+``o_content`` before ``o_proj``.
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ from fastprefix.prefixes.prefix import LayerKV
 
 
 class FusedAttention(AdaptedAttention):
-    """The layer's own attention, which reads the gated prompt itself."""
+    """PEFT's adapted attention, which leaves the gated prompt to the wrapped attention layer."""
 
     def forward(self, **kwargs: Any) -> Any:
-        """Of the layer's attention."""
+        """The output of the wrapped attention layer."""
         return self.model(**kwargs)
 
     def key_values(self) -> tuple[Tensor, Tensor]:
@@ -37,10 +38,10 @@ class FusedAttention(AdaptedAttention):
 
 
 class FusedAttentionGPT(AdaptedAttentionGPT):
-    """GPT-2's, whose gated prompt PEFT adds behind the output projection."""
+    """PEFT's adapted attention of GPT-2, in which the gated prompt's output is added after the output projection."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Of the layer's attention, and the prompt's part for the same queries."""
+        """The output of the wrapped attention layer, plus the gated prompt's for the same queries."""
         slot = self.model._modules[SLOT]
         slot.keeps_query, slot.query = True, None
         try:
@@ -65,9 +66,10 @@ FUSED = {AdaptedAttention: FusedAttention, AdaptedAttentionGPT: FusedAttentionGP
 
 
 class Gated:
-    """The source of a model with adaption prompts: PEFT swaps its modules in and out, this reads those that are in.
+    """The ``PrefixProvider`` of a model with adaption prompts.
 
-    The content stays with the attention that the model had: with gates at zero it computes the same bits.
+    PEFT swaps adapted modules into the model and out of it; the provider reads those that are in the model. The
+    content keeps the attention that the model had: with gates at zero the output is the same, bit for bit.
     """
 
     gated = True
@@ -77,35 +79,35 @@ class Gated:
         self.peft_model = peft_model
 
     def names(self) -> list[str]:
-        """PEFT's adapters; only the active one can be read, as one batch has one gate."""
+        """The name of the active adapter alone, as one batch has one gate; empty without one."""
         active = self.peft_model.base_model._active_adapter
         return [] if active is None else [active]
 
     def resident(self) -> list[str]:
-        """The active one."""
+        """The same as :meth:`names`."""
         return self.names()
 
     def held(self, selection: AdapterSelection) -> AbstractContextManager[None]:
-        """Nothing lies on disk."""
+        """A block that does nothing, as no adapter is kept on disk."""
         return nullcontext()
 
     def enabled(self) -> bool:
-        """Whether their modules are in the model."""
+        """Whether PEFT's adapted modules are in the model."""
         return bool(self.peft_model.base_model._enabled)
 
     def active(self) -> AdapterSelection | None:
-        """The one whose modules are in the model."""
+        """The adapter whose modules are in the model, for all rows; None without one."""
         return AdapterSelection(tuple(self.names())) if self.names() and self.peft_model.base_model._enabled else None
 
     def modules(self) -> list[Any]:
-        """Those of the active adapter, from the lowest layer up."""
+        """The active adapter's adapted modules, from the lowest layer up."""
         tuner = self.peft_model.base_model
         name = tuner._active_adapter
         target = tuner.peft_config[name].target_modules
         return [getattr(parent, target) for parent in tuner._parents[name]]
 
     def resolve(self, name: Name) -> ResolvedPrefix:
-        """Gated keys and values of the adapted layers."""
+        """The active adapter, as gated keys and values of the adapted layers; ValueError for another name."""
         if name not in self.names():
             raise fail("names", repr(name), f"the active adapter, {self.names()}")
         modules = self.modules()
@@ -126,20 +128,20 @@ class Gated:
 
 
 def fuse(peft_model: Any) -> None:
-    """Change the classes of all adapted attentions, those that PEFT keeps aside included."""
+    """Give all adapted modules fastprefix's classes, including those that PEFT has swapped out."""
     for module in adapted(peft_model):
         module.__class__ = FUSED.get(type(module), type(module))
 
 
 def unfuse(peft_model: Any) -> None:
-    """Give them PEFT's classes back."""
+    """Give all adapted modules PEFT's classes again."""
     back = {ours: theirs for theirs, ours in FUSED.items()}
     for module in adapted(peft_model):
         module.__class__ = back.get(type(module), type(module))
 
 
 def adapted(peft_model: Any) -> list[Any]:
-    """Every adapted attention, of all adapters."""
+    """The adapted attention modules of all adapters, in the model or swapped out."""
     tuner = peft_model.base_model
     inside = [m for m in tuner.modules() if isinstance(m, tuple(FUSED))]
     return inside + [m for modules in tuner._cached_adapters.values() for m in modules]

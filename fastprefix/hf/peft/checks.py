@@ -1,4 +1,4 @@
-"""What an adapter must be to be read, and what must not stay as PEFT starts it."""
+"""Checks that a PEFT adapter can be read, and repairs initial values with which it could not be trained."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fastprefix.hf.storage.peft_format import PREFIX_TYPES
 
 
 def check(adapters: Adapters, name: str) -> None:
-    """Raise ValueError unless an adapter is one that the model's layers can read."""
+    """Raise ValueError unless the model's layers can read an adapter; also keep its parameters from being offloaded."""
     config, encoder = adapters.peft_model.peft_config[name], adapters.peft_model.prompt_encoder[name]
     if offload.meta_parameters(encoder):
         got = (
@@ -29,7 +29,7 @@ def check(adapters: Adapters, name: str) -> None:
 
 
 def check_output(installation: Installation) -> None:
-    """Raise ValueError unless a model's output has names: what it says of a soft prompt's tokens is put in front."""
+    """Raise ValueError unless a model returns a ModelOutput, whose fields a soft prompt's outputs are put into."""
     with installation.forward.bypass(), probing.evaluating(installation.model):
         output = installation.model(**installation.facts.layers.main.dummy_inputs())
     if not hasattr(output, "get"):
@@ -39,7 +39,7 @@ def check_output(installation: Installation) -> None:
 
 @torch.no_grad()
 def break_symmetry(model: Any, name: str) -> None:
-    """Rows that start equal get equal gradients for ever: PEFT's ``init_weights="zero"`` trains one token P times."""
+    """Replace PEFT's ``init_weights="zero"`` by N(0, 0.02^2): prefix tokens that start equal get equal gradients."""
     config, encoder = model.peft_config[name], model.prompt_encoder[name]
     if kind(config) != "PREFIX_TUNING" or config.prefix_projection or config.inference_mode:
         return

@@ -1,4 +1,4 @@
-"""What a patched PeftModel's own methods become. Its class changes, not its attributes: it copies and pickles."""
+"""The classes of patched PeftModels. Patching changes a model's class, not its attributes, so it can be pickled."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Patched:
     _adapters_disabled: bool
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """PEFT's forward; ``adapter_names`` (one for each row) and caches of one's own are honoured."""
+        """PEFT's forward, with support for ``adapter_names`` (one for each row) and for the caller's own cache."""
         kwargs = _bind(self, args, kwargs)
         names, tasks = kwargs.pop("adapter_names", None), kwargs.pop("task_ids", None)
         installation, adapters = _parts(self)
@@ -54,7 +54,7 @@ class Patched:
             return self.base_model(**kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """PEFT's generate; also with ``adapter_names``, a cache of an earlier turn, static caches or none."""
+        """PEFT's generate, with support for ``adapter_names``, an earlier call's cache, static caches and no cache."""
         names, tasks = kwargs.pop("adapter_names", None), kwargs.pop("task_ids", None)
         installation, adapters = _parts(self)
         chosen = None if self._adapters_disabled else adapters.choose(names, tasks)
@@ -72,7 +72,10 @@ class Patched:
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
-        """PEFT's; the base model reads no adapter inside, also when it is called directly. Trained heads stay."""
+        """PEFT's disable_adapter. Inside the block the base model reads no adapter, also when it is called directly.
+
+        Trained heads stay in use.
+        """
         outside, self._adapters_disabled = self._adapters_disabled, True
         try:
             yield
@@ -80,7 +83,7 @@ class Patched:
             self._adapters_disabled = outside
 
     def add_adapter(self, adapter_name: str, peft_config: Any, *args: Any, **kwargs: Any) -> None:
-        """PEFT's; also while gradient checkpointing is on."""
+        """PEFT's add_adapter, which works while gradient checkpointing is on, too."""
         _, adapters = _parts(self)
         with _checkpointing_off(self.base_model):
             super().add_adapter(adapter_name, peft_config, *args, **kwargs)  # type: ignore[misc]
@@ -92,14 +95,14 @@ class Patched:
         break_symmetry(self, adapter_name)
 
     def save_pretrained(self, save_directory: str, *args: Any, **kwargs: Any) -> None:
-        """PEFT's files, and beside them what is trained in front of them, so that training resumes."""
-        complete_interrupted_save(Path(save_directory))  # what a killed save of ours has committed is older than this
+        """Write PEFT's files, and next to them the encoders that are trained, so that training can resume."""
+        complete_interrupted_save(Path(save_directory))  # a killed save's files are older than these
         super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
         if kwargs.get("is_main_process", True):
             resume.save(self, save_directory, kwargs.get("selected_adapters"))
 
     def load_adapter(self, model_id: Any, adapter_name: str, is_trainable: bool = False, **kwargs: Any) -> Any:
-        """PEFT's; also to go on training (``is_trainable=True``), with the encoder that was trained."""
+        """PEFT's load_adapter, which resumes training (``is_trainable=True``) with the encoder that was trained."""
         trained = adapter_name in self.peft_config and not self.peft_config[adapter_name].inference_mode
         if is_trainable or trained:
             return resume.load(self, model_id, adapter_name, is_trainable, **kwargs)
@@ -112,10 +115,10 @@ def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
 
 @functools.cache
 def patched(cls: Any, start: str) -> Any:
-    """The patched class of one of PEFT's."""
+    """The patched subclass of a PEFT class; ``start`` is the start of its name and selects the mixin."""
     members: dict[str, Any] = {"__module__": __name__, "__doc__": cls.__doc__}
     if start == SHARING:
-        # Read here, as torch.compile cannot trace it, and shown to whoever looks for the names of arguments.
+        # Read here, as torch.compile cannot trace inspect, and set on forward for callers that ask for argument names.
         signature = inspect.signature(cls.forward)
         members["_arguments"] = tuple(signature.parameters)[1:]
         members["forward"] = types.FunctionType(_forward.__code__, _forward.__globals__, "forward")
@@ -127,7 +130,7 @@ MIXINS = {ADAPTION: PatchedAdaption, CONCATENATING: PatchedConcatenating, SHARIN
 
 
 def __getattr__(name: str) -> Any:
-    # Where pickle looks for the classes made above.
+    # Pickle looks the classes that ``patched`` makes up by their names in this module.
     import peft
 
     for start in MIXINS:
@@ -148,7 +151,7 @@ def _parts(model: Any) -> tuple[Installation, Adapters]:
 
 
 def _bind(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """All arguments by PEFT's names, without those left at None, which not every model takes."""
+    """All arguments of a forward by PEFT's names, without those that are None, which not every model accepts."""
     given = {**dict(zip(model._arguments, args, strict=False)), **kwargs}
     return {name: value for name, value in given.items() if value is not None}
 
@@ -165,18 +168,18 @@ def _chosen(installation: Installation, selected: Any) -> Iterator[None]:
 
 
 def _concatenates(model: Any, installation: Installation, selected: Any, kwargs: dict[str, Any]) -> str | None:
-    """Why a soft prompt takes PEFT's own way; None when it is shared."""
+    """The reason why a soft prompt is left to PEFT, which concatenates it; None where it is shared."""
     if task(model) == "QUESTION_ANS":
         return "a question-answering head has its softmax over the prompt's positions too"
     if not installation.facts.loss_fits_mask and "labels" in kwargs and kwargs.get("attention_mask") is not None:
         return "its loss reads the mask beside the labels, which a shared prompt makes one place longer"
     tokens = max(installation.selection.provider.resolve(name).tokens for name in selected.distinct())
-    # PEFT's forward knows no cache: what outgrows a window while generating is the reading's to see.
+    # PEFT's forward has no cache: a generation that outgrows a window is caught when the prefix is read.
     return why_not_shareable(installation.facts, tokens, {**kwargs, "past_key_values": None})
 
 
 def _theirs(method: str, model: Any, adapters: Adapters, reason: str, *args: Any, **kwargs: Any) -> Any:
-    """PEFT's own forward or generate, which concatenates."""
+    """Call PEFT's own forward or generate, which concatenates the prompt."""
     adapters.installation.warn.concatenation(reason)
     adapters.bypassed = True
     try:
@@ -186,7 +189,7 @@ def _theirs(method: str, model: Any, adapters: Adapters, reason: str, *args: Any
 
 
 def _token_types(model: Any, kwargs: dict[str, Any]) -> None:
-    """PEFT drops them for these tasks, and says so."""
+    """Drop ``token_type_ids`` with a warning for the tasks for which PEFT does."""
     if task(model) in ("CAUSAL_LM", "FEATURE_EXTRACTION") and "token_type_ids" in kwargs:
         message = "Token type ids are not supported for parameter efficient tuning. Ignoring token type ids"
         warnings.warn(message, stacklevel=3)
@@ -195,7 +198,7 @@ def _token_types(model: Any, kwargs: dict[str, Any]) -> None:
 
 @contextmanager
 def _shifted(adapters: Adapters, mixed: Any, kwargs: dict[str, Any]) -> Iterator[None]:
-    """Where PEFT does it: given position ids reach the base model behind the prefix."""
+    """Shift the caller's position ids past the prefix, as PEFT does for a single active prefix."""
     active = adapters.active()
     if mixed or active is None or "position_ids" not in kwargs:
         yield
@@ -210,7 +213,7 @@ def _shifted(adapters: Adapters, mixed: Any, kwargs: dict[str, Any]) -> Iterator
 
 @contextmanager
 def _checkpointing_off(model: nn.Module) -> Iterator[None]:
-    """PEFT refuses to add a prefix while it is on."""
+    """Switch gradient checkpointing off inside the block, as PEFT refuses to add a prefix while it is on."""
     modules: list[Any] = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False)]
     for module in modules:
         module.gradient_checkpointing = False

@@ -1,4 +1,4 @@
-"""PEFT's one tensor of keys and values, cut for the layers that a model really has."""
+"""Splits PEFT's single tensor of keys and values into those of a model's layers."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from fastprefix.prefixes.prefix import LayerKV
 
 
 class Fit:
-    """Which slots of PEFT's tensor a layer reads, and how much of them.
+    """Selects the slots of PEFT's tensor that each layer reads, and the part of each slot.
 
-    Layers of one model may differ (Gemma 4): PEFT provides for the largest, cuts what is smaller and leaves out what
-    is larger. A layer without keys of its own reads the ones of the layer that it shares with, prefix included.
+    Layers of one model may differ in shape (Gemma 4). A smaller layer reads a part of its slots, as in PEFT, and a
+    layer larger than the slots gets no prefix. A layer without keys of its own shares another layer's prefix too.
     """
 
     def __init__(self, facts: ModelFacts) -> None:
@@ -26,7 +26,7 @@ class Fit:
         self.warned = False
 
     def check(self, config: Any) -> None:
-        """Raise ValueError unless the layers can read what such an adapter holds."""
+        """Raise ValueError unless an adapter with this configuration fits the layers."""
         layers, shapes = len(self.layers.modules), self.layers.shapes
         if config.num_layers != layers:
             raise fail("num_layers", config.num_layers, f"{layers}, the model's attention layers")
@@ -46,7 +46,7 @@ class Fit:
         from peft import peft_model
 
         real, rule = self.layers.shapes[layer], getattr(peft_model, "_get_layer_kv_target_shape", None)
-        # PEFT asks its rule of such models alone: another's config need not have the fields.
+        # As in PEFT, the rule is applied to such models alone: other configs need not have the fields.
         differ = len(set(self.layers.shapes)) > 1
         found = rule(self.model.config.get_text_config(), layer) if differ and rule is not None else None
         return (real.num_kv_heads, real.head_dim) if found is None else found
@@ -55,7 +55,7 @@ class Fit:
         """Each layer's keys and values of ``[P, 2*L*H_kv*D]``: views, so that nothing more is saved for backward."""
         heads, dim = config.num_attention_heads, config.token_dim // config.num_attention_heads
         slots = embeddings.unflatten(1, (2 * config.num_layers, heads, dim)).permute(1, 2, 0, 3)
-        if not torch.is_grad_enabled():  # for the life of a cache: worth laying out anew
+        if not torch.is_grad_enabled():  # kept as long as a cache, so worth a copy
             slots = slots.contiguous()
         found: KeyValues = []
         sources = self.layers.kv_sources

@@ -1,4 +1,4 @@
-"""The patched classes that leave nearly everything to PEFT."""
+"""The mixins of patched PeftModels that leave nearly everything to PEFT."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ from fastprefix.errors import fail
 
 
 class PatchedConcatenating:
-    """Mixed into the class of a PeftModel whose soft prompts cannot be shared: everything is PEFT's."""
+    """Mixed into the class of a PeftModel whose soft prompts cannot be shared; all methods are PEFT's own."""
 
 
 class PatchedAdaption:
-    """Mixed into the class of a PeftModel with adaption prompts: everything is PEFT's, new adapters are fused too."""
+    """Mixed into the class of a PeftModel with adaption prompts: PEFT's methods, with checks and new adapters fused."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """PEFT's; ``adapter_names`` are not ignored."""
+        """PEFT's forward; raises ValueError for ``adapter_names``, which PEFT ignores, other than the active one."""
         return super().forward(*args, **_one_adapter(self, kwargs))  # type: ignore[misc]
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """PEFT's; ``adapter_names`` are not ignored."""
+        """PEFT's generate; raises ValueError for ``adapter_names``, which PEFT ignores, other than the active one."""
         return super().generate(*args, **_one_adapter(self, kwargs))  # type: ignore[misc]
 
     def add_adapter(self, *args: Any, **kwargs: Any) -> None:
-        """PEFT's."""
+        """PEFT's add_adapter; the new adapter's modules get fastprefix's classes."""
         from fastprefix.hf.peft import adaption
 
         super().add_adapter(*args, **kwargs)  # type: ignore[misc]
@@ -31,7 +31,7 @@ class PatchedAdaption:
 
 
 def _one_adapter(model: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """A call's arguments without names that say what PEFT does anyway; ValueError for others."""
+    """A call's arguments without ``adapter_names``; ValueError where these name any but the active adapter."""
     names = kwargs.pop("adapter_names", None)
     if names is not None and set(names) != {model.active_adapter}:
         expected = f"{model.active_adapter!r}, the active one, in every row: a batch has one gate"

@@ -1,4 +1,4 @@
-"""``patch`` and ``unpatch``."""
+"""``patch`` and ``unpatch``: make a PEFT model read its prefixes and prompts through fastprefix, and undo it."""
 
 from __future__ import annotations
 
@@ -21,26 +21,26 @@ ADAPTION = "ADAPTION_PROMPT"
 
 
 def patch(peft_model: Any) -> Any:
-    """Accelerate a PEFT model in place, for training and use, and make it right where PEFT is not.
+    """Accelerate a PEFT model in place, for training and inference, and correct it where PEFT computes wrong results.
 
     For PREFIX_TUNING, CARTRIDGE, PROMPT_TUNING, P_TUNING, MULTITASK_PROMPT_TUNING and ADAPTION_PROMPT. Parameters,
     optimizer state, ``save_pretrained``, adapters and their switching stay PEFT's own. A prefix is read inside the
-    attention of every row, a soft prompt runs through the model once per forward; neither is in the cache. The base
-    model reads the active adapter also when it is called directly, as trainers that unwrap do.
+    attention of every row, and a soft prompt runs through the model once per forward; neither is in the cache. The
+    base model reads the active adapter even if it is called directly, as by trainers that unwrap the model.
 
-    Beyond PEFT: gradient checkpointing, left padding without position ids, packed rows, caches of one's own
-    (``use_cache=False``, static, a second turn), ``adapter_names`` for each row in forward and generate,
-    sliding windows that never hide the prefix, and training that resumes through an encoder
+    Features beyond PEFT's: gradient checkpointing, left padding without position ids, packed rows, the caller's own
+    choice of cache (``use_cache=False``, static, continued from an earlier call), ``adapter_names`` for each row in
+    forward and generate, sliding windows that never hide the prefix, and training that resumes through an encoder
     (``load_adapter(dir, name, is_trainable=True)``, as ``Trainer`` does).
 
     Args:
-        peft_model: a ``PeftModel`` around a decoder or encoder; patched ones are left as they are.
+        peft_model: a ``PeftModel`` around a decoder or encoder; a patched one is left as it is.
 
     Returns:
         The same object.
 
     Raises:
-        ValueError: not such a model; the message names what it is.
+        ValueError: the model cannot be patched; the message says what it is.
     """
     from peft import PeftModel
 
@@ -58,7 +58,7 @@ def patch(peft_model: Any) -> Any:
         raise fail("peft_model", f"adapters of type {', '.join(sorted(kinds)) or 'none'}", f"one of {', '.join(known)}")
     base = peft_model.get_base_model()
     if kinds <= set(PATCHED_PROMPT_TYPES) and getattr(base.config, "is_encoder_decoder", False):
-        # Its prompt's states depend on the row: PEFT concatenates, which is the only exact way.
+        # An encoder's prompt states depend on the row, so PEFT's concatenation is the only exact way.
         reason = f"{type(base).__name__} is an encoder-decoder"
         warnings.warn(f"fastprefix: the prompt is concatenated to every row, not shared: {reason}", stacklevel=2)
         peft_model.__class__ = classes.patched(peft_model.__class__, classes.CONCATENATING)
@@ -70,12 +70,12 @@ def patch(peft_model: Any) -> Any:
         )
     installation = install(base)
     try:
-        check_prompts(installation.facts)  # what PEFT would do is known for models of tokens alone
+        check_prompts(installation.facts)  # PEFT's behaviour is known for token models alone
         if ADAPTION in kinds:
             _patch_adaption(installation, peft_model)
         else:
             installation.selection.provider = Adapters(installation, peft_model)
-            with suppress(AttributeError, RuntimeError, TypeError, ValueError):  # soft prompts fail there, in PEFT too
+            with suppress(AttributeError, RuntimeError, TypeError, ValueError):  # there PEFT's soft prompts fail too
                 installation.facts.reads_token_ids = build.reads_token_ids(installation)
             if kinds & set(PATCHED_PROMPT_TYPES):
                 checks.check_output(installation)
@@ -90,7 +90,7 @@ def patch(peft_model: Any) -> Any:
     except BaseException:
         uninstall(installation)
         raise
-    # PEFT's disable_adapter leaves bound methods behind, which would hide the class's.
+    # PEFT's disable_adapter leaves bound methods on the instance, which would hide the class's methods.
     for method in ("forward", "prepare_inputs_for_generation"):
         peft_model.__dict__.pop(method, None)
     installation.configs.switch(on=True)

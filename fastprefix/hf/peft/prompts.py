@@ -1,4 +1,4 @@
-"""The forward of PEFT's soft prompts: the prompt once, the rows beside it, and PEFT's output ``[B, P + S, ...]``."""
+"""The forward of PEFT's soft prompts: runs the prompt once and the rows, and returns PEFT's ``[B, P + S, ...]``."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fastprefix.hf.runtime.lm_head_hooks import keeps_some
 
 
 def forward(model: Any, installation: Installation, selected: AdapterSelection, kwargs: dict[str, Any]) -> Any:
-    """The base model's output over rows, with the prompt's own positions in front as PEFT has them."""
+    """The base model's output for the rows, with the prompt's positions in front, as in PEFT."""
     base = model.base_model
     return_dict = kwargs.pop("return_dict", None)
     return_dict = getattr(base.config, "return_dict", True) if return_dict is None else return_dict
@@ -38,7 +38,7 @@ def forward(model: Any, installation: Installation, selected: AdapterSelection, 
 def outgrows(
     model: Any, installation: Installation, tokens: int, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> str | None:
-    """Why a generation behind so many prompt tokens may grow too long to share them, where PEFT's own way is exact."""
+    """The reason why a generation after ``tokens`` prompt tokens may grow too long to share the prompt; else None."""
     config = kwargs.get("generation_config") or model.generation_config
     ids = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids", kwargs.get("inputs_embeds")))
     if ids is None:
@@ -46,7 +46,7 @@ def outgrows(
     if installation.facts.reads_token_ids:
         return why_not_shareable(installation.facts, tokens, {})
     new, whole = (kwargs.get(name, getattr(config, name, None)) for name in ("max_new_tokens", "max_length"))
-    last = ids.shape[1] + new if new is not None else max(whole or 0, ids.shape[1] + 20)  # 20: generate's own default
+    last = ids.shape[1] + new if new is not None else max(whole or 0, ids.shape[1] + 20)  # 20 is generate's default
     window = installation.facts.layers.window
     if window is not None and tokens + last > window:
         return f"it may outgrow a window of {window} tokens"
@@ -54,7 +54,7 @@ def outgrows(
 
 
 def pools(model: Any) -> bool:
-    """Whether the output has no positions."""
+    """Whether the model's output is pooled, without positions."""
     return task(model) == "SEQ_CLS"
 
 
@@ -65,7 +65,7 @@ def _rows(
 
 
 def _join(output: Any, prompt: Any, rows: list[int]) -> None:
-    """Put the prompt's ``[N, P, ...]`` in front of the rows' ``[B, S, ...]``."""
+    """Put the prompts' outputs ``[N, P, ...]`` in front of the rows' ``[B, S, ...]``, in place."""
     shared = len(set(rows)) == 1
 
     def join(first: Tensor, rest: Tensor) -> Tensor:

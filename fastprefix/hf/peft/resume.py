@@ -1,4 +1,4 @@
-"""Training of a PEFT adapter goes on: PEFT saves what its encoder gives, this the encoder beside it."""
+"""Saves and loads the encoders of PEFT adapters, so that training can resume; PEFT saves only an encoder's output."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ FILE = "prompt_encoder.safetensors"
 
 
 def reparameterised(config: Any) -> bool:
-    """Whether an adapter trains more than what PEFT saves of it."""
+    """Whether an adapter is trained through an encoder, of which PEFT saves only the output."""
     return bool(getattr(config, "prefix_projection", False)) or config.peft_type == "P_TUNING"
 
 
 def save(model: Any, dir: str | os.PathLike[str], names: Sequence[str] | None = None) -> None:
-    """Write the encoders that are trained beside PEFT's files, each replaced whole or not at all."""
+    """Write the trained encoders next to PEFT's files, each file replaced atomically."""
     for name in model.peft_config if names is None else names:
         config = model.peft_config[name]
         folder = Path(dir) if name == "default" else Path(dir) / name
@@ -35,7 +35,7 @@ def save(model: Any, dir: str | os.PathLike[str], names: Sequence[str] | None = 
 
 
 def load(model: Any, dir: Any, name: str, is_trainable: bool, **kwargs: Any) -> Any:
-    """PEFT's ``load_adapter`` into an adapter that is trained, its encoder included.
+    """PEFT's ``load_adapter`` for an adapter that is to be trained, with its encoder.
 
     Raises:
         ValueError: the adapter was trained through an encoder that was not saved, or one of another shape.
@@ -66,7 +66,7 @@ def load(model: Any, dir: Any, name: str, is_trainable: bool, **kwargs: Any) -> 
         with mock.patch.object(type(encoder), "_load_adapter_state_dict", lambda self, state_dict: None):
             result = set_peft_model_state_dict(model, weights, adapter_name=name)
         encoder.load_state_dict(tensors)
-    # Of the adapter, not of the base model; its encoder was loaded apart.
+    # Report missing keys of the adapter alone, not of the base model or of the encoder, which was loaded above.
     result.missing_keys[:] = [key for key in result.missing_keys if name in key and "prompt_encoder." not in key]
     if not is_trainable:
         model.eval()

@@ -1,7 +1,7 @@
-"""A cache of keys and values belongs to what was read when it was made: it cannot go on behind another prefix.
+"""Checks that a cache of keys and values is continued with the prefix that it was made with.
 
-The origin is kept on the cache object itself, so that copies of it (``copy.deepcopy`` for several continuations of one
-text) keep it too.
+The origin is an attribute of the cache object, so that copies of the cache (``copy.deepcopy`` for several
+continuations of one text) keep it.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ _ATTRIBUTE = "_fastprefix_origin"
 
 
 class Origin(NamedTuple):
-    """What a forward reads in front of its rows."""
+    """The installation, prefixes and shared prompt that a forward reads in front of its rows."""
 
-    installation: int  # the number of the attached model's
-    names: tuple[Name | None, ...]  # one for all rows, or one for each
-    shared: int | None  # the number of a block of shared_prompt
-    rows: int  # of the batch, beams and returned sequences among them
+    installation: int  # number of the model's installation
+    names: tuple[Name | None, ...]  # one name for all rows, or one for each row
+    shared: int | None  # number of the open shared_prompt block
+    rows: int  # batch size, with beams and returned sequences
 
     def __str__(self) -> str:
         names = "no prefix" if self.names == (None,) else f"prefix {self.names[0]!r}"
@@ -39,7 +39,7 @@ class Origin(NamedTuple):
         return f"a block of shared_prompt (number {self.shared}){behind}"
 
     def continues(self, other: Origin) -> bool:
-        """Whether a forward that reads this may go on with a cache of the other: also with some of a batch's rows."""
+        """Whether a forward of this origin may use a cache of the other: the same one, or a subset of its rows."""
         if self.installation != other.installation or self.shared != other.shared:
             return False
         some = len(other.names) > 1 and self.rows != other.rows and set(self.names) <= set(other.names)
@@ -47,32 +47,32 @@ class Origin(NamedTuple):
 
 
 class CacheOrigins:
-    """Holds the forwards of one model to the origins of their caches."""
+    """Compares each forward of one model with the origin of its cache."""
 
     def __init__(self, facts: ModelFacts, selection: Selection, warn: WarnOnce) -> None:
         self.facts, self.selection, self.warn = facts, selection, warn
-        self.number = next(_numbers)  # of this installation
+        self.number = next(_numbers)  # number of this installation
 
     def of(self, kwargs: dict[str, Any]) -> Origin:
-        """What a forward with these keyword arguments reads."""
+        """The origin of a forward with these keyword arguments."""
         current, shared = self.selection.current(), self.selection.shared
         names: tuple[Name | None, ...] = (None,) if current is None else current.names
         names = names[:1] if len(set(names)) == 1 else names
         inputs = [kwargs.get(name) for name in (self.facts.layers.main.main_input, "inputs_embeds")]
-        rows = next((len(x) for x in inputs if isinstance(x, Tensor)), 0)  # where it is missing, the model says so
+        rows = next((len(x) for x in inputs if isinstance(x, Tensor)), 0)  # without an input the model raises
         return Origin(self.number, names, None if shared is None else shared.number, rows)
 
     def check(self, kwargs: dict[str, Any]) -> None:
-        """Hold a forward to the origin of its cache; an empty cache takes the forward's.
+        """Compare a forward's origin with that of its cache; an empty cache gets the forward's origin.
 
         Raises:
-            ValueError: the cache was made with something else in front; both are named.
+            ValueError: the cache was made with another prefix or shared prompt; both origins are named.
         """
         cache = kwargs.get("past_key_values")
         if cache is None:
             return
         here, made = self.of(kwargs), getattr(cache, _ATTRIBUTE, None)
-        if made == here:  # the length of a static cache lies on its device: no step waits for it
+        if made == here:  # first, as a static cache's length is on its device and would have to be waited for
             return
         if not int(cache.get_seq_length()):
             remember(cache, here)
@@ -92,12 +92,12 @@ class CacheOrigins:
 
 
 def remember(cache: Any, origin: Origin) -> None:
-    """Keep a cache's origin."""
+    """Store an origin on a cache object."""
     setattr(cache, _ATTRIBUTE, origin)
 
 
 def keep(output: Any, origin: Origin) -> None:
-    """Keep the origin of the cache that a forward has made."""
+    """Store the origin on the cache in a forward's output, unless the cache has one."""
     cache = output.get("past_key_values") if hasattr(output, "get") else None
     if isinstance(output, tuple):
         cache = next((x for x in output[1:] if hasattr(x, "get_seq_length")), None)

@@ -1,4 +1,4 @@
-"""Gradient checkpointing around a prefix: recomputed with the prefix of the forward, in both modes."""
+"""Gradient checkpointing: a layer is recomputed with the prefix of its forward, in both modes (reentrant or not)."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ _FUNCTION = gradient_checkpointing.FUNCTION
 
 
 class SwappedModules(Protocol):
-    """The modules of prefixes that stand in the model instead of its own (``modules_to_save``)."""
+    """Replaces modules of the model by a prefix's trained copies (``modules_to_save``)."""
 
     using: dict[str, nn.Module]
 
     def in_place(self, chosen: Mapping[str, nn.Module]) -> AbstractContextManager[None]:
-        """Let these stand in the model inside the block."""
+        """Put these copies into the model, by path, for the duration of the block."""
         ...
 
 
 class _Recompute:
-    """A checkpointing function whose recomputation reads what the forward read."""
+    """A layer's checkpointing function, whose recomputation reads the same context as the forward."""
 
     def __init__(self, checkpointing: Checkpointing, original: Callable[..., Any]) -> None:
         self.checkpointing, self.original = checkpointing, original
@@ -57,10 +57,10 @@ class _Recompute:
 
 
 class Bridge(torch.autograd.Function):
-    """The way of gradients around reentrant checkpointing, which runs a backward of its own for every layer.
+    """Carries gradients to a prompt's graph under reentrant checkpointing, which runs one backward pass per layer.
 
-    The layers read leaves in place of what the prompt's own graph gave, and collect gradients there. This function
-    stands in front of the first layer, so its backward runs after all of theirs: it hands over what they collected.
+    The layers read detached leaves instead of the prompt's keys and values, and accumulate gradients in them. This
+    function is applied before the first layer, so its backward runs last and passes the leaves' gradients on.
     """
 
     @staticmethod
@@ -77,7 +77,7 @@ class Bridge(torch.autograd.Function):
 
 
 class Checkpointing:
-    """The checkpointed layers of one model."""
+    """Gradient checkpointing of one model: wraps the layers' checkpointing functions."""
 
     def __init__(
         self,
@@ -99,7 +99,7 @@ class Checkpointing:
         return gradient_checkpointing.is_active(self.modules)
 
     def wrap_functions(self) -> None:
-        """Have every layer recomputed with what its forward reads."""
+        """Wrap every layer's checkpointing function, so that recomputation reads the forward's context."""
         for module in self.modules:
             function = getattr(module, _FUNCTION, None)
             if function is not None and not isinstance(function, _Recompute):
@@ -107,7 +107,7 @@ class Checkpointing:
 
     @contextmanager
     def recomputing(self, context: ForwardContext | None, active: str | None) -> Iterator[None]:
-        """Run a part of a forward again with what it read (None: the bare model), whatever is selected by now."""
+        """Restore a forward's context (None: the bare model) inside the block, whichever prefix is active now."""
         if not self.slots.present():
             raise RuntimeError("fastprefix: the prefix was taken out between a checkpointed forward and its backward")
         slots, on, implementation = list(self.slots), self.configs.on, masks.requested.implementation
@@ -129,14 +129,14 @@ class Checkpointing:
             self.query_scaling.offset = offset
 
     def remove(self) -> None:
-        """Give the layers their own checkpointing functions back."""
+        """Restore the layers' own checkpointing functions."""
         for module in self.modules:
             function = getattr(module, _FUNCTION, None)
             if isinstance(function, _Recompute):
                 setattr(module, _FUNCTION, function.original)
 
     def detach_prompt(self, context: ForwardContext) -> ForwardContext:
-        """Replace what has a graph by leaves, where reentrant checkpointing would run that graph twice."""
+        """Replace tensors with a graph by leaves, where reentrant checkpointing would run that graph twice."""
         reentrant = gradient_checkpointing.is_reentrant(self.modules)
         if context.layers is None or not context.tensors() or not torch.is_grad_enabled() or not reentrant:
             return context
@@ -151,7 +151,7 @@ class Checkpointing:
         return replace(context, layers=layers, leaves=list(leaves.values()))
 
     def require_gradient(self, context: ForwardContext, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        """A layer's inputs, the first asking for a gradient: reentrant checkpointing drops the prefix's otherwise."""
+        """Set ``requires_grad`` on a layer's first input, without which reentrant checkpointing drops gradients."""
         if not torch.is_grad_enabled() or not gradient_checkpointing.is_reentrant(self.modules):
             return args
         if not args:

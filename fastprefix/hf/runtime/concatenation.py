@@ -1,4 +1,4 @@
-"""Puts a prompt in front of every row as embeddings, where sharing it would not be exact."""
+"""Concatenates a prompt's embeddings to every row, where sharing the prompt would not be exact."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ def prepend(
 
     Args:
         facts: about the model.
-        context: has the embeddings.
-        kwargs: the forward's keyword arguments, which are changed.
+        context: holds the embeddings in ``concatenated``.
+        kwargs: the forward's keyword arguments, changed in place.
         first: position of a text's first token in this model.
-        outer_made_masks: whether finished masks among the arguments are an outer module's, made by our mask function.
+        outer_made_masks: whether an outer module has already made the masks in ``kwargs`` with our mask function.
     """
     assert context.concatenated is not None
     batch = facts.layers.batch_size(kwargs)
@@ -40,7 +40,7 @@ def prepend(
             "position_ids", "packed documents (they jump)", "one document a row: the prompt is concatenated here"
         )
     if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
-        # What an outer module had our mask function make is of a known form; a caller's own may be anything.
+        # Masks made by our mask function have a known form; a caller's own masks may be anything.
         if prompt_mask is not None or facts.layers.main.causal or not outer_made_masks or not _is_bool(mask):
             raise fail("attention_mask", "a mask made in advance", "[B, S] padding: the prompt is concatenated here")
         kwargs["attention_mask"] = _in_front(mask, tokens)
@@ -48,7 +48,7 @@ def prepend(
         mask = embeds.new_ones(batch, embeds.shape[1], dtype=torch.long) if mask is None else mask
         prompt_mask = mask.new_ones(batch, tokens) if prompt_mask is None else prompt_mask.to(mask.dtype)
         kwargs["attention_mask"] = torch.cat([prompt_mask, mask], 1)
-    if ids is not None and context.concatenated_ids is not None:  # some layers read them beside their embeddings
+    if ids is not None and context.concatenated_ids is not None:  # some layers read token ids in addition to embeddings
         kwargs["input_ids"] = torch.cat([context.concatenated_ids.to(ids.device).expand(batch, -1), ids], 1)
     else:
         kwargs["input_ids"], kwargs["inputs_embeds"] = None, torch.cat([prompt, embeds], 1)
@@ -64,7 +64,7 @@ def prepend(
         types = kwargs["token_type_ids"]
         kwargs["token_type_ids"] = torch.cat([types.new_zeros(batch, tokens), types], 1)
     if "use_cache" in facts.layers.main.owner_arguments:
-        kwargs["use_cache"] = False  # the prompt would be content in it ever after
+        kwargs["use_cache"] = False  # the prompt would stay in the cache as content
 
 
 def _is_bool(mask: Any) -> bool:
@@ -73,20 +73,21 @@ def _is_bool(mask: Any) -> bool:
 
 
 def _in_front(mask: Any, tokens: int) -> Any:
-    """Masks that an outer module made of text, with so many tokens in front of every row, which all rows see.
+    """Extend masks that an outer module made by ``tokens`` prompt tokens in front, which every row sees.
 
-    Where a row's first token that is not padding sees those behind it, the tokens in front see the same; elsewhere the
-    row is causal, and so are they. The forms are those of ``masks.py``: what has stride 0 over the rows must keep it.
+    If a row's first real token sees the tokens after it, the row is bidirectional and so are its prompt tokens.
+    Otherwise the row is causal, and so are they. The masks' forms are those of ``attention/masks.py``: a mask with
+    stride 0 over the rows must keep it.
     """
     if isinstance(mask, dict):
         return {name: _in_front(x, tokens) for name, x in mask.items()}
     if mask is None:
         return None
     rows = mask.shape[2]
-    if mask.stride(2) == 0:  # nothing but padding is hidden
+    if mask.stride(2) == 0:  # only padding is hidden
         wider = torch.nn.functional.pad(mask[:, :, :1], (tokens, 0), value=True)
         return wider.expand(-1, -1, tokens + rows, -1)
-    first = mask.diagonal(dim1=2, dim2=3).to(torch.uint8).argmax(-1)  # [B, 1], the first that sees itself
+    first = mask.diagonal(dim1=2, dim2=3).to(torch.uint8).argmax(-1)  # [B, 1], the first token that sees itself
     seen = mask.gather(2, first[..., None, None].expand(-1, -1, 1, mask.shape[3]))  # [B, 1, 1, T]
     ahead = seen.sum(-1, keepdim=True) > 1
     own = torch.ones(tokens, tokens, dtype=torch.bool, device=mask.device)

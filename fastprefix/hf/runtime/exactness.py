@@ -1,7 +1,7 @@
-"""Whether a prompt may be computed once for all rows, or has to be concatenated to each of them to be exact.
+"""Decides whether a prompt may be computed once for all rows, or must be concatenated to each row to be exact.
 
 Sharing is exact where a prompt's keys and values depend on the prompt alone: not on the text that follows it, nor on
-the length of that text, nor on chance.
+the length of that text, nor on dropout.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from fastprefix.hf.model.facts import ModelFacts
 def why_not_shareable(
     facts: ModelFacts, tokens: int, kwargs: dict[str, Any], embedded: bool = True
 ) -> str | None:
-    """Why a prompt of so many tokens must be concatenated in a forward to be exact; None where it may be shared.
+    """The reason why a prompt must be concatenated in a forward to be exact; None where it may be shared.
 
     Args:
         facts: about the model.
-        tokens: of the prompt.
+        tokens: number of tokens of the prompt.
         kwargs: the forward's keyword arguments.
         embedded: whether the prompt is embeddings, without token ids.
     """
@@ -36,7 +36,7 @@ def why_not_shareable(
 
 
 def why_too_long(facts: ModelFacts, tokens: int, last_position: int = 0) -> str | None:
-    """Why a text of so many tokens, its prompt included, is too long for a shared prompt; None where it is not."""
+    """The reason why ``tokens`` tokens, prompt included, are too many to share the prompt; None where they are not."""
     window = facts.layers.window
     if window is not None and tokens > window:
         return f"a layer has a window of {window} tokens: rows outgrow it, and a prompt in their place would too"
@@ -48,21 +48,21 @@ def why_too_long(facts: ModelFacts, tokens: int, last_position: int = 0) -> str 
 
 
 def _row_tokens(kwargs: dict[str, Any]) -> int:
-    """Tokens of a forward's rows, those in its cache included."""
+    """Number of tokens of a forward's rows, including those in its cache."""
     source = kwargs.get("input_ids") if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
     past = kwargs.get("past_key_values")
     return (0 if source is None else int(source.shape[1])) + (0 if past is None else int(past.get_seq_length()))
 
 
 def _last_position(facts: ModelFacts, kwargs: dict[str, Any]) -> int:
-    """One more than the greatest of a forward's own position ids; 0 where they are not asked for."""
+    """One more than the greatest of the position ids passed to a forward; 0 where they need not be known."""
     ids = kwargs.get("position_ids")
     asked = facts.rope_limits and not torch.compiler.is_compiling()
     return int(ids.max()) + 1 if asked and isinstance(ids, Tensor) and ids.numel() else 0
 
 
 def _active_dropout(owner: nn.Module) -> str | None:
-    """The name of a module that drops something in this mode."""
+    """The name of a module whose dropout is active in the current mode; None without one."""
     for name, module in owner.named_modules():
         if not module.training:
             continue

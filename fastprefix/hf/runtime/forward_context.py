@@ -1,4 +1,4 @@
-"""What one forward reads besides its content, and the records that lead from a prefix's name to it."""
+"""``ForwardContext``, the prefixes that one forward reads, and the records that resolve a prefix's name."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fastprefix.errors import fail
 from fastprefix.prefixes.prefix import LayerKV
 
 Name = Hashable  # of a prefix; PEFT's multitask prompts are (name, task)
-KeyValues = list[LayerKV | None]  # of every attention layer
+KeyValues = list[LayerKV | None]  # one for every attention layer
 
 
 class AdapterSelection(NamedTuple):
@@ -22,7 +22,7 @@ class AdapterSelection(NamedTuple):
     names: tuple[Name | None, ...]
 
     def distinct(self) -> list[Name]:
-        """The names without repetitions, in order."""
+        """The distinct names other than None, in order of first appearance."""
         return list(dict.fromkeys(name for name in self.names if name is not None))
 
     def rows(self, batch: int) -> list[Name | None]:
@@ -38,19 +38,19 @@ class AdapterSelection(NamedTuple):
 
 
 class ResolvedPrefix(NamedTuple):
-    """One prefix (``key_values``) or soft prompt (``prompt``), as a provider gives it for a name."""
+    """One prefix (``key_values``) or soft prompt (``prompt``) that a :class:`PrefixProvider` found for a name."""
 
-    kind: str  # in words
+    kind: str  # in words, for messages
     tokens: int  # P
-    offset: int  # positions that content after it is shifted by
-    parameters: tuple[Tensor, ...]  # what it is computed from
+    offset: int  # number of positions by which the content after the prefix is shifted
+    parameters: tuple[Tensor, ...]  # parameters that the prefix is computed from
     key_values: Callable[[], KeyValues] | None = None
     prompt: Callable[[], Tensor] | None = None  # [P, d]
     layers: int | None = None  # how many layers have a prefix
 
 
 class PrefixProvider(Protocol):
-    """Leads from names to prefixes: attached ones, PEFT's adapters, or PEFT's gated prompts."""
+    """Resolves names to prefixes: attached prefixes, PEFT's adapters, or PEFT's gated prompts."""
 
     gated: bool  # whether prompts are added through a gate, and the content keeps the model's own attention
 
@@ -59,15 +59,15 @@ class PrefixProvider(Protocol):
         ...
 
     def resident(self) -> list[str]:
-        """Those whose parameters are in memory."""
+        """The names whose parameters are in memory."""
         ...
 
     def active(self) -> AdapterSelection | None:
-        """What every row reads when no block selects for it."""
+        """The selection for every row outside of a ``prefix_batch`` block; None for the bare model."""
         ...
 
     def enabled(self) -> bool:
-        """Whether a block's selection is read, or adapters are disabled."""
+        """False while adapters are disabled, and a block's selection is not read either."""
         ...
 
     def resolve(self, name: Name) -> ResolvedPrefix:
@@ -75,13 +75,13 @@ class PrefixProvider(Protocol):
         ...
 
     def held(self, selection: AdapterSelection) -> AbstractContextManager[None]:
-        """Keep what a block selects in memory, with its modules in place."""
+        """Keep the selected prefixes in memory inside the block, and their trained modules in the model."""
         ...
 
 
 @dataclass
 class PrefixBank:
-    """The prefixes that a batch chooses from, layer by layer, and what follows from each."""
+    """Several prefixes packed layer by layer, from which each row of a batch reads one."""
 
     names: list[Name]
     offsets: list[int]
@@ -91,21 +91,21 @@ class PrefixBank:
 
 @dataclass
 class ForwardContext:
-    """What one forward reads: made before the layers run, handed to them, and dropped afterwards."""
+    """Everything that one forward reads besides its content: made before the layers run, dropped afterwards."""
 
-    offset: int | Tensor = 0  # positions that content is shifted by; [B, 1]
-    layers: KeyValues | None = None  # None: every layer asks for the active prefix
+    offset: int | Tensor = 0  # number of positions by which content is shifted; [B, 1]
+    layers: KeyValues | None = None  # None: every layer reads the active prefix
     last: Tensor | None = None  # [B or 1, d], hidden state of the last token of each row's prompt
-    concatenated: Tensor | None = None  # [B or 1, P, d], embeddings that are put in front of every row instead
-    concatenated_ids: Tensor | None = None  # [B or 1, P], where they are tokens
+    concatenated: Tensor | None = None  # [B or 1, P, d], embeddings to concatenate instead
+    concatenated_ids: Tensor | None = None  # [B or 1, P], their ids, where they are tokens
     concatenated_mask: Tensor | None = None  # [B or 1, P]
-    concatenated_from: int = 0  # the position of the first of them
+    concatenated_from: int = 0  # position of the first concatenated embedding
     gated: bool = False  # the model's own attention, masks and positions stay; a gated prompt is added
-    padding: Tensor | None = None  # [B], places in front of a row's first token
+    padding: Tensor | None = None  # [B], padding places before a row's first token
     leaves: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # see checkpointing.Bridge
 
     def tensors(self) -> list[Tensor]:
-        """Keys, values and gates that want a gradient."""
+        """Keys, values and gates that require a gradient."""
         given = [kv for kv in self.layers or () if kv is not None]
         return [x for kv in given for x in (kv.k, kv.v, kv.gate) if x is not None and x.requires_grad]
 
@@ -114,22 +114,22 @@ class NestedForward:
     """A forward over prompts that runs inside a forward over rows."""
 
     def __init__(self, context: ForwardContext | None, outermost: bool) -> None:
-        self.context = context  # what the prompts themselves have in front of them
+        self.context = context  # the prefix that the prompts themselves read
         self.outermost = outermost  # whether the prompts run through the whole model, as a caller's rows do
         self.hidden: Tensor | None = None  # [N, P, d]
 
 
 class ForwardState:
-    """The forward that one model runs now; the model's lock keeps other threads away from it."""
+    """State of the forward that one model runs now. The model's ForwardLock keeps other threads away from it."""
 
     def __init__(self) -> None:
         self.context: ForwardContext | None = None
         self.nested: NestedForward | None = None
-        self.prepared: PrefixBank | None = None  # computed for the next forward already
+        self.prepared: PrefixBank | None = None  # computed in advance, for the next forward
         self.bypassed = False  # whether the model runs as if nothing were attached
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy that is made during a forward runs none.
+        # A copy of the model that is made during a forward is not itself in a forward.
         return {**self.__dict__, "context": None, "nested": None, "prepared": None}
 
     @contextmanager
@@ -143,7 +143,7 @@ class ForwardState:
 
     @contextmanager
     def preparing(self, bank: PrefixBank) -> Iterator[None]:
-        """Let the forward inside the block read a bank that was computed already."""
+        """Let the forward inside the block read this precomputed bank."""
         self.prepared = bank
         try:
             yield

@@ -1,4 +1,4 @@
-"""What runs around each forward of an attached model: prefixes, positions, packing, a check that all layers ran."""
+"""Hooks around each forward of an attached model: prefixes, positions, packing, a check that all layers ran."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from fastprefix.hf.runtime.slots import AttentionSlots
 class ForwardHooks:
     """Hooks on the module that makes a stack's position ids and masks.
 
-    They ask the reader for the forward's context, hand it to the layers' slots, and drop it when the forward ends.
+    They ask the PrefixReader for a ForwardContext, hand it to the layers' slots, and drop it when the forward ends.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class ForwardHooks:
             self.shifted_table.handle.remove()
 
     def is_idle(self) -> bool:
-        """Whether a forward is the bare model's, and nothing has to be switched off for it."""
+        """Whether the next forward reads no prefix and fastprefix's attention is switched off already."""
         selection = self.selection
         busy = self.configs.on or self.forward.nested is not None or selection.shared is not None
         return not busy and selection.current() is None
@@ -88,13 +88,13 @@ class ForwardHooks:
         return self.outer.first_position if self.outer.given else self.facts.default_positions.first
 
     def before(self, owner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Find what the layers read, shift the content's positions and refuse what cannot be right."""
+        """Before a forward: make its context, shift the content's positions, refuse arguments that cannot work."""
         forward = self.forward
         if forward.bypassed:
             return None
         kwargs = {**dict(zip(self.stack.owner_arguments, args, strict=False)), **kwargs}
         if forward.nested is None and not torch.compiler.is_compiling():
-            self.reset()  # an interrupt may have kept the last forward from it
+            self.reset()  # an interrupt may have stopped the last forward before its own reset
             if "past_key_values" in self.stack.owner_arguments:
                 self.origins.check(kwargs)
                 self.origin = self.origins.of(kwargs)
@@ -125,7 +125,7 @@ class ForwardHooks:
         return self.start(context, kwargs)
 
     def start(self, context: ForwardContext, kwargs: dict[str, Any]) -> Any:
-        """Hand the context to the layers."""
+        """Hand a context to the layers' slots and return the forward's arguments."""
         context = self.checkpointing.detach_prompt(context)
         self.forward.context = context
         self.query_scaling.offset = context.offset
@@ -133,18 +133,18 @@ class ForwardHooks:
             self.slots.set_overrides(context.layers, self.stack)
         if context.concatenated is not None:
             padding_idx = None if self.table is None else self.table.padding_idx
-            # RoBERTa's positions count from behind its padding index, PaliGemma's from 1.
+            # RoBERTa's positions start after its padding index, PaliGemma's at 1.
             first = self.first_position + (0 if padding_idx is None else padding_idx + 1)
             concatenation.prepend(self.facts, context, kwargs, first, self.outer.makes_masks)
         if self.checkpointing.active():
             self.checkpointing.wrap_functions()
         elif context.layers is None and (encoder := self.selection.active_encoder()) is not None:
-            # The MLP of all of the stack's layers runs at once.
+            # The MLP computes all layers of the stack at once.
             encoder.share([self.facts.layers.parts[i] for i in self.stack.layers])
         return (), kwargs
 
     def reset(self) -> None:
-        """Nothing of an earlier forward is left."""
+        """Clear everything that an earlier forward may have left."""
         self.forward.context, self.origin = None, None
         self.query_scaling.offset = 0
         self.slots.clear_overrides()
@@ -154,15 +154,15 @@ class ForwardHooks:
             self.shifted_table.offset = 0
 
     def unshare_encoder(self) -> None:
-        """Drop what the active prefix's MLP computed for this forward."""
+        """Drop the keys and values that the active prefix's MLP computed for this forward."""
         if (encoder := self.selection.active_encoder()) is not None:
             encoder.unshare()
 
     def set_positions(self, context: ForwardContext, kwargs: dict[str, Any]) -> None:
-        """Give the content the positions after the prefix."""
+        """Shift the content's positions past the prefix."""
         facts, causal = self.facts, self.stack.causal
         if facts.layers.main is not self.stack:
-            return  # an encoder in front of a decoder keeps its positions, as in Li & Liang 2021
+            return  # the encoder of an encoder-decoder keeps its positions, as in Li & Liang 2021
         if self.shifted_table is not None:
             self.shifted_table.offset = context.offset
             return
@@ -174,17 +174,17 @@ class ForwardHooks:
         if self.stack.takes_positions and (shifted or (counts and ids is None)):
             given, first = {**kwargs, "attention_mask": mask, "position_ids": ids}, self.first_position
             ids = position_ids.content_positions(given, context.offset, counts, self.table, first)
-            if facts.default_positions.first:  # such a model reads a position for every row
+            if facts.default_positions.first:  # such a model needs position ids for every row
                 ids = ids.expand(facts.layers.batch_size(kwargs), -1).contiguous()
             kwargs["position_ids"] = ids
         if self.head.active and isinstance(mask, Tensor) and mask.dim() == 2:
             context.padding = (mask.cumsum(1) == 0).sum(1)
             prompted = self.selection.prompted_rows(len(mask))
-            if prompted is not None:  # a row without a prompt keeps what it has
+            if prompted is not None:  # a row without a prompt is not moved
                 context.padding = context.padding * prompted.to(mask.device)
 
     def refuse(self, kwargs: dict[str, Any]) -> None:
-        """Raise where the prefix would be ignored or cannot be right."""
+        """Raise for arguments or settings with which the prefix would be ignored, or its output wrong."""
         if kwargs.get("output_attentions") or getattr(self.facts.model.config, "output_attentions", False):
             raise fail("output_attentions", True, "False: fused attention never materialises its weights")
         if other := self.configs.changed():
@@ -192,7 +192,7 @@ class ForwardHooks:
             raise fail("attn_implementation", got, "fastprefix: detach first, or the prefix would be ignored")
 
     def after(self, owner: nn.Module, args: Any, output: Any) -> Any:
-        """Drop what belongs to this forward; after the first one, check that every layer read the prefix."""
+        """After a forward: drop its context; after the first forward, check that every layer read the prefix."""
         forward, head = self.forward, self.head
         context = forward.context
         if forward.bypassed or not self.lock.held_by_me():

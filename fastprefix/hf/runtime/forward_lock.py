@@ -1,4 +1,4 @@
-"""Serialises the forwards of one model: what a forward reads is kept in the model, which threads share."""
+"""Serialises the forwards of one model: a forward keeps its context in the model, which threads share."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from torch import nn
 from fastprefix.errors import fail
 from fastprefix.hf.model.layers import AttentionStack
 
-_CHECK_AFTER = 0.05  # seconds until a waiting thread looks whether the owner still runs a forward
+_CHECK_AFTER = 0.05  # seconds after which a waiting thread checks whether the owner still runs a forward
 
 
 class ForwardLock:
     """A reentrant lock that hooks on a model acquire before each forward and release after it.
 
-    A block (of prefix_batch, shared_prompt, adapter names) chooses for the thread that opened it. Another thread's
-    forward must neither read that choice nor wait for a block that may itself wait for the thread: it raises.
-    Under ``torch.compile`` nothing is locked.
+    A block (``prefix_batch``, ``shared_prompt``, PEFT's adapter names) selects prefixes for the thread that opened it.
+    A forward of another thread raises: it must not read that selection, and waiting could deadlock, as the block may
+    itself wait for that thread. Under ``torch.compile`` no lock is taken.
     """
 
     def __init__(self, model: nn.Module, stacks: Sequence[AttentionStack]) -> None:
@@ -36,12 +36,12 @@ class ForwardLock:
         self.handles: list[Any] = state["handles"]
         self.condition = threading.Condition()
         self.owner: int | None = None  # the thread that holds the lock
-        self.depth = 0  # how often it has acquired it
-        self.released_in_finally = False  # whether it releases for certain; an interrupt may skip forward hooks
+        self.depth = 0  # how often the owner has acquired it
+        self.released_in_finally = False  # by the owner; an interrupt may skip forward hooks
         self.block_owner: int | None = None  # the thread that has a block open
 
     def hook(self) -> None:
-        """Put hooks on the model, around all that are there already: the first to run before, the last after."""
+        """Hook the model around all hooks that it has: ``before`` runs first, ``after`` runs last."""
         for module in self.modules:
             self.handles.append(module.register_forward_pre_hook(self.before, prepend=True))
             self.handles.append(module.register_forward_hook(self.after, always_call=True))
@@ -56,7 +56,7 @@ class ForwardLock:
         return torch.compiler.is_compiling() or self.owner == threading.get_ident()
 
     def before(self, module: nn.Module, args: Any) -> None:
-        """Acquire the lock; RuntimeError while another thread has a block open."""
+        """Acquire the lock before a forward; RuntimeError while another thread has a block open."""
         if torch.compiler.is_compiling():
             return
         if getattr(module, "_is_replica", False):
@@ -70,24 +70,28 @@ class ForwardLock:
         self.acquire(released_in_finally=False)
 
     def after(self, module: nn.Module, args: Any, output: Any) -> None:
-        """Release the lock, also after an error."""
+        """Release the lock after a forward, also one that raised."""
         if not torch.compiler.is_compiling():
             self.release()
 
     def acquire(self, released_in_finally: bool) -> None:
-        """Wait until no other thread holds the lock."""
+        """Wait until no other thread holds the lock, then take it.
+
+        ``released_in_finally``: whether the caller releases in a ``finally``. Otherwise a waiting thread takes the
+        lock over once the owner's stack has no module call left on it.
+        """
         me = threading.get_ident()
         with self.condition:
             while self.owner not in (None, me):
                 notified = self.condition.wait(_CHECK_AFTER)
                 if not notified and not self.released_in_finally and _runs_no_forward(self.owner):
-                    break  # an interrupt, or its end, kept the owner from releasing it
+                    break  # the owner was interrupted, or ended, before it could release the lock
             if self.owner != me:
                 self.owner, self.depth, self.released_in_finally = me, 0, released_in_finally
             self.depth += 1
 
     def release(self) -> None:
-        """Let the next thread in, once it was called as often as :meth:`acquire`."""
+        """Undo one :meth:`acquire`; the last undone lets the next thread in."""
         with self.condition:
             if self.owner == threading.get_ident():
                 self.depth -= 1
@@ -97,7 +101,7 @@ class ForwardLock:
 
     @contextmanager
     def hold(self) -> Iterator[None]:
-        """No forward of another thread runs inside the block."""
+        """Hold the lock inside the block."""
         if torch.compiler.is_compiling():
             yield
             return
@@ -109,7 +113,7 @@ class ForwardLock:
 
     @contextmanager
     def block(self) -> Iterator[None]:
-        """Choose for this thread's forwards; ValueError where another one does."""
+        """Mark a block of this thread as open; ValueError where another thread has one open."""
         me = threading.get_ident()
         with self.hold():
             if self.block_owner not in (None, me):
@@ -123,7 +127,7 @@ class ForwardLock:
 
 
 def _runs_no_forward(thread: int | None) -> bool:
-    """Whether no module's forward is on a thread's stack, or the thread has ended."""
+    """Whether a thread's stack has no module call on it, or the thread has ended."""
     frame = sys._current_frames().get(thread) if thread is not None else None
     while frame is not None:
         if "_call_impl" in frame.f_code.co_name:

@@ -1,4 +1,8 @@
-"""A prompt's last token predicts a row's first one: hooks that give the language model's head a position for it."""
+"""Hooks that add a position in front of each row for the language model's head.
+
+A prompt's last token predicts the row's first token. Its hidden state is put in front of the rows, so that the loss
+counts that prediction, and its logits are removed again.
+"""
 
 from __future__ import annotations
 
@@ -18,26 +22,26 @@ from fastprefix.hf.runtime.selection import Selection
 
 
 def keeps_some(kwargs: dict[str, Any]) -> bool:
-    """Whether only some positions' logits are asked for."""
+    """Whether a forward asks for the logits of only some positions (``logits_to_keep``)."""
     keep = kwargs.get("logits_to_keep")
     return isinstance(keep, Tensor) or bool(keep)
 
 
 @dataclass
 class _PromptPosition:
-    """The position in front of each row that the running forward adds for its prompt's last token."""
+    """The extra position in front of each row of the running forward, for the prompt's last token."""
 
     labelled: bool  # whether a loss is computed
-    length: int = 0  # 1 + S, tokens of the rows and that position
-    padding: Tensor | None = None  # [B], places in front of each row's first token
+    length: int = 0  # 1 + S, the extra position and the row's tokens
+    padding: Tensor | None = None  # [B], padding places before each row's first token
 
 
 class LMHeadHooks:
-    """Hooks on the model itself: one more position in front of the rows, for its loss, and out of the logits again."""
+    """Hooks on the outermost model: they lengthen the labels by one and cut the extra position from the logits."""
 
     def __init__(self, facts: ModelFacts, selection: Selection, forward: ForwardState, lock: ForwardLock) -> None:
         self.facts, self.selection, self.forward, self.lock = facts, selection, forward, lock
-        self.position: _PromptPosition | None = None  # of the running forward
+        self.position: _PromptPosition | None = None  # the running forward's
         self.handles: list[Any] = []
         model, layers = facts.model, facts.layers
         if len(layers.stacks) > 1 or not predicts_next_token(model, layers.main):
@@ -53,7 +57,7 @@ class LMHeadHooks:
 
     @property
     def active(self) -> bool:
-        """Whether the running forward has a position in front of its rows."""
+        """Whether the running forward adds a position in front of its rows."""
         return self.position is not None
 
     def remove(self) -> None:
@@ -62,7 +66,7 @@ class LMHeadHooks:
             handle.remove()
 
     def loss_fits_mask(self) -> bool:
-        """Whether a loss of labels one place longer runs beside a mask of the rows (Qwen2-Audio's reads both)."""
+        """Whether the loss accepts labels one longer than the attention mask (Qwen2-Audio's loss reads both)."""
         model, stack = self.facts.model, self.facts.layers.main
         ids = stack.dummy_inputs(tokens=3)["input_ids"]
 
@@ -80,7 +84,7 @@ class LMHeadHooks:
         return True
 
     def before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Give the labels one place more."""
+        """Before a forward: put an ignored label in front of the rows' labels."""
         if self.forward.nested is not None:
             return None
         self.position = None
@@ -104,13 +108,13 @@ class LMHeadHooks:
         return (), kwargs
 
     def prepend_hidden(self, output: Any, last: Tensor) -> Any:
-        """The hidden states ``[B, S, d]`` of a forward, with the prompt's last one in front."""
+        """Put the prompt's last hidden state in front of the hidden states ``[B, S, d]`` of a forward's output."""
         hidden = output[0]
         first = last.to(hidden.dtype)[:, None].expand(hidden.shape[0], 1, -1)
         return replace_hidden(output, torch.cat([first, hidden], 1))
 
     def move_past_left_padding(self, output: Any, context: ForwardContext) -> Any:
-        """The same; in rows padded on the left the prompt's last state stands in front of their first token."""
+        """In left-padded rows, move the prompt's hidden state right up to the row's first real token."""
         assert self.position is not None
         self.position.padding, self.position.length = context.padding, output[0].shape[1]
         if context.padding is None:
@@ -121,7 +125,7 @@ class LMHeadHooks:
         return replace_hidden(output, torch.where(here, hidden[:, :1], hidden))
 
     def after(self, model: nn.Module, args: Any, output: Any) -> Any:
-        """Logits of the rows' own tokens; those in front of them are kept for whoever shares a prompt."""
+        """After a forward: cut the extra position from the output, and keep its logits for ``shared_prompt``."""
         if self.forward.nested is not None or not self.lock.held_by_me():
             return None
         position, self.position = self.position, None
@@ -133,7 +137,7 @@ class LMHeadHooks:
             logits = output[at] if len(output) > at else None
             output = tuple(_without_first(x, length) if i == at else x for i, x in enumerate(output))
         else:
-            # A loss fused with the head makes no logits, but may tell something of every token.
+            # A loss fused with the head returns no logits, but perhaps other tensors with one value per token.
             logits = output.get("logits")
             for name, x in list(output.items()):
                 if name in ("logits", "last_hidden_state") or (isinstance(x, Tensor) and x.dim() == 2):
@@ -146,12 +150,12 @@ class LMHeadHooks:
 
 
 def _without_first(x: Any, length: int) -> Any:
-    """Drop the first of the ``[B, 1 + S]`` places of an output; anything else stays as it is."""
+    """Drop the first of ``[B, 1 + S, ...]`` positions; a value of any other shape is returned unchanged."""
     return x[:, 1:] if isinstance(x, Tensor) and x.dim() > 1 and x.shape[1] == length else x
 
 
 def replace_hidden(output: Any, hidden: Tensor) -> Any:
-    """A forward's output with other hidden states."""
+    """A forward's output with its hidden states replaced."""
     if isinstance(output, tuple):
         return (hidden, *output[1:])
     output[next(iter(output.keys()))] = hidden

@@ -1,7 +1,7 @@
-"""Heads that pool a bidirectional model's text at one place: behind a concatenated prompt it is the prompt's first.
+"""Heads that pool one position of a bidirectional model's text, such as the first token (``[CLS]``).
 
-That is what concatenation gives, and PEFT. So such a head is given the prompt's hidden states too, and what the model
-returns for every token is cut behind it.
+With a concatenated prompt the first token is the prompt's, as in PEFT. Such a head therefore receives the prompt's
+hidden states too, and the per-token outputs are cut to the rows' own tokens after the head.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from fastprefix.hf.model import layers as model_layers
 from fastprefix.hf.model import probing
 from fastprefix.hf.runtime.lm_head_hooks import replace_hidden
 
-_STATES = ("last_hidden_state", "start_logits", "end_logits")  # by token, beside what is pooled
+_STATES = ("last_hidden_state", "start_logits", "end_logits")  # outputs per token, next to the pooled ones
 
 
 class PooledHead:
-    """A hook on a model whose head pools; none on others."""
+    """A hook on a model with a pooling head, which cuts the prompt from the output; no hook on other models."""
 
     def __init__(self, model: nn.Module, stack: model_layers.AttentionStack) -> None:
-        self.tokens = 0  # of the prompt in the forward that runs
-        self.length = 0  # P + S, of the prompt and the rows
+        self.tokens = 0  # prompt tokens P in the running forward
+        self.length = 0  # P + S, tokens of the prompt and a row
         self.handles: list[Any] = []
         if not stack.causal and stack.owner is not model and not stack.extra_inputs and pools(model, stack):
             self.handles.append(model.register_forward_hook(self.after, always_call=True))
@@ -36,7 +36,7 @@ class PooledHead:
         self.tokens, self.length = tokens, length
 
     def after(self, model: nn.Module, args: Any, output: Any) -> Any:
-        """What the model returns for every token, of the rows' own."""
+        """After a forward: cut the prompt's positions from the per-token outputs."""
         tokens, self.tokens = self.tokens, 0
         if not tokens or output is None or isinstance(output, tuple):
             return None
@@ -49,7 +49,7 @@ class PooledHead:
 
 
 def _behind(output: Any, tokens: int, length: int) -> Any:
-    """An output without the first of so many tokens; a model of texts and images has its towers' outputs in its own."""
+    """Drop the first ``tokens`` positions of an output, and of the outputs inside it (text and vision towers)."""
     for name, x in list(output.items()):
         if name in _STATES and isinstance(x, Tensor) and x.shape[1] == length:
             output[name] = x[:, tokens:]
@@ -59,7 +59,7 @@ def _behind(output: Any, tokens: int, length: int) -> Any:
 
 
 def reads_each_token(model: Any, stack: model_layers.AttentionStack) -> bool:
-    """Whether what a head says of a token is told by that token's hidden state: the first one's can be cut off then."""
+    """Whether a head's output for a token depends on that token's hidden state alone, so the prompt's can be cut."""
     embeddings = model.get_input_embeddings()(stack.dummy_inputs(tokens=4)["input_ids"])
 
     def cut(module: nn.Module, args: Any, output: Any) -> Any:
@@ -77,7 +77,7 @@ def reads_each_token(model: Any, stack: model_layers.AttentionStack) -> bool:
 
 
 def pools(model: Any, stack: model_layers.AttentionStack) -> bool:
-    """Whether a model's own output has something of one place of its text, and no logits of every token."""
+    """Whether a model's output has a value for the whole text, and no per-token values but ``_STATES``."""
     if stack.main_input != "input_ids":
         return False
     shapes = []

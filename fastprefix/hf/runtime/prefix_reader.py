@@ -1,4 +1,4 @@
-"""Turns the names that a forward selects into what its layers read."""
+"""Turns the prefix names that are selected for a forward into a :class:`ForwardContext`."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from fastprefix.prefixes.prefix import LayerKV, Prefix
 
 
 class PrefixReader:
-    """Reads the selected prefixes of one model and runs its soft prompts."""
+    """Makes the :class:`ForwardContext` of each forward of one model, and runs its soft prompts for that."""
 
     def __init__(
         self, facts: ModelFacts, selection: Selection, forward: ForwardState, prefill: PromptPrefill, warn: WarnOnce
@@ -38,14 +38,14 @@ class PrefixReader:
         self.cache = PromptKVCache()
 
     def read(self, kwargs: dict[str, Any]) -> ForwardContext | None:
-        """What a forward with these keyword arguments reads; None for the bare model."""
+        """The context of a forward with these keyword arguments; None for the bare model."""
         current = self.selection.current()
         if self.selection.shared is not None:
             return self.selection.shared.read(current, kwargs)
         return None if current is None else self.read_names(current, kwargs)
 
     def read_names(self, selected: AdapterSelection, kwargs: dict[str, Any]) -> ForwardContext | None:
-        """What a selection of names means in a forward; runs soft prompts through the model."""
+        """The context for a selection of names; soft prompts run through the model for it. None without a name."""
         active, prefixes = self.selection.active, self.selection.prefixes
         if len(selected.names) == 1 and selected.names[0] == active and active in prefixes:
             prefix = prefixes[active]
@@ -81,10 +81,10 @@ class PrefixReader:
         """Compute the keys and values of these prefixes.
 
         Args:
-            names: of the prefixes.
+            names: names of the prefixes.
             resolved: the prefixes themselves.
-            module: what soft prompts run through; default the part of the model around all layers.
-            options: keyword arguments of its forward.
+            module: the module that soft prompts run through; default the part of the model around all layers.
+            options: further keyword arguments of that module's forward.
 
         Returns:
             The bank, and the output of the module that soft prompts ran through (None without any).
@@ -111,7 +111,7 @@ class PrefixReader:
         return PrefixBank(list(names), [prefix.offset for prefix in resolved], layers, last), output
 
     def choose(self, bank: PrefixBank, selected: AdapterSelection, kwargs: dict[str, Any]) -> ForwardContext:
-        """Let each row of a forward read its own prefix of a bank."""
+        """The context in which each row of a forward reads its own prefix of a bank."""
         if not set(selected.distinct()) <= set(bank.names):
             raise AssertionError(f"a bank of {bank.names} for rows of {selected.distinct()}")
         batch = self.facts.layers.batch_size(kwargs)
@@ -148,7 +148,7 @@ class PrefixReader:
         kwargs: dict[str, Any],
         reason: str,
     ) -> ForwardContext:
-        """A context that puts embeddings in front of every row, as sharing them would not be exact."""
+        """The context that concatenates soft prompts to every row, where sharing them would not be exact."""
         tokens = resolved[0].tokens
         if None in selected.names or any(prefix.prompt is None or prefix.tokens != tokens for prefix in resolved):
             got = f"a mixed batch with soft prompts that have to be concatenated ({reason})"
@@ -163,7 +163,7 @@ class PrefixReader:
 
 
 def pack(pairs: Sequence[LayerKV | None]) -> LayerKV | None:
-    """One layer's keys and values of several prefixes in one tensor, one after the other, without padding."""
+    """Concatenate one layer's keys and values of several prefixes along P, without padding; None without any."""
     present = [kv for kv in pairs if kv is not None]
     if not present:
         return None
@@ -174,5 +174,5 @@ def pack(pairs: Sequence[LayerKV | None]) -> LayerKV | None:
 
 
 def _version(x: Tensor) -> tuple[int, int]:
-    """A pair that changes when a parameter's numbers do."""
+    """A pair that changes when a parameter's values are changed."""
     return x.data_ptr(), 0 if x.is_inference() else x._version

@@ -1,4 +1,4 @@
-"""Keys and values of prompts, kept with a generation's cache: a generation computes its prompt once."""
+"""Keeps the keys and values of prompts with a generation's cache object, so that a generation computes them once."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import torch
 
 
 class PromptKVCache:
-    """Values by name for each cache object, for as long as it lives.
+    """Stores values by name for each cache object, for as long as the cache object lives.
 
-    Nothing is kept without a cache, under gradients or in a compiled graph.
+    Nothing is stored for a forward without a cache, with gradients, or in a compiled graph.
     """
 
     def __init__(self) -> None:
@@ -25,7 +25,7 @@ class PromptKVCache:
         self.kept = WeakKeyDictionary()
 
     def get(self, kwargs: dict[str, Any], name: Hashable, version: Any) -> Any:
-        """The value kept for a forward that continues its cache, if it is of this version; None otherwise."""
+        """The value stored for the forward's non-empty cache under this name and version; None without one."""
         cache = kwargs.get("past_key_values")
         if cache is None or torch.compiler.is_compiling() or torch.is_grad_enabled() or cache.get_seq_length() == 0:
             return None
@@ -33,7 +33,7 @@ class PromptKVCache:
         return value if kept == version else None
 
     def put(self, kwargs: dict[str, Any], name: Hashable, version: Any, value: Any) -> None:
-        """Keep a value with the forward's cache."""
+        """Store a value with the forward's cache."""
         cache = kwargs.get("past_key_values")
         if cache is not None and not torch.compiler.is_compiling() and not torch.is_grad_enabled():
             self.kept.setdefault(cache, {})[name] = (version, value)

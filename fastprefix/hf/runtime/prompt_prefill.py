@@ -18,11 +18,11 @@ from fastprefix.prefixes.prefix import LayerKV
 
 
 class PrefillResult(NamedTuple):
-    """What the model made of N prompts."""
+    """The result of running N prompts through a model."""
 
-    key_values: list[KeyValues]  # of each prompt
-    last: Tensor  # [N, d], hidden states of the prompts' last tokens, which predict what comes next
-    output: Any  # of the module that was run
+    key_values: list[KeyValues]  # one for each prompt
+    last: Tensor  # [N, d], hidden states of the prompts' last tokens, which predict the next token
+    output: Any  # output of the module that was run
 
 
 class PromptPrefill:
@@ -39,18 +39,18 @@ class PromptPrefill:
         module: nn.Module | None = None,
         options: dict[str, Any] | None = None,
     ) -> PrefillResult:
-        """Run prompts side by side in one forward, with their gradients.
+        """Run prompts as one batch in one forward, with their gradients.
 
         Args:
             prompts: embeddings ``[P_n, d]`` or token ids ``[P_n]``.
-            context: what the prompts themselves have in front of them, if anything.
-            module: what runs: the model, or (default) its part around all layers.
-            options: further keyword arguments of its forward.
+            context: the prefix that the prompts themselves read, if any.
+            module: the module to run: the model, or (default) its part around all layers.
+            options: further keyword arguments of that module's forward.
         """
         layers, slots = self.facts.layers, list(self.slots)
         dtensor.refuse_bank(p for layer in layers.modules for p in layer.parameters())
         lengths = [len(x) for x in prompts]
-        # torch.vmap knows stack alone.
+        # torch.vmap supports stack, but not pad_sequence.
         same = len(set(lengths)) == 1
         padded = torch.stack(list(prompts)) if same else nn.utils.rnn.pad_sequence(list(prompts), True)
         inputs: dict[str, Any] = {"inputs_embeds" if padded.dim() == 3 else "input_ids": padded}
@@ -63,9 +63,9 @@ class PromptPrefill:
             inputs["use_cache"] = False
         runs: Any = layers.main.owner if module is None else module
         nested = NestedForward(context, outermost=module is not None)
-        # Reentrant checkpointing runs without gradients first: what is captured there would have none.
+        # Reentrant checkpointing runs without gradients first, so keys and values captured there would have none.
         modules = [m for m in self.checkpointed if m.gradient_checkpointing] if is_reentrant(self.checkpointed) else []
-        # No context managers of generators here: torch.compile traces this.
+        # No context managers made from generators here, as torch.compile traces this.
         outside, self.forward.nested = self.forward.nested, nested
         _refuse_mixed_adapters(layers.main.owner)
         for slot in slots:
@@ -91,7 +91,7 @@ class PromptPrefill:
 
 
 def _refuse_mixed_adapters(owner: nn.Module) -> None:
-    """PEFT's LoRA chooses an adapter for each row by hooks: the prompts' rows are others."""
+    """Raise ValueError where PEFT's hooks choose a LoRA adapter for each row: prompts are not the batch's rows."""
     for module in owner.modules():
         for hook in module._forward_pre_hooks.values():
             name = getattr(getattr(hook, "func", hook), "__name__", "")
@@ -100,12 +100,12 @@ def _refuse_mixed_adapters(owner: nn.Module) -> None:
 
 
 def _one_dtype(k: Tensor, v: Tensor) -> LayerKV:
-    """Under autocast rotary positions leave keys in fp32 beside values in bf16."""
+    """Bring keys and values to one dtype: under autocast, rotary positions leave keys in fp32 and values in bf16."""
     dtype = torch.promote_types(k.dtype, v.dtype)
     return LayerKV(k.to(dtype), v.to(dtype))
 
 
 def refuse_cache(kwargs: dict[str, Any], reason: str) -> None:
-    """Raise ValueError for a cache: a prompt concatenated into it would be content ever after."""
+    """Raise ValueError for a forward with a cache: a concatenated prompt would stay in the cache as content."""
     if kwargs.get("past_key_values") is not None:
         raise fail("past_key_values", f"a cache, where the prompt has to be concatenated ({reason})", "use_cache=False")

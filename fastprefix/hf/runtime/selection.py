@@ -1,4 +1,4 @@
-"""Which of a model's prefixes the next forward reads: the active one, or what a block selects for its rows."""
+"""Which of a model's prefixes the next forward reads: the active one, or those that a block selects for its rows."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ class PromptBlock(Protocol):
     next_logits: Tensor | None
 
     def read(self, selection: AdapterSelection | None, kwargs: dict[str, Any]) -> ForwardContext:
-        """What a forward inside the block reads."""
+        """The context of a forward inside the block."""
         ...
 
 
 class Selection:
-    """The prefixes attached to one model, and which of them are read."""
+    """The prefixes attached to one model, and which of them the next forward reads."""
 
     provider: PrefixProvider
 
     def __init__(self) -> None:
         self.prefixes: dict[str, Prefix | SoftPrompt] = {}
         self.active: str | None = None
-        self.chosen: AdapterSelection | None = None  # by a block that names a prefix for each row
-        self.shared: PromptBlock | None = None  # by a block of shared_prompt
+        self.chosen: AdapterSelection | None = None  # set by a block that names a prefix for each row
+        self.shared: PromptBlock | None = None  # set by a shared_prompt block
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy made inside a block is outside of it.
+        # A copy of the model made inside a block is outside of that block.
         return {**self.__dict__, "chosen": None, "shared": None}
 
     @contextmanager
@@ -62,13 +62,13 @@ class Selection:
             self.shared = None
 
     def named(self, name: str) -> Prefix | SoftPrompt:
-        """The prefix of a name; raises ValueError when none is attached under it."""
+        """The prefix attached under a name; raises ValueError where there is none."""
         if name not in self.prefixes:
             raise fail("name", repr(name), f"one of {sorted(self.prefixes)}")
         return self.prefixes[name]
 
     def current(self) -> AdapterSelection | None:
-        """What the next forward's rows read; None for the bare model."""
+        """The names that the next forward's rows read; None for the bare model."""
         if self.chosen is None:
             return self.provider.active()
         return self.chosen if self.provider.enabled() else None
@@ -86,7 +86,7 @@ class Selection:
         return any(self.provider.resolve(name).prompt is not None for name in selection.distinct())
 
     def prompted_rows(self, batch: int) -> Tensor | None:
-        """``[B]`` bool, the rows that have one; None where all have."""
+        """``[B]`` bool, the rows that have a soft or shared prompt in front; None where all have."""
         selection = self.current()
         if self.shared is not None or selection is None:
             return None

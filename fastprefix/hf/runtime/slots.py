@@ -1,4 +1,4 @@
-"""The slots that a model's attention modules hold their prefixes in."""
+"""``AttentionSlots``: the child modules in which a model's attention modules hold their prefixes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class AttentionSlots:
         return len(self.modules)
 
     def __getitem__(self, layer: int) -> LayerSlot:
-        # Looked up each time: what walks a model (a copy, a wrapper) may have put another object there.
+        # Looked up each time, as copying or wrapping the model may have replaced the slot's object.
         slot = getattr(self.modules[layer], SLOT)
         assert isinstance(slot, LayerSlot)
         return slot
@@ -33,16 +33,16 @@ class AttentionSlots:
         return iter([self[i] for i in range(len(self.modules))])
 
     def present(self) -> bool:
-        """Whether they are in the model still."""
+        """Whether all slots are still in the model."""
         return all(SLOT in module._modules for module in self.modules)
 
     def activate(self, name: str | None) -> None:
-        """Let every layer read the prefix of a name, or none."""
+        """Let every layer read the prefix of this name, or none."""
         for slot in self:
             slot.active = name
 
     def set_overrides(self, layers: KeyValues, stack: AttentionStack) -> None:
-        """Let the layers of one stack read these instead of the active prefix."""
+        """Let the layers of one stack read these keys and values instead of the active prefix."""
         for i in stack.layers:
             self[i].set_override(layers[i])
 
@@ -52,6 +52,6 @@ class AttentionSlots:
             slot.clear_override()
 
     def remove(self) -> None:
-        """Take them out of the model."""
+        """Take the slots out of the model."""
         for module in self.modules:
             del module._modules[SLOT]

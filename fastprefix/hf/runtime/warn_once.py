@@ -1,4 +1,4 @@
-"""Warnings that a model's user is given once, however many forwards have a reason for them."""
+"""Warnings that are shown once per model, however many forwards would cause them."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from contextlib import contextmanager
 
 
 class WarnOnce:
-    """Remembers the warnings that were given."""
+    """Warns, and remembers by key which warnings were shown already."""
 
     def __init__(self) -> None:
         self.given: set[str] = set()
 
     def __call__(self, key: str, message: str, stacklevel: int = 3) -> None:
-        """Warn, unless a warning of this key was given before."""
+        """Warn, unless a warning with this key was shown before."""
         if key not in self.given:
             self.given.add(key)
             warnings.warn(message, stacklevel=stacklevel)
 
     @contextmanager
     def forgotten(self) -> Iterator[None]:
-        """Forget the warnings of the block afterwards, so that they are given again."""
+        """After the block, forget the warnings shown inside it, so that they are shown again."""
         before = set(self.given)
         try:
             yield
@@ -29,5 +29,5 @@ class WarnOnce:
             self.given = before
 
     def concatenation(self, reason: str) -> None:
-        """Warn that a prompt is concatenated."""
+        """Warn that a prompt is concatenated to every row, with the reason."""
         self(reason, f"fastprefix: the prompt is concatenated to every row, not shared: {reason}", stacklevel=4)

@@ -1,12 +1,12 @@
-"""A folder's files, replaced together: a reader finds all of the old ones or all of the new, whenever a save ended.
+"""Replaces a folder's files together: a reader finds all old files or all new ones, even if a save was killed.
 
-    .fastprefix-save/               the new files, each on the disk; without a commit they mean nothing
-    .fastprefix-save/commit.json    what the folder holds from now on: with its appearance the new files are the adapter
+    .fastprefix-save/               the new files, each flushed to disk; without a commit they are ignored
+    .fastprefix-save/commit.json    lists the folder's new files: once it exists, the new files are the adapter
 
-After the commit the files are moved out to where PEFT reads them. A save that is killed meanwhile is finished by the
-next save or load; until then :func:`read_consistently` finds each file where it lies. PEFT, which looks into the folder
-alone, reads the old files or the new ones: where their key file (``adapter_config.json``) differs it is taken away
-first and put in last, so that in between PEFT finds no adapter instead of a mixture.
+After the commit the files are moved to where PEFT reads them. A save that is killed meanwhile is completed by the next
+save or load; until then :func:`read_consistently` finds each file at its present path. PEFT, which reads the folder
+alone, finds the old files or the new ones: if the key file (``adapter_config.json``) changes, it is removed first and
+put in last, so that in between PEFT finds no adapter instead of a mixture.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from typing import Any, NamedTuple, TypeVar
 
 from fastprefix.errors import fail
 
-# Elsewhere nothing keeps two saves of one folder apart.
+# Without fcntl, two saves of one folder are not kept apart.
 fcntl: Any = importlib.import_module("fcntl") if os.name == "posix" else None
 
 STAGING, COMMIT = ".fastprefix-save", "commit.json"
-_ATTEMPTS = 100  # of a reader whom saves overtake
+_ATTEMPTS = 100  # of a reader that saves interfere with
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EINVAL, errno.ENOSYS)
 
 T = TypeVar("T")
 
 
 class Commit(NamedTuple):
-    """What a folder holds once the commit's files are in place."""
+    """The content of a folder once a save is complete: names of its files, and names to be deleted."""
 
     files: tuple[str, ...]  # the key file last
     without: tuple[str, ...]
@@ -45,14 +45,14 @@ def write_atomically(folder: Path, files: Mapping[str, Callable[[str], Any]], wi
     """Write files, all of them or none.
 
     Args:
-        folder: exists.
-        files: for each name what writes it to a path; the last one is the key file, without which a reader of the
-            folder finds nothing.
-        without: names that are to be gone.
+        folder: an existing folder.
+        files: for each name a function that writes the file to a given path. The last one is the key file, without
+            which a reader of the folder finds nothing.
+        without: names of files to delete.
 
     Raises:
-        OSError: the disk is full, say; before the commit, the folder is as it was.
-        ValueError: a folder lies where a file should.
+        OSError: the disk is full, for example; an error before the commit leaves the folder as it was.
+        ValueError: a folder is in the place of a file.
     """
     for name in (*files, *without):
         if (folder / name).is_dir():
@@ -69,7 +69,7 @@ def write_atomically(folder: Path, files: Mapping[str, Callable[[str], Any]], wi
             part = staging / f"{COMMIT}.part"
             part.write_text(json.dumps({"files": list(files), "without": list(without)}))
             if (old := _identity(folder / [*files][-1])) is not None and old[1] > part.stat().st_mtime_ns:
-                os.utime(part, ns=(old[1], old[1]))  # the clock was set back: see _written_since
+                os.utime(part, ns=(old[1], old[1]))  # for a clock that was set back, see _written_since
             _flush(part)
             _flush(staging)
             os.replace(part, staging / COMMIT)
@@ -83,14 +83,14 @@ def write_atomically(folder: Path, files: Mapping[str, Callable[[str], Any]], wi
 
 
 def complete_interrupted_save(folder: Path) -> None:
-    """Move what a killed save has committed into place, unless somebody is at it or the folder cannot be written."""
+    """Move a killed save's committed files into place, unless another process does or the folder is read-only."""
     if committed(folder) is not None:
         with suppress(OSError), _locked(folder, wait=False):
             _finish(folder)
 
 
 def committed(folder: Path) -> Commit | None:
-    """What a save has committed and not yet moved into place; None where there is nothing."""
+    """The commit of a save whose files are not yet all in place; None where there is none."""
     try:
         data = json.loads((folder / STAGING / COMMIT).read_text())
         found = Commit(tuple(data["files"]), tuple(data["without"]))
@@ -103,16 +103,18 @@ def committed(folder: Path) -> Commit | None:
 
 
 def _written_since(folder: Path, commit: Commit) -> bool:
-    """Whether somebody who knows nothing of commits, PEFT say, has put a newer key file into the folder."""
+    """Whether another program, such as PEFT, has written a key file into the folder since the commit."""
     if not commit.files or not isinstance(commit.files[-1], str):
         return False
     key, made = _identity(folder / commit.files[-1]), _identity(folder / STAGING / COMMIT)
-    # A save's own files are written before its commit, wherever they lie.
+    # A save's own files are older than its commit, before and after they are moved.
     return key is not None and made is not None and key[1] > made[1]
 
 
 def read_consistently(folder: Path, names: Iterable[str], read: Callable[[Callable[[str], Path]], T]) -> T:
-    """What ``read`` makes of files of one save; it is given where each name's file lies, and runs again if a save came.
+    """Return ``read(path_of)`` with files of one save, where ``path_of(name)`` is a file's present path.
+
+    ``read`` is called again if a save changed one of the files ``names`` meanwhile.
 
     Raises:
         ValueError: saves follow one another faster than the files can be read.
@@ -134,7 +136,7 @@ def read_consistently(folder: Path, names: Iterable[str], read: Callable[[Callab
 
 
 def resolve_path(folder: Path, name: str) -> Path:
-    """Where a file of a folder lies."""
+    """The present path of a folder's file: staged by a committed save, or in place."""
     commit = committed(folder)
     staged = folder / STAGING / name
     if commit is not None and (name in commit.without or (name in commit.files and staged.exists())):
@@ -143,7 +145,7 @@ def resolve_path(folder: Path, name: str) -> Path:
 
 
 def _stamp(folder: Path, names: tuple[str, ...]) -> tuple[Any, ...]:
-    """What differs when a file was replaced or a commit came or went."""
+    """A value that changes when one of the files is replaced, or a commit appears or disappears."""
     paths = [folder / STAGING / COMMIT, *(folder / name for name in names)]
     if committed(folder) is not None:
         paths += [folder / STAGING / name for name in names]
@@ -159,7 +161,7 @@ def _identity(path: Path) -> tuple[int, ...] | None:
 
 
 def _finish(folder: Path) -> None:
-    """Every step may have been done already."""
+    """Complete a committed save and remove its staging folder; each step may be done already."""
     staging, commit = folder / STAGING, committed(folder)
     if commit is not None:
         *others, key = commit.files
@@ -185,7 +187,7 @@ def _same(one: Path, other: Path) -> bool:
 
 
 def _discard(staging: Path) -> None:
-    """Take a save's folder away, its commit first: half of it must not be taken for a whole one."""
+    """Remove a staging folder, its commit first, so that a half-removed folder does not count as committed."""
     if staging.is_symlink() or staging.is_file():
         staging.unlink()
     elif staging.exists():
@@ -195,7 +197,7 @@ def _discard(staging: Path) -> None:
 
 
 def _flush(path: Path) -> None:
-    """Have the disk hold a file's bytes or a folder's names."""
+    """Flush a file's bytes, or a folder's entries, to disk."""
     is_folder = path.is_dir()
     if is_folder and os.name == "nt":
         return
@@ -203,7 +205,7 @@ def _flush(path: Path) -> None:
     try:
         os.fsync(handle)
     except OSError as error:
-        if not is_folder or error.errno not in (errno.EINVAL, errno.ENOTSUP):  # not every file system can
+        if not is_folder or error.errno not in (errno.EINVAL, errno.ENOTSUP):  # not every file system can flush folders
             raise
     finally:
         os.close(handle)
@@ -211,10 +213,10 @@ def _flush(path: Path) -> None:
 
 @contextmanager
 def _locked(folder: Path, wait: bool = True) -> Iterator[None]:
-    """One save of a folder at a time, on this machine; the lock ends with its process.
+    """Lock a folder against other saves on this machine inside the block; the lock ends with its process.
 
     Raises:
-        BlockingIOError: without ``wait``, another has it.
+        BlockingIOError: ``wait`` is False and another process has the lock.
     """
     if fcntl is None:
         yield

@@ -1,4 +1,4 @@
-"""What lies in adapter files: PEFT's tensors and fields, and ours beside them."""
+"""The content of adapter files: PEFT's tensors and configuration fields, and fastprefix's own."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 OWN_CONFIG, ENCODER = "fastprefix_config.json", "prefix_encoder.safetensors"
 FORMAT_VERSION = 1
 EMBEDDINGS = "prompt_embeddings"
-OWN = "FASTPREFIX"  # the peft_type of what PEFT cannot represent
+OWN = "FASTPREFIX"  # the peft_type of adapters that PEFT cannot represent
 PREFIX_TYPES, PROMPT_TYPES = ("PREFIX_TUNING", "CARTRIDGE"), ("PROMPT_TUNING", "P_TUNING")
 
 _TASKS = {
@@ -45,9 +45,9 @@ def pack(keys: Sequence[Tensor], values: Sequence[Tensor]) -> Tensor:
 def unpack(embeddings: Tensor, prefix: Prefix) -> tuple[list[Tensor], list[Tensor]]:
     """The inverse of :func:`pack`, as PEFT reads it.
 
-    A layer without keys and values of its own reads the slots of the layer that it shares them with. In an
-    encoder-decoder slots are counted by fours, round and round: PEFT's cache takes a layer's keys and values of
-    cross-attention behind its own, only for PEFT to drop them.
+    A layer without keys and values of its own reads the slots of the layer with which it shares them. In an
+    encoder-decoder, layer i reads slots ``4 * i`` and ``4 * i + 1``, modulo their number: PEFT takes each layer's next
+    two slots for cross-attention, and then drops them.
     """
     heads, dim, _ = prefix.shapes[0]
     count = 2 * len(prefix.shapes)
@@ -58,7 +58,7 @@ def unpack(embeddings: Tensor, prefix: Prefix) -> tuple[list[Tensor], list[Tenso
 
 
 def is_peft(prefix: Prefix, layers: Layers) -> bool:
-    """Whether PEFT can represent, and would compute, what this prefix of a model with these layers is."""
+    """Whether PEFT's format can represent a prefix of a model with these layers, and PEFT computes the same with it."""
     shapes = set(prefix.shapes)
     if any(part is not None for part in prefix.parts) or layers.reuses_modules or layers.hybrid_layer_types:
         return False
@@ -68,13 +68,13 @@ def is_peft(prefix: Prefix, layers: Layers) -> bool:
 
 
 def task(model: Any) -> str:
-    """PEFT's name for what a model is for."""
+    """PEFT's task type of a model, by its class's name."""
     name = type(model).__name__
     return next((t for suffix, t in _TASKS.items() if name.endswith(suffix)), "FEATURE_EXTRACTION")
 
 
 def peft_config(model: Any, prefix: Prefix | SoftPrompt, modules: Sequence[str]) -> dict[str, Any]:
-    """The fields that PEFT reads; ``modules``: the names of those that are saved with the prefix."""
+    """The configuration fields that PEFT reads; ``modules``: names of the modules that are saved with the prefix."""
     common = {
         "task_type": task(model),
         "base_model_name_or_path": getattr(model.config, "_name_or_path", "") or None,
@@ -99,14 +99,14 @@ def peft_config(model: Any, prefix: Prefix | SoftPrompt, modules: Sequence[str])
 
 
 def peft_configuration(peft: dict[str, Any], path: Path) -> PrefixConfig | PromptConfig:
-    """Our configuration of an adapter of PEFT's; ValueError naming path and field for what is not ours to load."""
+    """fastprefix's configuration for a PEFT adapter; ValueError naming path and field where it cannot be loaded."""
     kind = field(peft, "peft_type", str, path)
     if kind not in PREFIX_TYPES + PROMPT_TYPES:
         raise fail(f"{path}: peft_type", shown(kind), f"{', '.join(PREFIX_TYPES + PROMPT_TYPES)} or FASTPREFIX")
     submodules = field(peft, "num_transformer_submodules", int, path, None)
     tokens = field(peft, "num_virtual_tokens", int, path)
     with of(path):
-        if kind == "PREFIX_TUNING" and submodules == 2:  # of an encoder-decoder
+        if kind == "PREFIX_TUNING" and submodules == 2:  # an encoder-decoder's
             return PrefixConfig(tokens, parts=("decoder",))
         if submodules not in (1, None):
             expected = "1, or 2 of an encoder-decoder's PREFIX_TUNING"
@@ -144,7 +144,7 @@ def own_configuration(own: dict[str, Any], path: Path) -> PrefixConfig | PromptC
 
 @contextmanager
 def of(path: Path) -> Iterator[None]:
-    """Complaints inside the block are about fields of a file."""
+    """Put the path of a file in front of the messages of ValueErrors raised inside the block."""
     try:
         yield
     except ValueError as error:
@@ -152,10 +152,12 @@ def of(path: Path) -> Iterator[None]:
 
 
 def check_geometry(peft: dict[str, Any], prefix: Prefix, path: Path) -> None:
-    """The model that PEFT's configuration was made for has this one's layers and heads; as many numbers are not enough.
+    """Check that PEFT's configuration was made for a model with this prefix's layers and heads.
+
+    The size of the tensor does not tell: other layers and heads may have as many numbers.
 
     Raises:
-        ValueError: another; path and field are named.
+        ValueError: the numbers differ; path and field are named.
     """
     heads, dim, _ = prefix.shapes[0]
     want = {"num_layers": len(prefix.shapes), "num_attention_heads": heads, "token_dim": heads * dim}
@@ -165,10 +167,10 @@ def check_geometry(peft: dict[str, Any], prefix: Prefix, path: Path) -> None:
 
 
 def check_tensors(tensors: Mapping[str, Tensor], want: Mapping[str, tuple[str, Sequence[int]]], path: Path) -> None:
-    """There are these tensors (dims in words and sizes) and no others, all of finite floats.
+    """Check that there are the wanted tensors (dims in words, and sizes) and no others, all of finite floats.
 
     Raises:
-        ValueError: not so; path and tensor are named.
+        ValueError: a tensor is missing, unknown or malformed; path and tensor are named.
     """
     for name, (dims, sizes) in want.items():
         if name not in tensors:
@@ -185,7 +187,7 @@ def check_tensors(tensors: Mapping[str, Tensor], want: Mapping[str, tuple[str, S
 
 
 def check_finite(name: str, x: Tensor, path: str) -> None:
-    """A prefix with one NaN makes every output NaN: ValueError where a number is none, or is beyond fp32."""
+    """Raise ValueError for NaN, infinity or a number beyond fp32: one NaN in a prefix makes every output NaN."""
     if x.is_meta:
         raise fail(f"{path}: {name}", "no numbers (it is on the meta device)", "numbers in memory")
     if not bool(x.detach().float().isfinite().all()):
@@ -193,7 +195,7 @@ def check_finite(name: str, x: Tensor, path: str) -> None:
 
 
 def stored_key_values(tensors: dict[str, Tensor], prefix: Prefix, path: Path) -> tuple[list[Tensor], list[Tensor]]:
-    """Keys and values of a prefix's layers from adapter weights, in PEFT's form or one tensor a layer."""
+    """Keys and values of a prefix's layers from adapter weights, in PEFT's format or one tensor per layer."""
     shapes, tokens = prefix.shapes, prefix.num_virtual_tokens
     if EMBEDDINGS in tensors:
         dims = "[P, 2*L*H_kv*D]"
@@ -214,7 +216,7 @@ def stored_key_values(tensors: dict[str, Tensor], prefix: Prefix, path: Path) ->
 
 
 def digest(tensors: dict[str, Tensor]) -> str:
-    """What tells adapter weights from others."""
+    """A hash of adapter weights, by which replaced weights are recognised."""
     found = hashlib.sha256()
     for name in sorted(tensors):
         found.update(name.encode())

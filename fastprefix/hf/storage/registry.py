@@ -1,4 +1,4 @@
-"""``register``: prefixes that lie on disk until a batch names them."""
+"""``register``: prefixes that stay on disk until a batch names them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from fastprefix.prefixes.prompt import SoftPrompt
 
 
 class PrefixRegistry:
-    """Saved prefixes by name; those used last are in memory."""
+    """An LRU cache of saved prefixes by name: the most recently used are in memory, the others on disk."""
 
     def __init__(self, installation: Installation, max_resident: int) -> None:
         self.installation = installation
@@ -35,7 +35,7 @@ class PrefixRegistry:
 
     @torch.inference_mode(False)
     def get(self, name: str) -> Prefix | SoftPrompt:
-        """A prefix, read from disk unless it is in memory; the one unused for longest makes room."""
+        """The prefix of a name, read from disk unless it is in memory; the least recently used ones make room."""
         if name not in self.resident:
             prefix = SavedAdapter(self.paths[name]).make(self.installation)
             prefix.requires_grad_(False)
@@ -48,7 +48,7 @@ class PrefixRegistry:
 
     @contextmanager
     def pin(self, names: Sequence[Name]) -> Iterator[None]:
-        """Keep these in memory for a block."""
+        """Keep the registered ones of these prefixes in memory inside the block, once read."""
         wanted = self.pinned | {str(name) for name in names if name in self.paths}
         if len(wanted) > self.max_resident:
             raise fail("names", f"{len(wanted)} prefixes from disk", f"at most max_resident = {self.max_resident}")
@@ -60,15 +60,15 @@ class PrefixRegistry:
 
 
 def register(model: Any, dirs: Mapping[str, str | os.PathLike[str]], max_resident: int = 32) -> None:
-    """Make saved prefixes known by name; each is read when :func:`set_prefix` or :func:`prefix_batch` first needs it.
+    """Register saved prefixes by name; each is read when :func:`set_prefix` or :func:`prefix_batch` first needs it.
 
-    For many prefixes on one model: at most ``max_resident`` of them are in memory, the one unused for longest goes
-    first. They are for use, not for training (:func:`load` attaches one to be trained). The model is frozen.
+    For many prefixes on one model: at most ``max_resident`` of them are in memory, and the least recently used is
+    dropped first. They are for inference (to train one, attach it with :func:`load`). The model is frozen.
 
     Args:
-        model: a transformers model, with prefixes attached or none.
+        model: a transformers model, with or without attached prefixes.
         dirs: folders as written by :func:`save` or by PEFT, by name.
-        max_resident: how many may be in memory at a time; a later call's number replaces an earlier one's.
+        max_resident: how many prefixes may be in memory at a time; a later call's number replaces an earlier one's.
 
     Raises:
         ValueError: a name is taken or malformed, a folder does not exist, ``max_resident`` is below 1. What a folder

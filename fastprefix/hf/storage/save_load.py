@@ -1,16 +1,16 @@
-"""``save`` and ``load``: PEFT's files, and beside them what PEFT has no field for.
+"""``save`` and ``load``: PEFT's files, and next to them files for everything that PEFT has no field for.
 
     adapter_config.json          PEFT's PrefixTuningConfig (CartridgeConfig with frozen tokens, PromptTuningConfig)
     adapter_model.safetensors    prompt_embeddings: [P, 2*L*H_kv*D], slots 2i and 2i+1 layer i's keys and values;
-                                 of a soft prompt [P, d]; base_model.<name>: modules that are saved with it
-    fastprefix_config.json       our own configuration
+                                 [P, d] for a soft prompt; base_model.<name>: modules that are saved with it
+    fastprefix_config.json       fastprefix's own configuration
     prefix_encoder.safetensors   the MLP, when one is trained: training resumes from it
 
-What PEFT cannot represent (a subset of layers, position_offset="none", layers of different shapes, an
-encoder-decoder's parts) is written with
-``peft_type`` FASTPREFIX and one tensor per layer, so that PEFT refuses it instead of computing something else.
+A prefix that PEFT cannot represent (a subset of layers, position_offset="none", layers of different shapes, an
+encoder-decoder's parts) is written with ``peft_type`` FASTPREFIX and one tensor per layer, so that PEFT refuses it
+instead of computing something else.
 
-A save replaces all of them or none (:mod:`fastprefix.hf.storage.atomic_folder`).
+A save replaces all files or none (:mod:`fastprefix.hf.storage.atomic_folder`).
 """
 
 from __future__ import annotations
@@ -55,23 +55,23 @@ from fastprefix.prefixes.prompt import SoftPrompt
 def save(model: Any, dir: str | os.PathLike[str], name: str = "default") -> None:
     """Write an attached prefix or soft prompt so that PEFT and :func:`load` both read it.
 
-    Whenever this ends - an error, a full disk, a kill - :func:`load` finds the whole new adapter or the whole one that
-    was there before. PEFT finds the same, but for one short moment in which it finds none where the new
-    ``adapter_config.json`` differs from the old one; a save killed just then is finished by the next save or load.
+    However the save ends - by an error, a full disk, a kill - :func:`load` finds either the whole new adapter or the
+    whole old one. So does PEFT, except for a short moment if the new ``adapter_config.json`` differs from the old one:
+    then PEFT finds no adapter. A save that is killed in that moment is completed by the next save or load.
 
-    Modules of the configuration's ``modules_to_save`` are written with it, and so is the head of a model for sequence
-    or token classification or question answering (``classifier``, ``score``, ``qa_outputs``), as PEFT does, whether it
-    was trained by ``modules_to_save`` or by hand. What else is trained a warning names.
+    Modules of the configuration's ``modules_to_save`` are written with the prefix. As in PEFT, so is the head of a
+    model for sequence or token classification or question answering (``classifier``, ``score``, ``qa_outputs``),
+    whether it was trained by ``modules_to_save`` or by hand. A warning names all other trained parameters.
 
     Args:
         model: a model with the prefix attached, also inside DataParallel, DistributedDataParallel, ``torch.compile`` or
-            AveragedModel, of which the averages are written. Where it is sharded (FSDP2) every process has to call
-            this; the first one writes.
-        dir: made if missing; other files in it stay.
-        name: of the prefix.
+            AveragedModel (whose averages are written). If it is sharded (FSDP2), every process has to call this
+            function, and the first process writes.
+        dir: the folder, created if missing; other files in it stay.
+        name: name of the prefix.
 
     Raises:
-        ValueError: no prefix of this name is attached, or it holds numbers that are not finite, which ``load`` refuses.
+        ValueError: no prefix of this name is attached, or it has numbers that are not finite, which ``load`` refuses.
         OSError: the files cannot be written.
     """
     installation = require_installation(wrappers.unwrapped(model, but=wrappers.SAVING))
@@ -80,7 +80,7 @@ def save(model: Any, dir: str | os.PathLike[str], name: str = "default") -> None
     wrappers.refuse_flat(installation.model, prefix)
     modules = saved_modules.saved_with(installation, prefix)
     saved_modules.warn_of_left_out(installation, stacklevel=3)
-    trained = saved_modules.fields(prefix, modules)  # what is gathered wants no gradient
+    trained = saved_modules.fields(prefix, modules)  # before gathering, as gathered parameters require no gradient
     with ExitStack() as stack:
         writes = all([stack.enter_context(gathered(module)) for module in (prefix, *modules.values())])
         for parameter, x in (*prefix.state_dict().items(), *saved_modules.tensors(modules).items()):
@@ -118,7 +118,7 @@ def _write(
 def contents(
     installation: Installation, prefix: Prefix | SoftPrompt, modules: Mapping[str, nn.Module]
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """What PEFT reads, where it can: its configuration and its weights, those of modules of the model's among them."""
+    """Configuration and weights (with those of ``modules``), in PEFT's format if PEFT can represent the prefix."""
     config, beside = peft_config(installation.model, prefix, list(modules)), saved_modules.tensors(modules)
     if isinstance(prefix, SoftPrompt):
         return config, {EMBEDDINGS: prefix.embedding.detach().cpu().contiguous(), **beside}
@@ -134,18 +134,19 @@ def contents(
 
 
 def load(model: Any, dir: str | os.PathLike[str], name: str = "default") -> Prefix | SoftPrompt:
-    """Attach what was saved: ours, or PEFT's of type PREFIX_TUNING, CARTRIDGE, PROMPT_TUNING or P_TUNING.
+    """Attach a saved adapter: fastprefix's, or PEFT's PREFIX_TUNING, CARTRIDGE, PROMPT_TUNING or P_TUNING.
 
-    What was trained through its MLP comes back with it, so that training resumes; :func:`fastprefix.bake` drops it.
-    PEFT's files hold the output of its encoders alone: that is what comes back from them. In an encoder-decoder PEFT's
-    prefix is one of the decoder's self-attention, whose layers share slots; what it never reads is left out.
-    Modules that were saved with it (a classifier's head) come back as the prefix's own, see ``modules_to_save`` of
-    :class:`PrefixConfig`: in the model while it is active, and trainable if they were.
+    A prefix that was trained through an MLP is loaded with the MLP, so that training resumes; :func:`fastprefix.bake`
+    drops the MLP. PEFT's files hold only the output of its encoders, which is loaded as keys and values or embeddings.
+    In an encoder-decoder, PEFT's prefix is one of the decoder's self-attention, whose layers share slots; slots that
+    PEFT never reads are left out. Modules that were saved with the adapter (a classifier's head) become the prefix's
+    own, see ``modules_to_save`` of :class:`PrefixConfig`: they are in the model while the prefix is active, and
+    trainable if they were trained.
 
     Args:
-        model: a transformers model, with other prefixes attached or none.
-        dir: as written by :func:`save` or by PEFT's ``save_pretrained``.
-        name: to attach it under.
+        model: a transformers model, with or without other attached prefixes.
+        dir: a folder written by :func:`save` or by PEFT's ``save_pretrained``.
+        name: the name to attach it under.
 
     Returns:
         The trainable :class:`Prefix` or :class:`SoftPrompt`.

@@ -1,4 +1,4 @@
-"""A folder's adapter as it was read: checked against a model before anything is made of it."""
+"""``SavedAdapter``: an adapter read from a folder, checked against a model before a prefix is made from it."""
 
 from __future__ import annotations
 
@@ -43,13 +43,13 @@ FILES = (CONFIG, WEIGHTS, OWN_CONFIG, ENCODER)
 
 
 class SavedAdapter:
-    """Configuration and numbers of one save; ValueError naming path and field when they are none."""
+    """Configuration and tensors of one save; ValueError naming path and field where a file is malformed."""
 
     peft: dict[str, Any]
     own: dict[str, Any] | None
     config: PrefixConfig | PromptConfig
     tensors: dict[str, Tensor]
-    modules: dict[str, Tensor]  # of modules of the model's that were saved with it
+    modules: dict[str, Tensor]  # tensors of the model's modules that were saved with the prefix
     encoder: dict[str, Tensor] | None
 
     def __init__(self, dir: str | os.PathLike[str]) -> None:
@@ -61,7 +61,7 @@ class SavedAdapter:
         path, own_path = self.paths[CONFIG], self.paths[OWN_CONFIG]
         self.peft = read_json(path)
         kind = field(self.peft, "peft_type", str, path)
-        # A link that leads nowhere is an error, not a file that was never written.
+        # A dangling link counts as an error, not as a missing file.
         self.own = read_json(own_path) if os.path.lexists(own_path) or kind == OWN else None
         if self.own is None:
             self.config = peft_configuration(self.peft, path)
@@ -79,7 +79,7 @@ class SavedAdapter:
         self.encoder = read_tensors(self.paths[ENCODER]) if projected else None
 
     def make(self, installation: Installation) -> Prefix | SoftPrompt:
-        """A new prefix for a model; the sizes that the files claim are theirs before anything of that size is made."""
+        """A new prefix for a model. All sizes in the configuration are checked before anything is allocated."""
         path = self.paths[OWN_CONFIG if self.own is not None else CONFIG]
         modules = installation.modules.matching([*self.trained, *self.frozen])
         saved_modules.check(self.modules, modules, self.paths[WEIGHTS])
@@ -106,7 +106,7 @@ class SavedAdapter:
         return self.made(installation)
 
     def made(self, installation: Installation) -> Prefix | SoftPrompt:
-        """What was checked, with its numbers."""
+        """A new prefix with the saved values, once everything was checked."""
         found = {path: name for name in (*self.frozen, *self.trained) for path in installation.modules.matching([name])}
         prefix = build(installation, self.config)
         modules = installation.modules.copies(list(found))
@@ -121,7 +121,7 @@ class SavedAdapter:
 
     @torch.no_grad()
     def fill(self, prefix: Prefix | SoftPrompt) -> None:
-        """Put the numbers into a new prefix of this configuration."""
+        """Copy the saved values into a new prefix of this configuration."""
         if isinstance(prefix, SoftPrompt):
             prefix.embedding.copy_(self.tensors[EMBEDDINGS])
         elif prefix.encoder is not None:
@@ -133,13 +133,13 @@ class SavedAdapter:
             prefix.set_direct(*([x.float().to(d) for x, d in zip(part, devices, strict=True)] for part in pairs))
 
     def check_embedding(self, dim: int) -> None:
-        """The weights are a soft prompt's ``[P, d]``, those of the configuration beside them."""
+        """Check that the weights are a soft prompt's ``[P, d]`` and belong to the configuration."""
         want = {EMBEDDINGS: ("[P, d]", [self.config.num_virtual_tokens, dim])}
         check_tensors(self.tensors, want, self.paths[WEIGHTS])
         self.check_whole()
 
     def check_hidden(self, installation: Installation) -> None:
-        """The MLP is as wide as it is said to be."""
+        """Check that the MLP has the width of the configuration."""
         assert isinstance(self.config, PrefixConfig) and self.encoder is not None
         hidden = self.config.encoder_hidden_size or installation.model.config.get_text_config().hidden_size
         names = [name for name in self.encoder if name.endswith("down.bias")] or ["down.bias"]
@@ -150,13 +150,13 @@ class SavedAdapter:
                 raise fail(f"{self.paths[ENCODER]}: {name}", got, f"[encoder_hidden_size] = [{hidden}]")
 
     def check_encoder(self, encoder: nn.Module) -> None:
-        """The MLP's weights are those of one like this."""
+        """Check that the MLP's weights have the shapes of this encoder's."""
         assert self.encoder is not None
         want = {name: ("shape", list(x.shape)) for name, x in encoder.state_dict().items()}
         check_tensors(self.encoder, want, self.paths[ENCODER])
 
     def check_whole(self) -> None:
-        """The files are of one save: PEFT, say, may have written other weights beside our configuration."""
+        """Check that all files are from one save: PEFT, for example, may have overwritten the weights alone."""
         if self.own is None:
             return
         path, tokens = self.paths[CONFIG], self.config.num_virtual_tokens
@@ -166,7 +166,7 @@ class SavedAdapter:
             )
         stamps = ((WEIGHTS, "weights", {**self.tensors, **self.modules}), (ENCODER, "encoder_weights", self.encoder))
         for name, stamp, tensors in stamps:
-            # Folders of before the stamp have none.
+            # Older folders have no hash.
             if tensors is not None and self.own.get(stamp) not in (None, digest(tensors)):
                 expected = f"those of {OWN_CONFIG} (delete it, and {ENCODER}, to load PEFT's)"
                 raise fail(str(self.paths[name]), "weights that were replaced since", expected)

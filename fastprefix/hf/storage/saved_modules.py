@@ -1,8 +1,8 @@
-"""Modules that are saved with a prefix: which, under which keys, and what is trained and yet in no file.
+"""The modules that are saved with a prefix: which they are, their keys, and trained parameters that no file holds.
 
-PEFT's keys are ``base_model.<name of the module>.<name of the tensor>``. Of a classifier, a tagger and a model that
-answers questions PEFT trains, saves and wants the head, whatever the configuration says: so the head is in the file
-whether it was trained or not, and comes back as it was.
+PEFT's keys are ``base_model.<name of the module>.<name of the tensor>``. For sequence classification, token
+classification and question answering PEFT trains, saves and expects the model's head, whatever its configuration
+says. The head is therefore always in the file, trained or not, and is loaded as it was.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from fastprefix.prefixes.prefix import Prefix
 from fastprefix.prefixes.prompt import SoftPrompt
 
 BASE = "base_model."
-FROZEN = "frozen_modules"  # saved, and not to be trained when they are loaded
+FROZEN = "frozen_modules"  # saved, but not trainable once loaded
 HEADS = {
     "SEQ_CLS": ("classifier", "score"),
     "TOKEN_CLS": ("classifier", "score"),
@@ -34,15 +34,15 @@ HEADS = {
 
 
 def saved_with(installation: Installation, prefix: Prefix | SoftPrompt) -> dict[str, nn.Module]:
-    """What is saved with a prefix: its own copies and, where it has none, the head of the model's task."""
+    """The modules to save with a prefix, by path: its own copies and, where it has none, the head of the task."""
     heads = installation.modules.matching(HEADS.get(task(installation.model), ()))
     own = prefix.modules_to_save.named()
-    # What PEFT has put into a head it saves itself, and what is quantised no file of its takes.
+    # PEFT saves heads that contain its own modules itself, and its files have no place for quantised weights.
     return {**{path: m for path, m in heads.items() if is_plain(m) and not is_pefts(m)}, **own}
 
 
 def fields(prefix: Prefix | SoftPrompt, modules: Mapping[str, nn.Module]) -> dict[str, list[str]]:
-    """Their names in our configuration: which are trained, and which are not."""
+    """The configuration fields that list these modules' names, the trained ones and the others."""
     own = prefix.config.modules_to_save is not None
     trained = [
         path
@@ -54,7 +54,7 @@ def fields(prefix: Prefix | SoftPrompt, modules: Mapping[str, nn.Module]) -> dic
 
 
 def tensors(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
-    """Their weights and buffers under PEFT's keys."""
+    """The modules' weights and buffers under PEFT's keys."""
     return {
         f"{BASE}{path}.{name}": x.detach().cpu().clone(memory_format=torch.contiguous_format)
         for path, module in modules.items()
@@ -63,10 +63,10 @@ def tensors(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
 
 
 def check(stored: Mapping[str, Tensor], modules: Mapping[str, nn.Module], path: Path) -> None:
-    """There are the tensors of these modules and no others.
+    """Check that the stored tensors are those of these modules, and no others.
 
     Raises:
-        ValueError: not so; path and tensor are named.
+        ValueError: a tensor is missing, unknown or malformed; path and tensor are named.
     """
     want = {f"{BASE}{name}.{n}": x for name, module in modules.items() for n, x in module.state_dict().items()}
     for name, x in want.items():
@@ -85,14 +85,14 @@ def check(stored: Mapping[str, Tensor], modules: Mapping[str, nn.Module], path: 
 
 @torch.no_grad()
 def fill(stored: Mapping[str, Tensor], modules: Mapping[str, nn.Module]) -> None:
-    """Put the numbers into modules that they fit."""
+    """Copy stored tensors, which were checked, into these modules."""
     for path, module in modules.items():
         for name, x in module.state_dict().items():
             x.copy_(stored[f"{BASE}{path}.{name}"])
 
 
 def names(data: dict[str, Any], name: str, path: Path) -> list[str]:
-    """A field with modules' names; ValueError naming path and field when it is malformed."""
+    """A configuration field that lists names of modules; ValueError naming path and field when it is malformed."""
     found = field(data, name, list, path, None) or []
     for each in found:
         if not isinstance(each, str) or not each:
@@ -101,7 +101,7 @@ def names(data: dict[str, Any], name: str, path: Path) -> list[str]:
 
 
 def left_out(installation: Installation) -> list[str]:
-    """Names of parameters that are trained and that no file of a prefix holds."""
+    """Names of trainable parameters that no prefix's files hold."""
     kept = {id(p) for prefix in installation.selection.prefixes.values() for p in prefix.parameters()}
     for prefix in installation.selection.prefixes.values():
         kept |= {id(p) for module in saved_with(installation, prefix).values() for p in module.parameters()}
@@ -109,7 +109,7 @@ def left_out(installation: Installation) -> list[str]:
 
 
 def warn_of_left_out(installation: Installation, stacklevel: int) -> None:
-    """Say what is trained and not in the file."""
+    """Warn of trainable parameters that are not saved."""
     if found := left_out(installation):
         more = f" and {len(found) - 3} more" if found[3:] else ""
         warnings.warn(

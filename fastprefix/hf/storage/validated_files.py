@@ -1,4 +1,4 @@
-"""Adapter files, read with errors that name path and field: nothing but a regular file of the right form is read."""
+"""Reads adapter files, with errors that name path and field; only regular files of the right format are read."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ LARGEST_JSON = 2**20  # bytes
 
 
 def check_file(path: Path, holder: str, hint: str = "") -> int:
-    """A regular file's size; ValueError naming the path for anything else: a pipe would be waited for."""
+    """A regular file's size; ValueError naming the path for anything else, such as a pipe, which would block."""
     try:
         found = path.stat()
     except (FileNotFoundError, NotADirectoryError):
         raise fail("dir", f"no file {path}{hint}", holder) from None
-    except (OSError, ValueError) as error:  # no permission, links in a circle, a name that is none
+    except (OSError, ValueError) as error:  # no permission, circular links, an invalid name
         raise fail(str(path), f"no access ({error})", "a file that can be read") from error
     if not stat.S_ISREG(found.st_mode):
         raise fail(str(path), "a folder" if stat.S_ISDIR(found.st_mode) else "no regular file", "a file")
@@ -32,7 +32,7 @@ def check_file(path: Path, holder: str, hint: str = "") -> int:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; ValueError naming the path when there is none."""
+    """Read a JSON object; ValueError naming the path where the file does not hold one."""
     size = check_file(path, "a folder written by fastprefix.save or by PEFT")
     if size > LARGEST_JSON:
         raise fail(str(path), f"{size} bytes", f"a JSON object of at most {LARGEST_JSON}")
@@ -48,10 +48,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def field(data: dict[str, Any], name: str, kind: type, path: Path, *default: Any) -> Any:
-    """A field of the right type; where a default is given the field may be missing, or be that.
+    """A field of the type ``kind``; with a default, the field may be missing or have that value.
 
     Raises:
-        ValueError: another type, a bool for an int among them; path and field are named.
+        ValueError: the field has another type (a bool is no int); path and field are named.
     """
     value = data.get(name, *default)
     if default and value is default[0]:
@@ -62,7 +62,7 @@ def field(data: dict[str, Any], name: str, kind: type, path: Path, *default: Any
 
 
 def shown(value: Any) -> str:
-    """A value in an error message, however long it is."""
+    """A value as text for an error message, shortened if it is long."""
     return reprlib.repr(value)
 
 
@@ -74,13 +74,13 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except OSError as error:
         raise fail(str(path), f"no access ({error})", "a file that can be read") from error
-    # A dtype that this torch has not got is one of the others.
+    # The other errors include a dtype that this torch does not have.
     except (SafetensorError, AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise fail(str(path), f"no safetensors ({error})", "a safetensors file") from error
 
 
 def write_tensors(tensors: dict[str, Tensor], path: str) -> None:
-    """A safetensors file; OSError when the disk has no room."""
+    """Write a safetensors file; OSError when the disk is full."""
     try:
         save_file(tensors, path)
     except SafetensorError as error:
@@ -91,5 +91,5 @@ def write_tensors(tensors: dict[str, Tensor], path: str) -> None:
 
 
 def write_json(data: dict[str, Any], path: str) -> None:
-    """A JSON file."""
+    """Write a JSON file."""
     Path(path).write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
