@@ -71,21 +71,21 @@ def attach(
             weights(prefix)
         return prefix
 
-    return attach_made(model, name, make)
+    return attach_prefix(model, name, make)
 
 
 @torch.inference_mode(False)
-def attach_made(model: Any, name: str, make: Callable[[Installation], Prefix | SoftPrompt]) -> Prefix | SoftPrompt:
+def attach_prefix(model: Any, name: str, make: Callable[[Installation], Prefix | SoftPrompt]) -> Prefix | SoftPrompt:
     """Attach the prefix that ``make`` returns to a model; after an error the model is as it was."""
     check_name(name)
     model = wrappers.unwrapped(model, but=wrappers.ADDING)
     fresh = find_installation(model) is None
     installation = get_or_install(model)
     with installation.lock.hold():
-        return _attach_made(model, installation, name, make, fresh)
+        return _attach_locked(model, installation, name, make, fresh)
 
 
-def _attach_made(
+def _attach_locked(
     model: Any, installation: Installation, name: str, make: Callable[[Installation], Prefix | SoftPrompt], fresh: bool
 ) -> Prefix | SoftPrompt:
     try:

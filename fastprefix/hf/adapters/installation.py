@@ -105,7 +105,7 @@ class Installation:
             layers = encoder_decoder.find_layers(model) if is_two_stacks else find_layers(model)
             offload.refuse_offloaded_layers(model, layers.modules)
             self._check_masks(layers)
-            outer = outer_modules.look(model, layers.main)
+            outer = outer_modules.find_outer_modules(model, layers.main)
             positions = default_positions.find(model, layers.main)
             if not positions.moved:
                 layers = layers.without_positions()

@@ -30,7 +30,7 @@ class OuterModules:
     first_position: int = 0  # position of a row's first token (PaliGemma counts from 1)
 
 
-def look(model: nn.Module, stack: AttentionStack) -> OuterModules:
+def find_outer_modules(model: nn.Module, stack: AttentionStack) -> OuterModules:
     """Run a model on a few tokens, with a mask and without one, and record the arguments of the stack's owner."""
     if stack.owner is model or stack.extra_inputs or stack.main_input != "input_ids":
         return OuterModules()  # the decoder of an encoder-decoder makes its own

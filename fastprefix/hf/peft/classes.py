@@ -139,7 +139,7 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-def theirs(model: Any) -> Any:
+def peft_class(model: Any) -> Any:
     """PEFT's own class of a patched model."""
     return type(model).__bases__[1]
 
@@ -183,7 +183,7 @@ def _theirs(method: str, model: Any, adapters: Adapters, reason: str, *args: Any
     adapters.installation.warn.concatenation(reason)
     adapters.bypassed = True
     try:
-        return getattr(theirs(model), method)(model, *args, **kwargs)
+        return getattr(peft_class(model), method)(model, *args, **kwargs)
     finally:
         adapters.bypassed = False
 

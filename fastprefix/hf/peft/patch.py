@@ -132,7 +132,7 @@ def unpatch(peft_model: Any) -> Any:
         from fastprefix.hf.peft import adaption
 
         adaption.unfuse(peft_model)
-    peft_model.__class__ = classes.theirs(peft_model)
+    peft_model.__class__ = classes.peft_class(peft_model)
     if installation is not None:
         uninstall(installation)
     return peft_model

@@ -40,7 +40,7 @@ class PooledHead:
         tokens, self.tokens = self.tokens, 0
         if not tokens or output is None or isinstance(output, tuple):
             return None
-        return _behind(output, tokens, self.length)
+        return _drop_first(output, tokens, self.length)
 
     def remove(self) -> None:
         """Take the hook off."""
@@ -48,13 +48,13 @@ class PooledHead:
             handle.remove()
 
 
-def _behind(output: Any, tokens: int, length: int) -> Any:
+def _drop_first(output: Any, tokens: int, length: int) -> Any:
     """Drop the first ``tokens`` positions of an output, and of the outputs inside it (text and vision towers)."""
     for name, x in list(output.items()):
         if name in _STATES and isinstance(x, Tensor) and x.shape[1] == length:
             output[name] = x[:, tokens:]
         elif hasattr(x, "items"):
-            output[name] = _behind(x, tokens, length)
+            output[name] = _drop_first(x, tokens, length)
     return output
 
 

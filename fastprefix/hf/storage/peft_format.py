@@ -105,7 +105,7 @@ def peft_configuration(peft: dict[str, Any], path: Path) -> PrefixConfig | Promp
         raise fail(f"{path}: peft_type", shown(kind), f"{', '.join(PREFIX_TYPES + PROMPT_TYPES)} or FASTPREFIX")
     submodules = field(peft, "num_transformer_submodules", int, path, None)
     tokens = field(peft, "num_virtual_tokens", int, path)
-    with of(path):
+    with errors_naming(path):
         if kind == "PREFIX_TUNING" and submodules == 2:  # an encoder-decoder's
             return PrefixConfig(tokens, parts=("decoder",))
         if submodules not in (1, None):
@@ -131,19 +131,19 @@ def own_configuration(own: dict[str, Any], path: Path) -> PrefixConfig | PromptC
     if "kind" in own:
         if own["kind"] != "prompt":
             raise fail(f"{path}: kind", shown(own["kind"]), "'prompt', or no such field for keys and values")
-        with of(path):
+        with errors_naming(path):
             return PromptConfig(tokens)
     fields: dict[str, Any] = {
         n: own[n] for n in ("num_virtual_tokens", "layers", "position_offset", "num_frozen_tokens", "parts") if n in own
     }
     if field(own, "projected", bool, path, None):
         fields.update(prefix_projection=True, encoder_hidden_size=own.get("encoder_hidden_size"))
-    with of(path):
+    with errors_naming(path):
         return PrefixConfig(**fields, init=init.normal())
 
 
 @contextmanager
-def of(path: Path) -> Iterator[None]:
+def errors_naming(path: Path) -> Iterator[None]:
     """Put the path of a file in front of the messages of ValueErrors raised inside the block."""
     try:
         yield

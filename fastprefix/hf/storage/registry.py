@@ -37,7 +37,7 @@ class PrefixRegistry:
     def get(self, name: str) -> Prefix | SoftPrompt:
         """The prefix of a name, read from disk unless it is in memory; the least recently used ones make room."""
         if name not in self.resident:
-            prefix = SavedAdapter(self.paths[name]).make(self.installation)
+            prefix = SavedAdapter(self.paths[name]).build(self.installation)
             prefix.requires_grad_(False)
             self.resident[name] = prefix
         self.resident.move_to_end(name)

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastprefix.hf.adapters.attach import attach_made
+from fastprefix.hf.adapters.attach import attach_prefix
 from fastprefix.hf.adapters.installation import Installation
 from fastprefix.hf.adapters.lookup import require_installation, require_not_patched
 from fastprefix.hf.model import wrappers
@@ -155,4 +155,4 @@ def load(model: Any, dir: str | os.PathLike[str], name: str = "default") -> Pref
         ValueError: a file is missing or malformed (a pickle, numbers that are not finite or no floats, tensors or
             fields of no known meaning), or does not fit the model; path and field are named. Nothing is attached then.
     """
-    return attach_made(model, name, SavedAdapter(dir).make)
+    return attach_prefix(model, name, SavedAdapter(dir).build)

@@ -29,7 +29,7 @@ from fastprefix.hf.storage.peft_format import (
     check_geometry,
     check_tensors,
     digest,
-    of,
+    errors_naming,
     own_configuration,
     peft_configuration,
     stored_key_values,
@@ -78,15 +78,15 @@ class SavedAdapter:
         projected = isinstance(self.config, PrefixConfig) and self.config.prefix_projection
         self.encoder = read_tensors(self.paths[ENCODER]) if projected else None
 
-    def make(self, installation: Installation) -> Prefix | SoftPrompt:
+    def build(self, installation: Installation) -> Prefix | SoftPrompt:
         """A new prefix for a model. All sizes in the configuration are checked before anything is allocated."""
         path = self.paths[OWN_CONFIG if self.own is not None else CONFIG]
         modules = installation.modules.matching([*self.trained, *self.frozen])
         saved_modules.check(self.modules, modules, self.paths[WEIGHTS])
         if isinstance(self.config, PromptConfig):
             self.check_embedding(prompt_dim(installation))
-            return self.made(installation)
-        with of(path):
+            return self._build(installation)
+        with errors_naming(path):
             empty = empty_prefix(installation, self.config)
         stored_key_values(self.tensors, empty, self.paths[WEIGHTS])
         if EMBEDDINGS in self.tensors:
@@ -103,9 +103,9 @@ class SavedAdapter:
                 "they are the content's alone, so that this adapter's outputs differ from those in PEFT",
                 stacklevel=3,
             )
-        return self.made(installation)
+        return self._build(installation)
 
-    def made(self, installation: Installation) -> Prefix | SoftPrompt:
+    def _build(self, installation: Installation) -> Prefix | SoftPrompt:
         """A new prefix with the saved values, once everything was checked."""
         found = {path: name for name in (*self.frozen, *self.trained) for path in installation.modules.matching([name])}
         prefix = build(installation, self.config)
