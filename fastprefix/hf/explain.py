@@ -18,7 +18,7 @@ from fastprefix.hf.attention.recording import AttentionCall
 from fastprefix.hf.model import layers as model_layers
 from fastprefix.hf.model import probing, wrappers
 from fastprefix.hf.runtime.exactness import why_not_shareable
-from fastprefix.hf.runtime.prefix_reader import ResolvedPrefix
+from fastprefix.hf.runtime.forward_context import ResolvedPrefix
 from fastprefix.prefixes.config import PrefixConfig
 
 

@@ -54,7 +54,7 @@ def attention_forward(
         position_ids = kwargs.get("position_ids")
         options["segment_ids"] = _packed_documents(position_ids, key)
         if causal:
-            _refuse_a_cache_that_is_not_full(position_ids, query.shape[2], key.shape[2])
+            _refuse_a_cache_that_is_not_full(position_ids, query.shape[2], key)
     softcap = kwargs.get("softcap")
     heads, dim, width = key.shape[1], query.shape[3], value.shape[3]
     o = prefix_attention(
@@ -84,15 +84,24 @@ def _packed_documents(position_ids: Tensor | None, key: Tensor) -> Tensor | None
     return torch.nn.functional.pad(starts.cumsum(1), (1, 0))
 
 
-def _refuse_a_cache_that_is_not_full(position_ids: Tensor | None, rows: int, keys: int) -> None:
+def _refuse_a_cache_that_is_not_full(position_ids: Tensor | None, rows: int, key: Tensor) -> None:
     """A static cache has its whole capacity as keys, and no argument says which of them are there yet.
 
-    The queries are taken for the last rows of the keys. Positions that end before the keys do contradict that.
+    The queries are taken for the last rows of the keys. Positions that end before the keys do contradict that. Some
+    models give their attention no positions: there the last key tells, which is zero until it is written.
     """
-    if position_ids is None or position_ids.dim() != 2 or rows == keys:
+    keys = key.shape[2]
+    if rows == keys:
+        return
+    message = "a static cache that is not full needs an attention_mask with hidden keys; expected a dynamic cache"
+    if position_ids is None or position_ids.dim() != 2:
+        written = key[:, :, -1].ne(0).any()
+        if torch.compiler.is_compiling():
+            torch._assert_async(written, f"key: {message}")
+        elif not bool(written):
+            raise ValueError(f"key: got zeros as the last of {keys} keys: {message}")
         return
     last = position_ids[:, -1].max()
-    message = "a static cache that is not full needs an attention_mask with hidden keys; expected a dynamic cache"
     if torch.compiler.is_compiling():
         torch._assert_async(last >= keys - 1, f"position_ids: {message}")
     elif int(last) < keys - 1:

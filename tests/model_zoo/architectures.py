@@ -44,7 +44,7 @@ KINDS: dict[str, str] = {
     "llama4": "attention in chunks",
     "gemma2": "softcap, windows in some layers",
     "gemma4": "layers that share keys and values, head dims that differ",
-    "gptj": "methods led to the attention interface",
+    "gptj": "one method overridden",
     "gpt_neo": "the same, local layers",
     "falcon": "the same, query groups",
     "gpt_oss": "attention sinks, experts",

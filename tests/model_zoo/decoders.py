@@ -94,15 +94,15 @@ ROWS: dict[str, Row] = {
         "ModernBERT decoder", "ModernBertDecoder", {**COMMON, "local_attention": 8, "layer_types": MIXED},
         notes="mixed windows", peft=SLIDING,
     ),
-    "gptj": lm("GPT-J", "GPTJ", {**GPT, "rotary_dim": 4}, notes="led to the interface", cached=True),
-    "codegen": lm("CodeGen", "CodeGen", {**GPT, "rotary_dim": 4}, notes="led to the interface", cached=True),
+    "gptj": lm("GPT-J", "GPTJ", {**GPT, "rotary_dim": 4}, notes="one method overridden", cached=True),
+    "codegen": lm("CodeGen", "CodeGen", {**GPT, "rotary_dim": 4}, notes="one method overridden", cached=True),
     "gpt_neo": lm(
         "GPT-Neo", "GPTNeo",
         {**COMMON, "num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]], "window_size": 32},
-        notes="led to the interface; local layers", cached=True,
+        notes="one method overridden; local layers", cached=True,
     ),
     "falcon": lm(
         "Falcon (7B, 40B)", "Falcon", {**COMMON, "num_kv_heads": 2, "new_decoder_architecture": True},
-        notes="led to the interface", cached=True, peft="prefix has the queries' heads, not the groups'",
+        notes="one method overridden", cached=True, peft="prefix has the queries' heads, not the groups'",
     ),
 }  # fmt: skip

@@ -184,6 +184,10 @@ def test_attention_with_a_cache(kernel: ModuleType) -> None:
     torch.testing.assert_close(attended(kernel, q, k, v, position_ids=positions), want)
     with pytest.raises(ValueError, match="position_ids: got 6 as the last of 10 keys: a static cache"):
         attended(kernel, q, *(torch.cat([y, y[:, :, :3]], 2) for y in (k, v)), position_ids=positions)
+    # Models that give their attention no positions: keys that are not written yet are zeros.
+    torch.testing.assert_close(attended(kernel, q, k, v), want)
+    with pytest.raises(ValueError, match="key: got zeros as the last of 10 keys: a static cache that is not full"):
+        attended(kernel, q, *(nn.functional.pad(y, (0, 0, 0, 3)) for y in (k, v)))
     with pytest.raises(ValueError, match="cache: got a paged cache, expected none"):
         attended(kernel, q, k, v, cache=object())
 

@@ -1,6 +1,6 @@
 """Saves that are killed: at each of their steps, and at random; run as a process of its own, which forks the victims.
 
-    python -m tests.interrupted steps|twice|random FOLDER COUNT      prints what was found as JSON
+    python -m tests.support.kill_during_save steps|twice|random FOLDER COUNT      prints what was found as JSON
 
 A kill is no power cut: what the system was told is not lost. So flushing to the disk is a step here that takes no time.
 """

@@ -8,7 +8,7 @@ from typing import Any
 
 from fastprefix.errors import fail
 from fastprefix.hf.adapters.lookup import require_installation
-from fastprefix.hf.runtime.prefix_reader import AdapterSelection
+from fastprefix.hf.runtime.forward_context import AdapterSelection
 
 
 @contextmanager

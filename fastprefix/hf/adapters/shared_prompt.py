@@ -32,13 +32,10 @@ class SharedPrompt:
             forward of a language model that started its rows (no cache, no ``logits_to_keep``).
     """
 
-    def __init__(
-        self, prompts: list[Tensor], groups: Tensor | None, reader: PrefixReader, slots: AttentionSlots
-    ) -> None:
+    def __init__(self, prompts: list[Tensor], groups: Tensor | None) -> None:
         self.prompts = prompts  # [P_n] token ids
         self.groups = groups  # [B]
         self.number = next(_numbers)  # identifies this prompt in a generation's cache
-        self.reader, self.slots = reader, slots
         self.next_logits: Tensor | None = None
 
     def rows(self, batch: int) -> list[int]:
@@ -49,12 +46,24 @@ class SharedPrompt:
             raise fail("groups", f"{len(self.groups)} groups", f"one for each of the batch's {batch} rows")
         return self.groups.repeat_interleave(batch // len(self.groups)).tolist()
 
+
+class _PromptBlock:
+    """An open block, which reads a :class:`SharedPrompt`; the user's object outlives it and holds no model."""
+
+    def __init__(self, shared: SharedPrompt, reader: PrefixReader, slots: AttentionSlots) -> None:
+        self.shared, self.prompts, self.number = shared, shared.prompts, shared.number
+        self.reader, self.slots = reader, slots
+
+    def predict(self, next_logits: Tensor) -> None:
+        """Keep ``[B, V]``, the prompt's prediction of each row's first token."""
+        self.shared.next_logits = next_logits
+
     def read(self, selection: AdapterSelection | None, kwargs: dict[str, Any]) -> ForwardContext:
         """The context of a forward inside the block: the prompts, after the attached prefix if one is active."""
         reader = self.reader
         if selection is not None and len(selection.names) > 1:
             raise fail("names", "a mixed batch beside a shared prompt", "one prefix for all rows")
-        rows = self.rows(reader.facts.layers.batch_size(kwargs))
+        rows = self.shared.rows(reader.facts.layers.batch_size(kwargs))
         used = sorted(set(rows))
         front = None if selection is None else reader.read_names(selection, kwargs)
         offset = 0 if front is None else front.offset
@@ -160,8 +169,9 @@ def shared_prompt(model: Any, input_ids: Any, groups: Any = None) -> Iterator[Sh
         raise fail("input_ids", "a shared prompt inside another block", "one block of shared_prompt or prefix_batch")
     if installation.selection.provider.gated:
         raise fail("model", "one with gated prompts (ADAPTION_PROMPT)", "one without: they are read beside the content")
-    shared = SharedPrompt(prompts, chosen, installation.reader, installation.slots)
-    with installation.lock.block(), installation.selection.sharing(shared), installation.configs.switched_on():
+    shared = SharedPrompt(prompts, chosen)
+    block = _PromptBlock(shared, installation.reader, installation.slots)
+    with installation.lock.block(), installation.selection.sharing(block), installation.configs.switched_on():
         yield shared
 
 

@@ -15,7 +15,7 @@ from fastprefix.hf.model.dummy_inputs import dummy_inputs
 from fastprefix.hf.model.layers import Layers
 from fastprefix.prefixes.config import Part
 
-_TOKENS = 2  # decoder tokens in a probe; attention over another number of keys is cross-attention
+_TOKENS = 2  # decoder tokens in a dummy forward; attention over another number of keys is cross-attention
 
 
 def is_encoder_decoder(model: Any) -> bool:
@@ -24,7 +24,7 @@ def is_encoder_decoder(model: Any) -> bool:
 
 
 def find_layers(model: Any) -> Layers:
-    """Probe the two stacks of an encoder-decoder; raises ValueError, naming the class, where a layer is missed."""
+    """Find the layers of an encoder-decoder by running its two stacks; ValueError names the class that misses one."""
     encoder, decoder = model.get_encoder(), model.get_decoder()
     if not all(isinstance(x, nn.Module) and x is not model for x in (encoder, decoder)):
         raise fail("model", f"{type(model).__name__} without an encoder and a decoder of its own", "a model of both")

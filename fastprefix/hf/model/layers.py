@@ -79,7 +79,7 @@ class Layers:
 
 
 def find_layers(model: nn.Module) -> Layers:
-    """Probe a model whose attention implementation is already fastprefix's.
+    """Run a model once whose attention implementation is already fastprefix's.
 
     Raises:
         ValueError: not every attention layer calls the attention interface; the model's class is named.

@@ -145,7 +145,7 @@ class LMHeadHooks:
         if self.selection.shared is not None and isinstance(logits, Tensor):
             rows = torch.arange(len(logits), device=logits.device)
             at_prompt = torch.zeros_like(rows) if position.padding is None else position.padding.to(rows.device)
-            self.selection.shared.next_logits = logits[rows, at_prompt]
+            self.selection.shared.predict(logits[rows, at_prompt])
         return output
 
 

@@ -20,7 +20,10 @@ class PromptBlock(Protocol):
     """An open block of :func:`fastprefix.shared_prompt`."""
 
     number: int
-    next_logits: Tensor | None
+
+    def predict(self, next_logits: Tensor) -> None:
+        """Keep ``[B, V]``, the prompt's prediction of each row's first token."""
+        ...
 
     def read(self, selection: AdapterSelection | None, kwargs: dict[str, Any]) -> ForwardContext:
         """The context of a forward inside the block."""

@@ -30,4 +30,4 @@ class WarnOnce:
 
     def concatenation(self, reason: str) -> None:
         """Warn that a prompt is concatenated to every row, with the reason."""
-        self(reason, f"fastprefix: the prompt is concatenated to every row, not shared: {reason}", stacklevel=4)
+        self(reason, f"fastprefix: the prompt is concatenated to every row, not shared: {reason}", stacklevel=3)

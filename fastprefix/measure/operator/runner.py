@@ -18,17 +18,18 @@ from fastprefix.measure.timing import Timing, captured, interleaved
 Results = dict[str, Tensor]
 
 
-def runner(candidate: Candidate, problem: Problem, mode: Mode, leaves: Leaves | None = None) -> Callable[[], Results]:
+def runner(peer: Candidate, problem: Problem, mode: Mode, leaves: Leaves | None = None) -> Callable[[], Results]:
     """A function that calls the candidate once.
 
     It returns ``{"o": ...}`` and the gradients that the mode asks for, ``dq`` to ``dprefix_v``.
 
     Args:
+        peer: the candidate.
         leaves: inputs that several candidates share; random ones without.
     """
     if leaves is None:
         leaves = Leaves.of(problem, mode)
-    attend, do = candidate.prepare(problem, leaves), leaves.do
+    attend, do = peer.prepare(problem, leaves), leaves.do
     inputs = {name: leaves.inputs[name] for name in TRAINED[mode]}
     if not inputs:
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
+import pickle
 import warnings
+import weakref
 from typing import Any
 
 import pytest
@@ -240,3 +243,15 @@ def test_under_autocast() -> None:
             with fastprefix.shared_prompt(model, prompt):
                 got = model(input_ids=rows).logits
     assert (got.float() - truth).abs().max() <= 2 * (want.float() - truth).abs().max()
+
+
+def test_what_a_block_yields_holds_no_model() -> None:
+    model = ROWS["llama_gqa"].build()
+    with fastprefix.shared_prompt(model, ids(P)) as shared, torch.no_grad():
+        model(input_ids=ids(B, S))
+    fastprefix.detach(model)
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
+    assert copy.deepcopy(shared).next_logits.shape == (B, VOCAB) and len(pickle.dumps(shared)) < 20_000
