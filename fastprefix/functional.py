@@ -133,19 +133,19 @@ def _checked_args(
     prefix_k: Tensor,
     prefix_v: Tensor,
     *,
-    causal: bool = True,
-    scale: float | None = None,
-    key_padding_mask: Tensor | None = None,
-    segment_ids: Tensor | None = None,
-    q_start: int | Tensor | None = None,
-    window: int | None = None,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-    bias: Tensor | None = None,
-    gate: Tensor | None = None,
-    prefix_ids: Tensor | None = None,
-    prefix_lens: Tensor | None = None,
-    dropout_p: float = 0.0,
+    causal: bool,
+    scale: float | None,
+    key_padding_mask: Tensor | None,
+    segment_ids: Tensor | None,
+    q_start: int | Tensor | None,
+    window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+    bias: Tensor | None,
+    gate: Tensor | None,
+    prefix_ids: Tensor | None,
+    prefix_lens: Tensor | None,
+    dropout_p: float,
 ) -> AttentionArgs:
     """Check everything, apply autocast, fill in the defaults. ``gate`` is checked only: it is applied outside."""
     q, k, v = _autocast(q), _autocast(k), _autocast(v)
@@ -224,11 +224,13 @@ def _gated(args: AttentionArgs, gate: Tensor, backend: str) -> tuple[Tensor, Ten
 
 def explain(q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor, **options: Any) -> str:
     """A line for each backend: whether it takes a call of :func:`prefix_attention` with these arguments, or why not."""
-    options.pop("return_lse", None)
-    backend = options.pop("backend", "auto")
-    unknown = options.keys() - (_checked_args.__kwdefaults__ or {}).keys()
-    if unknown:
+    # The defaults are those of prefix_attention, so that both speak of the same call.
+    defaults: dict[str, Any] = prefix_attention.__kwdefaults__ or {}
+    if unknown := options.keys() - defaults.keys():
         raise TypeError(f"explain: unknown arguments {sorted(unknown)}")
-    args = _checked_args(q, k, v, prefix_k, prefix_v, **options)
+    given = {**defaults, **options}
+    backend = given.pop("backend")
+    del given["return_lse"]
+    args = _checked_args(q, k, v, prefix_k, prefix_v, **given)
     dispatch.check_name(backend)
     return dispatch.explain(args)

@@ -30,6 +30,17 @@ def test_explain_says_who_and_why_not() -> None:
     assert lines["reference"] == "chosen by auto" and lines["aten"].startswith("cannot: dropout_p")
 
 
+def test_explain_takes_the_arguments_of_the_operator_and_no_others() -> None:
+    call = make_call()
+    given = prefix_attention.__kwdefaults__ or {}
+    assert explain(**call.leaves, **given) == explain(**call.leaves)
+    assert explain(**call.leaves, window=2)  # raises without causal, which is on by default
+    with pytest.raises(TypeError, match=r"explain: unknown arguments \['scael'\]"):
+        explain(**call.leaves, scael=1.0)
+    with pytest.raises(ValueError, match="backend: got 'tritn'"):
+        explain(**call.leaves, backend="tritn")
+
+
 def test_the_environment_overrules_auto_only(monkeypatch: pytest.MonkeyPatch) -> None:
     call = make_call()
     monkeypatch.setenv("FASTPREFIX_BACKEND", "aten")
