@@ -26,8 +26,8 @@ from benches.device_suite.parallel_compile import MOST_PROCESSES, CompilePool, t
 from benches.device_suite.plan import PARTS, Job, ModelCheck, OperatorCheck, jobs, part
 from benches.device_suite.report import markdown
 from benches.device_suite.suite_state import SuiteState
-from fastprefix.measure.device_errors import DeviceLostError, describe_error
-from fastprefix.measure.report_tables import write_atomically
+from fastprefix.machine.device_errors import DeviceLostError, describe_error
+from fastprefix.machine.files import write_atomically
 
 BUDGET = 420.0
 RESULTS = Path(__file__).parent / "results"

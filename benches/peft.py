@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastprefix.machine.timing import interleaved, ratio
 from fastprefix.measure.report_tables import markdown_table
-from fastprefix.measure.timing import interleaved, ratio
 from fastprefix.measure.training import peft_vs_patched
 from fastprefix.measure.training.peft_vs_patched import ATTACHED, FROZEN, PATCHED, PEFT, Workload
 

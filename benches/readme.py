@@ -18,10 +18,11 @@ import torch
 
 from benches import peft
 from benches.pictures import RESULTS, ROOT, machine
+from fastprefix.machine.files import write_atomically
+from fastprefix.machine.timing import Timing, ratio
 from fastprefix.measure.operator.problem import Mode, Problem
 from fastprefix.measure.operator.runner import measure
-from fastprefix.measure.report_tables import environment, markdown_table, write_atomically
-from fastprefix.measure.timing import Timing, ratio
+from fastprefix.measure.report_tables import environment, markdown_table
 
 README, BENCHMARKS = ROOT / "README.md", ROOT / "docs" / "benchmarks.md"
 BEGIN, END = "<!-- measured: python -m benches.readme -->", "<!-- end of measured -->"

@@ -25,7 +25,7 @@ import torch
 
 from benches.device_suite.operator_calls import CALLS, Call
 from benches.device_suite.operator_correctness import Case, verdict
-from fastprefix.backends import aten
+from fastprefix.backends import aten_routes
 from fastprefix.measure import Problem
 from fastprefix.measure.operator.correctness import broken_rule, results
 from fastprefix.types import AttentionArgs
@@ -96,7 +96,7 @@ def counted() -> Iterator[dict[str, int]]:
 @contextmanager
 def short_prefixes() -> Iterator[None]:
     """Inside the block, the aten backend leaves short prefixes to the epilogue kernels on CPUs too."""
-    with mock.patch.object(aten, "SHORT_ON", ("cuda", "cpu")):
+    with mock.patch.object(aten_routes, "SHORT_ON", ("cuda", "cpu")):
         yield
 
 

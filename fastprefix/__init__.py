@@ -7,6 +7,7 @@ from fastprefix.explain import explain
 from fastprefix.functional import prefix_attention
 from fastprefix.prefixes.config import PrefixConfig
 from fastprefix.prefixes.prompt import PromptConfig
+from fastprefix.verification.run import verify
 
 if TYPE_CHECKING:
     from fastprefix.hf.api import (
@@ -42,6 +43,7 @@ __all__ = [
     "set_prefix",
     "shared_prompt",
     "unpatch",
+    "verify",
 ]
 
 

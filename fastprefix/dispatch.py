@@ -1,28 +1,17 @@
-"""Which backend takes a call, and why. ``auto`` takes the first of the device's order that has no reason against it."""
+"""Which backend takes a call, and why. ``auto`` takes the fastest that was proved right on the device for its kind."""
 
 from __future__ import annotations
 
 from types import ModuleType
 
-from . import reference
-from .backends import aten, triton
 from .errors import UnsupportedError, fail
-from .types import BACKENDS, AttentionArgs, BackendName
+from .machine import device
+from .types import BACKENDS, AttentionArgs
+from .verification import lookup, ranking, store
+from .verification.routes import Candidate, module
+from .verification.store import Policy
 
-# Only what has run on such a device stands in its order. `aten` has not run on a GPU: ask for it by name there.
-AUTO_ORDER: dict[str, tuple[BackendName, ...]] = {"cpu": ("aten", "reference")}
-DEFAULT_ORDER: tuple[BackendName, ...] = ("reference",)
-
-
-def module(name: BackendName) -> ModuleType:
-    """The three functions of a backend."""
-    match name:
-        case "reference":
-            return reference
-        case "aten":
-            return aten
-        case "triton":
-            return triton
+__all__ = ["UnsupportedError", "check_name", "choose", "explain", "module", "name_of"]
 
 
 def check_name(name: str) -> None:
@@ -31,40 +20,62 @@ def check_name(name: str) -> None:
         raise fail("backend", repr(name), "'auto' or " + " or ".join(repr(b) for b in BACKENDS))
 
 
-def auto_order(device_type: str) -> tuple[BackendName, ...]:
-    """What ``auto`` tries on a device, first to last."""
-    return AUTO_ORDER.get(device_type, DEFAULT_ORDER)
+def choose(args: AttentionArgs, name: str, mode: str = "forward") -> Candidate:
+    """The backend for a call, and which route of it.
 
+    One asked for by name never falls back: it raises :class:`UnsupportedError`. It runs whether it was proved or not.
 
-def choose(args: AttentionArgs, name: str) -> ModuleType:
-    """The backend for a call. One asked for by name never falls back: it raises :class:`UnsupportedError`."""
-    check_name(name)
+    Args:
+        mode: ``forward``, ``backward``, or ``lowest`` for a backward of the prefix alone.
+    """
     if name != "auto":
+        check_name(name)
         chosen = module(name)  # type: ignore[arg-type]
         reasons = chosen.unsupported(args)
         if reasons:
             raise UnsupportedError(f"backend {name!r} cannot take this call:\n  " + "\n  ".join(reasons))
-        return chosen
-    for candidate in auto_order(args.q.device.type):
-        if not module(candidate).unsupported(args):
-            return module(candidate)
+        return Candidate(chosen, None)
+    for candidate in ranking.order(args, mode):
+        if not candidate.module.unsupported(args, candidate.route):
+            return candidate
     raise AssertionError("the reference takes every call")
 
 
+def name_of(backend: ModuleType) -> str:
+    """The name of a backend's module."""
+    return next(name for name in BACKENDS if module(name) is backend)
+
+
 def explain(args: AttentionArgs) -> str:
-    """One line a backend: chosen by ``auto``, available, or its reasons against the call."""
-    order = auto_order(args.q.device.type)
-    chosen = choose(args, "auto")
+    """One line a backend: chosen by ``auto``, available, or its reasons against the call; and what was proved of it.
+
+    Nothing is verified here: where something is missing, the line says so.
+    """
+    off = store.policy() is Policy.OFF
+    order = (lookup.VENDOR, lookup.REFERENCE) if off else lookup.order(args, "forward")
+    chosen = next(x for x in order if not x.module.unsupported(args, x.route))
+    known = lookup.describe(args, "forward")
     lines = []
     for name in BACKENDS:
         reasons = module(name).unsupported(args)
         if reasons:
             verdict = "cannot: " + "; ".join(reasons)
-        elif module(name) is chosen:
+        elif module(name) is chosen.module:
             verdict = "chosen by auto"
-        elif name not in order:
-            verdict = f"can, by name only: not in auto's order on {args.q.device.type}"
+        elif any(module(name) is x.module for x in order):
+            verdict = f"can, but auto prefers {name_of(chosen.module)}"
         else:
-            verdict = "can, but auto prefers " + next(n for n in order if module(n) is chosen)
+            verdict = "can, by name only"
+        if not reasons and name != "reference":
+            verdict += ": " + (_unknown(args) if off or name not in known else known[name])
         lines.append(f"{name:<10} {verdict}")
     return "\n".join(lines)
+
+
+def _unknown(args: AttentionArgs) -> str:
+    """Why nothing is known of a backend."""
+    place = args.q.device
+    if store.policy() is Policy.OFF:
+        return f"not proved: {store.VARIABLE}=off"
+    told = f"not proved on {store.table(place).identity['device']}: `fastprefix verify` does it"
+    return f"{told}, or the first call" if device.kind(place) in device.GPUS else told

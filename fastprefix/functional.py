@@ -224,13 +224,16 @@ def _gated(args: AttentionArgs, gate: Tensor, backend: str) -> tuple[Tensor, Ten
 
 def explain(q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor, **options: Any) -> str:
     """A line for each backend: whether it takes a call of :func:`prefix_attention` with these arguments, or why not."""
-    # The defaults are those of prefix_attention, so that both speak of the same call.
-    defaults: dict[str, Any] = prefix_attention.__kwdefaults__ or {}
-    if unknown := options.keys() - defaults.keys():
+    if unknown := options.keys() - (prefix_attention.__kwdefaults__ or {}).keys():
         raise TypeError(f"explain: unknown arguments {sorted(unknown)}")
-    given = {**defaults, **options}
-    backend = given.pop("backend")
-    del given["return_lse"]
-    args = _checked_args(q, k, v, prefix_k, prefix_v, **given)
-    dispatch.check_name(backend)
-    return dispatch.explain(args)
+    dispatch.check_name(options.get("backend", "auto"))
+    return dispatch.explain(to_args(q, k, v, prefix_k, prefix_v, **options))
+
+
+def to_args(q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor, **options: Any) -> AttentionArgs:
+    """The arguments of a call of :func:`prefix_attention`, checked, as backends see them, but for its gate."""
+    # The defaults are those of prefix_attention, so that both speak of the same call.
+    given = {**(prefix_attention.__kwdefaults__ or {}), **options}
+    return _checked_args(
+        q, k, v, prefix_k, prefix_v, **{n: x for n, x in given.items() if n not in ("backend", "return_lse")}
+    )

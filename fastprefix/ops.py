@@ -57,7 +57,8 @@ def from_op_inputs(values: Sequence[Any]) -> tuple[AttentionArgs, str]:
 
 def _fwd(*values: Any) -> tuple[Tensor, Tensor]:
     args, backend = from_op_inputs(values)
-    o, lse = dispatch.choose(args, backend).fwd(args)
+    backend_module, route = dispatch.choose(args, backend)
+    o, lse = backend_module.fwd(args, route)
     return to_bshd(o), lse.contiguous()
 
 
@@ -67,7 +68,9 @@ def _bwd(*values: Any) -> list[Tensor]:
     *needs, sinks = needs
     found: list[Tensor] = []
     if any(needs):
-        grads: Grads = dispatch.choose(args, backend).bwd(args, o, lse, do, Needs(*needs))
+        asked = Needs(*needs)
+        backend_module, route = dispatch.choose(args, backend, "backward" if asked.content else "lowest")
+        grads: Grads = backend_module.bwd(args, o, lse, do, asked, route)
         found = [grad for grad, need in zip(grads, needs, strict=True) if need and grad is not None]
     content = sum(needs[:3])  # q, k and v come first
     found = [to_bshd(grad) if i < content else grad.contiguous() for i, grad in enumerate(found)]

@@ -135,18 +135,23 @@ def attention(args: AttentionArgs) -> tuple[Tensor, Tensor]:
     return o_prefix + p[..., num_prefix:] @ x.v, lse
 
 
-def unsupported(args: AttentionArgs) -> list[str]:
+def routes(device_type: str) -> tuple[str, ...]:
+    """Names of the ways in which a call can be computed: one, without a name of its own."""
+    return ("",)
+
+
+def unsupported(args: AttentionArgs, route: str | None = None) -> list[str]:
     """Reasons why this backend cannot run a call: there are never any."""
     return []
 
 
-def fwd(args: AttentionArgs) -> tuple[Tensor, Tensor]:
+def fwd(args: AttentionArgs, route: str | None = None) -> tuple[Tensor, Tensor]:
     """``o`` in q's dtype, ``lse`` in fp32 (fp64 for fp64)."""
     o, lse = attention(args)
     return o.to(args.q.dtype), lse
 
 
-def bwd(args: AttentionArgs, o: Tensor, lse: Tensor, do: Tensor, needs: Needs) -> Grads:
+def bwd(args: AttentionArgs, o: Tensor, lse: Tensor, do: Tensor, needs: Needs, route: str | None = None) -> Grads:
     """Gradients of ``fwd``, each in its tensor's dtype; None where ``needs`` says so."""
     x = _dense(args)
     prefix_s, content_s = _scores(args, x)

@@ -31,6 +31,7 @@ MODULES = (
     "transforms",
     "functional",
 )
+FOLDERS = ("backends", "machine", "verification")
 BACKENDS = ("cpu", "cuda")
 
 OPS = '''"""The namespace of torch in which this build's operators are registered."""
@@ -49,7 +50,8 @@ def add_op_namespace_prefix(op_name: str) -> str:
 def sources() -> dict[str, Path]:
     """The files of a build, by path in it: the operator, its backends and kernels, and the Hub's own ``__init__``."""
     found = {f"{name}.py": ROOT / NAME / f"{name}.py" for name in MODULES}
-    trees = ((HUB / "package", ""), (ROOT / NAME / "backends", "backends/"), (ROOT / "kernels" / "triton", "_triton/"))
+    trees = [(HUB / "package", ""), (ROOT / "kernels" / "triton", "_triton/")]
+    trees += [(ROOT / NAME / folder, f"{folder}/") for folder in FOLDERS]
     for folder, prefix in trees:
         for path in sorted(p for ext in ("py", "json") for p in folder.rglob(f"*.{ext}")):
             found[prefix + path.relative_to(folder).as_posix()] = path

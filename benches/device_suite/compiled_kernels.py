@@ -12,9 +12,9 @@ from torch import Tensor
 from benches.device_suite import model_correctness, operator_correctness, training_rows
 from benches.device_suite.operator_calls import CALLS
 from benches.device_suite.plan import Job, ModelCheck, OperatorCheck, OperatorTiming, TrainingTiming
-from fastprefix.backends import aten, triton
+from fastprefix.backends import aten_routes, triton
+from fastprefix.machine.device_errors import describe_error
 from fastprefix.measure import Mode, Problem
-from fastprefix.measure.device_errors import describe_error
 from fastprefix.measure.kernels.launch_recording import Launch, recorded_launches
 from fastprefix.measure.operator.problem import INPUTS, TRAINED
 from fastprefix.types import BACKENDS, AttentionArgs, Needs
@@ -80,7 +80,7 @@ def _correctness(job: OperatorCheck | ModelCheck) -> Iterator[MetaCall]:
 
 def _takes_epilogue(call: MetaCall) -> bool:
     """Whether the aten backend may leave the prefix to the epilogue kernels on CUDA."""
-    return 0 < call.problem.P <= aten.SHORT and call.problem.dtype.itemsize == 2
+    return 0 < call.problem.P <= aten_routes.SHORT and call.problem.dtype.itemsize == 2
 
 
 def _needs(names: Sequence[str]) -> Needs | None:

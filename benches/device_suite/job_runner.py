@@ -14,8 +14,8 @@ from benches.device_suite.operator_correctness import Case, verdict
 from benches.device_suite.plan import Job, ModelCheck, OperatorCheck, OperatorTiming, TrainingTiming
 from benches.device_suite.suite_state import SuiteState
 from benches.device_suite.training_rows import timing_row
+from fastprefix.machine.device_errors import DeviceLostError, describe_error, recover
 from fastprefix.measure import Peaks, Problem, candidates_for, cost, measure, measure_peaks
-from fastprefix.measure.device_errors import DeviceLostError, describe_error, recover
 from fastprefix.measure.operator.baselines import NO_PREFIX
 from fastprefix.measure.operator.candidates import OURS, chosen_backend
 

@@ -12,8 +12,8 @@ import torch
 from benches.device_suite.operator_calls import CALLS, Call
 from fastprefix import prefix_attention
 from fastprefix.dispatch import UnsupportedError
+from fastprefix.machine.device_errors import describe_error
 from fastprefix.measure import DTYPES, Problem
-from fastprefix.measure.device_errors import describe_error
 from fastprefix.measure.operator.correctness import broken_rule, results
 from fastprefix.types import BackendName
 

@@ -15,7 +15,7 @@ import torch
 
 from benches.device_suite.compiled_kernels import Device, MetaCall, distinct_kernels, launches, meta_calls
 from benches.device_suite.plan import Job
-from fastprefix.measure.device_errors import describe_error
+from fastprefix.machine.device_errors import describe_error
 
 PATIENCE = 150.0  # seconds to wait; after that, rows compile the missing kernels themselves
 MOST_PROCESSES = 14

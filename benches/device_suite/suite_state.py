@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from benches.device_suite.plan import PARTS, Part
-from fastprefix.measure.report_tables import ResultFile, environment, slug, write_atomically
+from fastprefix.machine.files import slug, write_atomically
+from fastprefix.measure.report_tables import ResultFile, environment
 
 
 class SuiteState:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from benches.device_suite.plan import TrainingTiming
+from fastprefix.machine.device_errors import describe_error, recover, synchronize
 from fastprefix.measure import Cost, Peaks, Problem, Timing
-from fastprefix.measure.device_errors import describe_error, recover, synchronize
 from fastprefix.measure.operator.candidates import INTERPRETED, OURS, backend_reasons, chosen_backend
 from fastprefix.types import BACKENDS
 

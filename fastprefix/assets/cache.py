@@ -12,15 +12,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
-def cache_dir() -> Path:
-    """The folder of converted models: ``$FASTPREFIX_CACHE``, else ``$XDG_CACHE_HOME/fastprefix``, else
-    ``~/.cache/fastprefix``. It need not exist yet."""
-    if own := os.environ.get("FASTPREFIX_CACHE"):
-        return Path(own).expanduser()
-    xdg = os.environ.get("XDG_CACHE_HOME")
-    return (Path(xdg).expanduser() if xdg else Path.home() / ".cache") / "fastprefix"
-
-
 def find_in_package(package: str, pattern: str) -> Path | None:
     """The first file that matches inside an installed package; None without the package or such a file."""
     # The package is found, not imported: its dependencies (llm, llama-cpp-python) need not be installed.

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from fastprefix.assets.cache import cache_dir, convert_once, find_in_package, no_progress_bars
+from fastprefix.assets.cache import convert_once, find_in_package, no_progress_bars
+from fastprefix.machine.files import cache_dir
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

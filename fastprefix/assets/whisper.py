@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from fastprefix.assets import ctranslate2
-from fastprefix.assets.cache import cache_dir, convert_once, find_in_package, no_progress_bars
+from fastprefix.assets.cache import convert_once, find_in_package, no_progress_bars
 from fastprefix.errors import fail
+from fastprefix.machine.files import cache_dir
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, WhisperProcessor

@@ -7,29 +7,31 @@ applied per part), so nothing else is saved.
 
 from __future__ import annotations
 
-import functools
-import importlib.util
-from types import ModuleType
-
 import torch
 from torch import Tensor
 
 from ..types import AttentionArgs, Grads, Needs, to_bshd
-from . import aten_ops, concatenated_prefix
+from . import aten_ops, aten_routes, concatenated_prefix
+from .aten_routes import Route
 from .content_blocks import content_blocks, has_rows_outside_keys, int_start, mask_dtype
 from .fold_batch import PrefixRows, fold, prefix_rows, unfold, unit_rows
 from .merge_states import add_sink, merge_lse, merge_state, mix_outputs
 
-# Prefix tokens up to which one more pass over q and o beats a vendor call on the folded prefix, which writes o, and the
-# backward q's gradient, a second time. An estimate: not run on a GPU.
-SHORT = 128
-SHORT_ON = ("cuda",)
-
 _NOTHING: tuple[Tensor | None, ...] = (None,) * 5
 
 
-def unsupported(args: AttentionArgs) -> list[str]:
-    """Why this backend cannot take the call; empty when it can."""
+def routes(device_type: str) -> tuple[str, ...]:
+    """Names of the ways in which a device's vendor kernels can compute a call."""
+    return tuple(aten_routes.ROUTES.get(device_type, ()))
+
+
+def guess(args: AttentionArgs) -> str:
+    """The route that is taken where none is asked for."""
+    return aten_routes.name_of(args.q.device.type, aten_routes.guess(args))
+
+
+def unsupported(args: AttentionArgs, route: str | None = None) -> list[str]:
+    """Why this backend, or one route of it, cannot take the call; empty when it can."""
     reasons = []
     if args.softcap is not None:
         reasons.append("softcap: no vendor op caps scores")
@@ -56,21 +58,24 @@ def unsupported(args: AttentionArgs) -> list[str]:
             reasons.append("q_start: a tensor needs a mask, which flash attention on cuda does not take")
         elif args.causal and has_rows_outside_keys(args):
             reasons.append("q_start: rows outside the keys need a mask, which flash attention on cuda does not take")
+    if route is not None and not reasons:
+        reasons += aten_routes.reasons(args, route)
     return reasons
 
 
-def fwd(args: AttentionArgs) -> tuple[Tensor, Tensor]:
-    """``o [B, H, S, D_v]`` and ``lse [B, H, S]`` of the merged softmax."""
+def fwd(args: AttentionArgs, route: str | None = None) -> tuple[Tensor, Tensor]:
+    """``o [B, H, S, D_v]`` and ``lse [B, H, S]`` of the merged softmax; without a route, by one that is guessed."""
     if args.q.numel() == 0:  # vendor kernels divide by the number of rows
         return _nothing(args)
-    if concatenated_prefix.preferred(args):
+    way = aten_routes.find(args, route)
+    if way.prefix == "concatenated":
         o, lse = concatenated_prefix.fwd(args)
     else:
-        content = _content(args)
-        short = _short(args)
-        if short is not None and content is not None and not short.reasons(args):
-            return short.fwd(args, *content)
-        o, lse = _merged(args, content)
+        content = _content(args, way)
+        if way.prefix == "epilogue" and content is not None:
+            merged: tuple[Tensor, Tensor] = aten_routes.epilogue().fwd(args, *content)
+            return merged
+        o, lse = _merged(args, content, way)
     if args.sinks is not None:
         o, lse = add_sink(o, lse, args.sinks)
     if _may_be_empty(args):
@@ -78,22 +83,22 @@ def fwd(args: AttentionArgs) -> tuple[Tensor, Tensor]:
     return o, lse
 
 
-def _content(args: AttentionArgs) -> tuple[Tensor, Tensor] | None:
+def _content(args: AttentionArgs, way: Route) -> tuple[Tensor, Tensor] | None:
     """A vendor call for each block of the content, merged; None without any."""
     state: tuple[Tensor, Tensor] | None = None
     for block in content_blocks(args):
         k, v = args.k[:, :, block.first : block.last], args.v[:, :, block.first : block.last]
-        other = aten_ops.fwd(args.q, k, v, block.causal, block.mask, args.scale)
+        other = aten_ops.fwd(args.q, k, v, block.causal, block.mask, args.scale, way.cudnn)
         state = other if state is None else merge_state(*state, *other)
     return state
 
 
-def _merged(args: AttentionArgs, state: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+def _merged(args: AttentionArgs, state: tuple[Tensor, Tensor] | None, way: Route) -> tuple[Tensor, Tensor]:
     """The content's state merged with a vendor call for each prefix, or for several of one length."""
     heads = args.q.shape[1]
     found = [
-        (prefix, *aten_ops.fwd(fold(args.q, prefix), *prefix.keys_values(args), False, None, args.scale))
-        for prefix in prefix_rows(args)
+        (prefix, *aten_ops.fwd(fold(args.q, prefix), *prefix.keys_values(args), False, None, args.scale, way.cudnn))
+        for prefix in prefix_rows(args, way.prefix == "packed")
     ]
     if not found:
         return _nothing(args) if state is None else state
@@ -114,25 +119,6 @@ def _merged(args: AttentionArgs, state: tuple[Tensor, Tensor] | None) -> tuple[T
     return o, lse
 
 
-def _short(args: AttentionArgs) -> ModuleType | None:
-    """The kernels for a short prefix, which have reasons of their own; None where they are not wanted.
-
-    Head dims that are no multiples of 16 would be read element by element.
-    """
-    if args.q.device.type not in SHORT_ON or not 0 < args.num_prefix_tokens <= SHORT:
-        return None
-    return None if args.q.shape[3] % 16 or args.v.shape[3] % 16 else _kernels()
-
-
-@functools.cache
-def _kernels() -> ModuleType | None:
-    if importlib.util.find_spec("triton") is None:
-        return None
-    from .launch import epilogue
-
-    return epilogue
-
-
 def _nothing(args: AttentionArgs) -> tuple[Tensor, Tensor]:
     """The output and log-sum-exp of rows that see no key: 0 and -inf."""
     batch, num_heads, seq = args.q.shape[:3]
@@ -147,7 +133,7 @@ def _may_be_empty(args: AttentionArgs) -> bool:
     return any(block.mask is not None for block in content_blocks(args))
 
 
-def bwd(args: AttentionArgs, o: Tensor, lse: Tensor, do: Tensor, needs: Needs) -> Grads:
+def bwd(args: AttentionArgs, o: Tensor, lse: Tensor, do: Tensor, needs: Needs, route: str | None = None) -> Grads:
     """Gradients of :func:`fwd`; a part that nothing needs is not launched."""
     if args.q.numel() == 0:
         tensors = (args.q, args.k, args.v, args.prefix_k, args.prefix_v)
@@ -155,16 +141,16 @@ def bwd(args: AttentionArgs, o: Tensor, lse: Tensor, do: Tensor, needs: Needs) -
     # exp(score - lse) must vanish, not overflow, in a row that saw nothing, or nothing but a sink as low as a mask.
     lse = lse.masked_fill(lse < aten_ops.EMPTY_LSE, 0.0)
     dq, dk, dv, dprefix_k, dprefix_v = _NOTHING
-    if needs.content and concatenated_prefix.preferred(args):
+    way = aten_routes.find(args, route)
+    if needs.content and way.prefix == "concatenated":
         dq, dk, dv, dprefix_k, dprefix_v = concatenated_prefix.bwd(args, o, lse, do)
     else:
         if needs.content:
-            dq, dk, dv = _content_bwd(args, o, lse, do)
-        short = _short(args) if needs.prefix else None
-        if short is not None and not short.bwd_reasons(args):
-            dq, dprefix_k, dprefix_v = short.bwd(args, o, lse, do, dq, needs)
+            dq, dk, dv = _content_bwd(args, o, lse, do, way)
+        if needs.prefix and way.prefix == "epilogue" and not aten_routes.epilogue().bwd_reasons(args):
+            dq, dprefix_k, dprefix_v = aten_routes.epilogue().bwd(args, o, lse, do, dq, needs)
         elif needs.prefix:
-            dq, dprefix_k, dprefix_v = _prefix_bwd(args, o, lse, do, dq, needs)
+            dq, dprefix_k, dprefix_v = _prefix_bwd(args, o, lse, do, dq, needs, way)
     if needs.q and dq is None:
         dq = torch.zeros_like(args.q)
     return Grads(
@@ -176,14 +162,16 @@ def bwd(args: AttentionArgs, o: Tensor, lse: Tensor, do: Tensor, needs: Needs) -
     )
 
 
-def _content_bwd(args: AttentionArgs, o: Tensor, lse: Tensor, do: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
+def _content_bwd(
+    args: AttentionArgs, o: Tensor, lse: Tensor, do: Tensor, way: Route
+) -> tuple[Tensor | None, Tensor, Tensor]:
     """dq of the content blocks, and dK, dV of every key: 0 for those that no row sees."""
     dq: Tensor | None = None
     grads: list[tuple[Tensor, Tensor]] = []
     covered = 0
     for block in content_blocks(args):
         k, v = args.k[:, :, block.first : block.last], args.v[:, :, block.first : block.last]
-        block_dq, dk, dv = aten_ops.bwd(do, args.q, k, v, o, lse, block.causal, block.mask, args.scale)
+        block_dq, dk, dv = aten_ops.bwd(do, args.q, k, v, o, lse, block.causal, block.mask, args.scale, way.cudnn)
         dq = block_dq if dq is None else dq.add_(block_dq)
         grads.append((dk, dv))
         covered = block.last
@@ -198,10 +186,10 @@ def _content_bwd(args: AttentionArgs, o: Tensor, lse: Tensor, do: Tensor) -> tup
 
 
 def _prefix_bwd(
-    args: AttentionArgs, o: Tensor, lse: Tensor, do: Tensor, dq: Tensor | None, needs: Needs
+    args: AttentionArgs, o: Tensor, lse: Tensor, do: Tensor, dq: Tensor | None, needs: Needs, way: Route
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """dq with the prefix part's added in place, and dPrefix summed over batch, rows and the heads of a group."""
-    found = list(prefix_rows(args))
+    found = list(prefix_rows(args, way.prefix == "packed"))
     read = sum(prefix.group.prefixes * prefix.group.length for prefix in found)
     every = read * args.k.shape[1] * args.q.shape[3] == args.prefix_k.numel()
     room = torch.empty_like if every else torch.zeros_like
@@ -211,7 +199,7 @@ def _prefix_bwd(
         q, do_, o_ = (fold(x, prefix) for x in (args.q, do, o))
         lse_ = fold(lse.unsqueeze(-1), prefix).squeeze(-1)
         keys, values = prefix.keys_values(args)
-        part, *parts_kv = aten_ops.bwd(do_, q, keys, values, o_, lse_, False, None, args.scale)
+        part, *parts_kv = aten_ops.bwd(do_, q, keys, values, o_, lse_, False, None, args.scale, way.cudnn)
         if needs.q:
             dq = _with_rows(dq, args, prefix, unfold(part, args.q.shape[1], prefix))
         for out, grad in zip((dprefix_k, dprefix_v), parts_kv, strict=True):

@@ -18,16 +18,18 @@ MASK = torch.finfo(torch.float32).min / 2
 EMPTY_LSE = MASK / 2
 
 
-def fwd(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+def fwd(
+    q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None, scale: float, cudnn: bool = False
+) -> tuple[Tensor, Tensor]:
     """``o [B, H, S, D_v]`` (in [B, S, H, D_v] storage) and ``lse [B, H, S]``, -inf where a row sees no key.
 
     ``k`` and ``v`` keep their own number of heads (grouped-query attention without repeating them). ``mask`` is
-    additive, 4-D, broadcastable to ``[B, H, S, T]``, with ``MASK`` in hidden places.
+    additive, 4-D, broadcastable to ``[B, H, S, T]``, with ``MASK`` in hidden places. ``cudnn`` is read on CUDA only.
     """
     width = v.shape[-1]
     q, k, v = _same_width(q, k, v)
     if q.device.type != "cpu":
-        o, lse = aten_ops_cuda.fwd(q, k, v, causal, scale)
+        o, lse = aten_ops_cuda.fwd(q, k, v, causal, scale, cudnn)
         return o[..., :width], lse
     o, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=mask, scale=scale)
     if mask is not None:
@@ -45,13 +47,14 @@ def bwd(
     causal: bool,
     mask: Tensor | None,
     scale: float,
+    cudnn: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``dq, dk, dv`` of one part, given the **merged** ``o`` and ``lse`` (finite: see ``aten.bwd``)."""
     head_dim, width = q.shape[-1], v.shape[-1]
     do, o = _same_width(do, o, width=max(head_dim, width))
     q, k, v = _same_width(q, k, v)
     if q.device.type != "cpu":
-        dq, dk, dv = aten_ops_cuda.bwd(do, q, k, v, o, lse, causal, scale)
+        dq, dk, dv = aten_ops_cuda.bwd(do, q, k, v, o, lse, causal, scale, cudnn)
     else:
         dq, dk, dv = aten._scaled_dot_product_flash_attention_for_cpu_backward(
             do, q, k, v, o, lse, 0.0, causal, attn_mask=mask, scale=scale

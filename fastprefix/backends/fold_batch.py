@@ -11,10 +11,6 @@ from torch import Tensor
 from ..types import AttentionArgs
 from .bank_views import PrefixGroup, prefix_groups
 
-# Below this many query tokens a group's heads are folded into the rows as well, so that decoding reads each prefix
-# tile once per key/value head; above it the copy of q that this takes costs more than it saves.
-FOLD_GROUP_UP_TO = 16
-
 # Two blocks for each of an H100's or H200's 132 multiprocessors. An estimate: not run on a GPU.
 CUDA_BLOCKS = 264
 
@@ -38,16 +34,15 @@ class PrefixRows(NamedTuple):
         return k, v
 
 
-def prefix_rows(args: AttentionArgs) -> Iterator[PrefixRows]:
-    """The call's prefix, or those of the bank that some row reads."""
-    decode = args.q.shape[2] <= FOLD_GROUP_UP_TO and args.q.shape[0] > 1
-    heads = args.k.shape[1] if decode else args.q.shape[1]
+def prefix_rows(args: AttentionArgs, packed: bool) -> Iterator[PrefixRows]:
+    """The call's prefix, or those of the bank that some row reads; ``packed``: the heads of a group become rows too."""
+    heads = args.k.shape[1] if packed else args.q.shape[1]
     by_token = args.prefix_ids is not None and args.prefix_ids.dim() == 2
     for group in prefix_groups(args):
         if group.prefixes > 1:
             chunks = group.prefixes
         else:
-            chunks = 1 if decode else _chunks(args, group, by_token)
+            chunks = 1 if packed else _chunks(args, group, by_token)
         yield PrefixRows(group, args.prefix_ids is None, by_token, heads, chunks)
 
 

@@ -11,6 +11,7 @@ import importlib.util
 import torch
 from torch import Tensor
 
+from ..machine.device import GPUS
 from ..types import AttentionArgs, Grads, Needs
 
 LARGEST_HEAD_DIM = 256
@@ -18,18 +19,32 @@ LARGEST_HEAD_DIM = 256
 LARGEST_FP32_HEAD_DIM = 64
 
 
-def unsupported(args: AttentionArgs) -> list[str]:
-    """Why this backend cannot take the call; empty when it can."""
+# One launch, or the keys split over programs whose partial softmaxes a second launch merges.
+ROUTES = ("fused", "split")
+
+
+def routes(device_type: str) -> tuple[str, ...]:
+    """Names of the ways in which the kernels can compute a call."""
+    return ROUTES
+
+
+def guess(args: AttentionArgs) -> str:
+    """The route that is taken where none is asked for."""
+    from .launch import split_kv_decode
+
+    return "split" if split_kv_decode.preferred(args) else "fused"
+
+
+def unsupported(args: AttentionArgs, route: str | None = None) -> list[str]:
+    """Why this backend, or one route of it, cannot take the call; empty when it can."""
     if not _installed():
         return ["triton is not installed"]
-    from .launch import launcher
+    from .launch import launcher, split_kv_decode
 
     reasons = []
     device = args.q.device
-    if device.type == "cuda":
-        if torch.version.hip is not None:
-            reasons.append("device: the kernels are written for NVIDIA GPUs")
-        elif launcher.device(args.q)[0] < 80:
+    if device.type in GPUS:
+        if launcher.device(args.q)[0] < 80:
             reasons.append(f"device: compute capability {launcher.device(args.q)[0] / 10}, the kernels need 8.0")
     elif device.type == "cpu" and not launcher.INTERPRETER:
         reasons.append("device cpu: Triton runs on GPUs (TRITON_INTERPRET=1, set before it is imported, interprets)")
@@ -47,6 +62,8 @@ def unsupported(args: AttentionArgs) -> list[str]:
         reasons.append("dropout_p: not in the kernels")
     if args.bias_grad:
         reasons.append("bias: its gradient is not in the kernels")
+    if route == "split" and args.q.shape[2] > split_kv_decode.LARGEST_SEQ:
+        reasons.append(f"split: takes at most {split_kv_decode.LARGEST_SEQ} query tokens")
     return reasons
 
 
@@ -55,11 +72,11 @@ def _installed() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def fwd(args: AttentionArgs) -> tuple[Tensor, Tensor]:
-    """``o [B, H, S, D_v]`` and ``lse [B, H, S]`` of the merged softmax."""
+def fwd(args: AttentionArgs, route: str | None = None) -> tuple[Tensor, Tensor]:
+    """``o [B, H, S, D_v]`` and ``lse [B, H, S]`` of the merged softmax; without a route, by one that is guessed."""
     from .launch import forward, prefix_bank
 
-    return forward.fwd(prefix_bank.to_padded(args))
+    return forward.fwd(prefix_bank.to_padded(args), route=route)
 
 
 def fwd_with_mass(args: AttentionArgs) -> tuple[Tensor, Tensor, Tensor]:
@@ -74,7 +91,7 @@ def fwd_with_mass(args: AttentionArgs) -> tuple[Tensor, Tensor, Tensor]:
     return o, lse, torch.exp(prefix_lse - lse.masked_fill(lse == float("-inf"), 0.0))
 
 
-def bwd(args: AttentionArgs, o: Tensor, lse: Tensor, do: Tensor, needs: Needs) -> Grads:
+def bwd(args: AttentionArgs, o: Tensor, lse: Tensor, do: Tensor, needs: Needs, route: str | None = None) -> Grads:
     """Gradients of :func:`fwd`; a part that nothing needs is not launched."""
     from .launch import backward, prefix_bank
 

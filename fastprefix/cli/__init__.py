@@ -1,4 +1,4 @@
-"""The command line: ``fastprefix demo | train | generate | bench | memory | explain``.
+"""The command line: ``fastprefix demo | train | generate | bench | memory | explain | verify``.
 
 Each command is a module of this folder with two functions: ``add_arguments(parser)`` declares its options, and
 ``run(options)`` runs it and returns the exit status.
@@ -24,6 +24,7 @@ COMMANDS = {
     "bench": "Time the operator and its peers in one process.",
     "memory": "Count the bytes that a training step saves for backward.",
     "explain": "Show what a prefix does in a model's layers, and why.",
+    "verify": "Check every backend on this device and time those that are right.",
 }
 
 
@@ -91,6 +92,8 @@ def _import_command(name: str) -> Command:
             from fastprefix.cli import bench as command
         case "memory":
             from fastprefix.cli import memory as command
-        case _:
+        case "explain":
             from fastprefix.cli import explain as command
+        case _:
+            from fastprefix.cli import verify as command
     return command

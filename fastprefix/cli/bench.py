@@ -8,12 +8,13 @@ import torch
 
 from fastprefix.cli import bench_kernels
 from fastprefix.cli.options import whole_number
+from fastprefix.machine import device
+from fastprefix.machine.timing import ratio
 from fastprefix.measure import report_tables
 from fastprefix.measure.operator.candidates import OURS, candidates_for
 from fastprefix.measure.operator.problem import DTYPES, Mode, Problem
 from fastprefix.measure.operator.roofline import Cost, cost, measure_peaks
 from fastprefix.measure.operator.runner import Measured, measure
-from fastprefix.measure.timing import ratio
 
 TRAIN_SHAPES = ((8, 12, 12, 128, 16, 64), (8, 12, 12, 128, 512, 64), (8, 9, 3, 128, 512, 64))
 DECODE_SHAPES = ((1, 9, 3, 16, 2048, 64), (32, 9, 3, 16, 2048, 64))
@@ -56,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
     problems = [build(*shape, dtype=dtype, device=args.device) for shape in shapes]
     _check_peers(args.peer, problems[0], modes[0])
     peaks = measure_peaks(args.device, dtype)
-    print(f"{report_tables.device_name(args.device)}, {torch.get_num_threads()} threads, torch {torch.__version__}:")
+    print(f"{device.name(torch.device(args.device))}, {torch.get_num_threads()} threads, torch {torch.__version__}:")
     print(f"copies at {peaks.gb_s:.0f} GB/s, multiplies at {peaks.tflop_s:.2f} TFLOP/s in {dtype_name}")
     for problem in problems:
         for mode in modes:

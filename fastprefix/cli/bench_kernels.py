@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from fastprefix.backends.launch import tile_config
+from fastprefix.machine import device
 from fastprefix.measure import report_tables
 from fastprefix.measure.operator.problem import DTYPES, Problem
 
@@ -91,7 +92,7 @@ def tune_main(args: argparse.Namespace) -> int:
     decoding = (args.shape if args.decode else []) if args.shape else DECODING
     problems = [Problem.train(*shape, dtype=dtype, device=args.device) for shape in training]
     problems += [Problem.decode(*shape, dtype=dtype, device=args.device) for shape in decoding]
-    name = report_tables.device_name(args.device) if torch.device(args.device).type == "cuda" else "interpreter"
+    name = device.name(torch.device(args.device)) if torch.device(args.device).type == "cuda" else "interpreter"
     out = args.out or Path(f"tiles-{tile_config.slug(name)}.json")
     outcomes = tune(problems, out, args.kernel, repeats=args.repeats, report=lambda x: print(_line(x), flush=True))
     better = sum(x.best != x.asked.tile for x in outcomes)

@@ -16,7 +16,8 @@ from fastprefix.assets.glosses import load_glosses
 from fastprefix.assets.smollm2 import load_smollm2
 from fastprefix.data import encode_pairs
 from fastprefix.demo import compare, plot, training
-from fastprefix.measure.report_tables import environment, write_atomically
+from fastprefix.machine.files import write_atomically
+from fastprefix.measure.report_tables import environment
 
 PROMPT = "A glossary of nouns with one brief definition for each.\n"
 NUM_VIRTUAL_TOKENS = 12

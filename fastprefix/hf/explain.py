@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from contextlib import ExitStack
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -13,10 +12,11 @@ from fastprefix import functional
 from fastprefix.errors import fail
 from fastprefix.hf.adapters.installation import Installation
 from fastprefix.hf.adapters.lookup import find_installation, require_installation
+from fastprefix.hf.adapters.verify_calls import attention_calls
 from fastprefix.hf.api import attach, detach
 from fastprefix.hf.attention.recording import AttentionCall
 from fastprefix.hf.model import layers as model_layers
-from fastprefix.hf.model import probing, wrappers
+from fastprefix.hf.model import wrappers
 from fastprefix.hf.runtime.exactness import why_not_shareable
 from fastprefix.hf.runtime.forward_context import ResolvedPrefix
 from fastprefix.prefixes.config import PrefixConfig
@@ -50,10 +50,7 @@ def explain_model(model: Any) -> str:
         lines.append(f"a hybrid, whose {what if others else 'layers keep a state beside their keys'}")
     names = {id(module): name for name, module in wrappers.unwrapped(model).named_modules()}
     try:
-        with ExitStack() as stack:
-            for hooks in installation.hooks:
-                stack.enter_context(hooks.unchecked())
-            calls = [call for each in installation.facts.layers.stacks for call in _rows(each)]
+        calls = attention_calls(installation)
     except ValueError as error:  # a forward that needs more than tokens: PEFT's multitask prompts
         return "\n".join([*lines, f"a forward of two tokens says: {error}"])
     groups: dict[tuple[str, ...], list[int]] = {}
@@ -102,12 +99,6 @@ def _ranges(numbers: Sequence[int]) -> str:
         else:
             runs.append([number])
     return ", ".join("-".join(map(str, run)) for run in runs)
-
-
-def _rows(stack: model_layers.AttentionStack) -> list[AttentionCall]:
-    """The attention calls of a stack's layers in a forward of two tokens, without a soft prompt's earlier calls."""
-    backwards = probing.run(stack.owner, stack.dummy_inputs())[::-1]
-    return probing.first_calls(backwards)[: len(stack.layers)][::-1]
 
 
 def _where(installation: Installation, entry: ResolvedPrefix) -> str:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
-import re
-import tempfile
 from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from fastprefix.machine.device import name
+from fastprefix.machine.files import write_atomically
 
 Row = Sequence[object]
 
@@ -49,27 +49,11 @@ def mebibytes(value: int) -> str:
     return f"{value / 2**20:.1f} MiB"
 
 
-def device_name(device: torch.device | str) -> str:
-    """The name that the processor or the graphics card gives itself."""
-    if torch.device(device).type == "cuda":
-        return str(torch.cuda.get_device_name(device))
-    try:
-        found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
-    except OSError:
-        found = None
-    return found.group(1).strip() if found else platform.processor() or platform.machine()
-
-
-def slug(name: str) -> str:
-    """A name as a folder is called: ``NVIDIA H100 80GB HBM3`` -> ``nvidia-h100-80gb-hbm3``."""
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-
-
 def environment(device: torch.device | str) -> dict[str, Any]:
     """Where and with which versions a result was measured: device, versions, threads, UTC date."""
     kind = torch.device(device).type
     return {
-        "device": device_name(device),
+        "device": name(torch.device(device)),
         "device_type": kind,
         "torch": torch.__version__,
         "cuda": torch.version.cuda if kind == "cuda" else None,
@@ -77,20 +61,6 @@ def environment(device: torch.device | str) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write to a temporary file, then rename it: a reader finds a whole file, also after a kill."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w") as file:
-            file.write(text)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 class ResultFile:

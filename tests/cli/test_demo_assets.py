@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from fastprefix.assets import cache, smollm2
+from fastprefix.assets import smollm2
 from fastprefix.assets.glosses import format_gloss, load_glosses
 from fastprefix.data import encode_pairs
+from fastprefix.machine import files
 
 EOS, PAD, BOS = 1, 0, 2
 
@@ -113,11 +114,11 @@ def test_what_cannot_be_encoded_raises() -> None:
 def test_cache_dir_follows_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     monkeypatch.setenv("FASTPREFIX_CACHE", str(tmp_path / "own"))
-    assert cache.cache_dir() == tmp_path / "own"
+    assert files.cache_dir() == tmp_path / "own"
     monkeypatch.delenv("FASTPREFIX_CACHE")
-    assert cache.cache_dir() == tmp_path / "xdg" / "fastprefix"
+    assert files.cache_dir() == tmp_path / "xdg" / "fastprefix"
     monkeypatch.delenv("XDG_CACHE_HOME")
-    assert cache.cache_dir() == Path.home() / ".cache" / "fastprefix"
+    assert files.cache_dir() == Path.home() / ".cache" / "fastprefix"
 
 
 def test_a_missing_package_names_the_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

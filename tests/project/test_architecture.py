@@ -18,10 +18,11 @@ import fastprefix
 ROOT = Path(fastprefix.__file__).parent
 # Each line may import itself and the lines above it.
 LAYERS = (
-    ("_ops", "_triton", "errors"),
+    ("_ops", "_triton", "errors", "machine"),
     ("types",),
     ("masks", "validation"),
     ("reference", "backends"),
+    ("verification",),
     ("dispatch",),
     ("ops",),
     ("transforms",),
@@ -47,11 +48,22 @@ ROOMS = {
         ("api", "trainer"),
         ("explain",),
     ),
-    "measure": (("timing", "report_tables", "device_errors"), ("operator",), ("training", "kernels")),
+    "machine": (("device", "files", "timing"), ("device_errors",)),
+    "verification": (
+        ("cells",),
+        ("routes", "identity", "child"),
+        ("table",),
+        ("store", "supervisor", "checks"),
+        ("plan", "lookup", "report"),
+        ("run",),
+        ("first_use",),
+        ("ranking",),
+    ),
+    "measure": (("report_tables",), ("operator",), ("training", "kernels")),
     "cli": (
         ("options", "quiet_imports"),
         ("bench_kernels",),
-        ("bench", "demo", "explain", "generate", "memory", "train"),
+        ("bench", "demo", "explain", "generate", "memory", "train", "verify"),
         ("__main__",),
     ),
 }

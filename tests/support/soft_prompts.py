@@ -13,6 +13,8 @@ from fastprefix import PromptConfig, init
 from tests.model_zoo.architectures import ROWS, VOCAB
 
 P, B, S = 5, 3, 7
+
+
 def tokens(batch: int = B, length: int = S) -> Tensor:
     torch.manual_seed(1)
     return torch.randint(3, VOCAB, (batch, length))

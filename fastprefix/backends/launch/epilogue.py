@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..._triton.epilogue_bwd import _prefix_attn_epilogue_bwd_kernel
 from ..._triton.epilogue_fwd import _prefix_attn_epilogue_fwd_kernel
+from ...machine.device import GPUS
 from ...types import AttentionArgs, Needs
 from . import kernel_args, launcher
 from .kernel_args import constants, empty_bshd, tile_for
@@ -21,9 +22,9 @@ def reasons(args: AttentionArgs) -> list[str]:
     """Why :func:`fwd` cannot take the prefix of a call; empty when it can. Content is not looked at."""
     found = []
     kind = args.q.device.type
-    if kind == "cuda" and (torch.version.hip is not None or launcher.device(args.q)[0] < 80):
-        found.append("device: the kernels are written for NVIDIA GPUs of compute capability 8.0 and above")
-    elif kind != "cuda" and not launcher.INTERPRETER and not launcher.is_dry_run():
+    if kind in GPUS and launcher.device(args.q)[0] < 80:
+        found.append("device: the kernels need compute capability 8.0")
+    elif kind not in GPUS and not launcher.INTERPRETER and not launcher.is_dry_run():
         found.append(f"device {kind}: Triton runs on GPUs")
     if args.q.dtype == torch.float64 or (args.q.dtype == torch.bfloat16 and launcher.INTERPRETER):
         found.append(f"dtype {args.q.dtype}: not in the kernels")

@@ -11,9 +11,13 @@ from . import kernel_args, launcher, split_kv_decode
 from .kernel_args import constants, empty_bshd, key_sources, row_tiles
 
 
-def fwd(args: AttentionArgs, prefix_lse: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """``o`` and ``lse``; the prefix's own log-sum-exp ``[B, H, S]`` is written where it is asked for."""
-    return split_kv_decode.fwd(args, prefix_lse) if split_kv_decode.preferred(args) else fused(args, prefix_lse)
+def fwd(args: AttentionArgs, prefix_lse: Tensor | None = None, route: str | None = None) -> tuple[Tensor, Tensor]:
+    """``o`` and ``lse``; the prefix's own log-sum-exp ``[B, H, S]`` is written where it is asked for.
+
+    ``route``: ``fused`` or ``split``; by shapes without one.
+    """
+    split = split_kv_decode.preferred(args) if route is None else route == "split"
+    return split_kv_decode.fwd(args, prefix_lse) if split else fused(args, prefix_lse)
 
 
 def fused(args: AttentionArgs, prefix_lse: Tensor | None = None) -> tuple[Tensor, Tensor]:

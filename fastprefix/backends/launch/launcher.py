@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,7 +10,8 @@ import torch
 from triton.runtime.interpreter import InterpretedFunction
 
 from ..._triton.primitives import dot
-from .tile_config import Tile
+from ...machine import device as machine
+from .tile_config import SAFE, Tile
 
 Launch = Callable[[Any, int, tuple[Any, ...], dict[str, Any]], object]
 
@@ -21,6 +21,8 @@ _receiver: Launch | None = None
 _assumed: tuple[int, str] | None = None
 
 # Whether Triton's interpreter runs the kernels, on the CPU.
+LEAST = int(SAFE.removeprefix("sm_"))
+
 INTERPRETER = isinstance(dot, InterpretedFunction)
 
 
@@ -42,26 +44,18 @@ def is_dry_run() -> bool:
 
 
 def device(x: torch.Tensor) -> tuple[int, str]:
-    """Compute capability (90 for sm_90) and name of a tensor's device; 0 for the interpreter."""
+    """Compute capability (90 for sm_90; 80 for what is not NVIDIA's) and name of a device; 0 for the interpreter."""
     if _assumed is not None:
         return _assumed
-    return _device(x.device) if x.device.type == "cuda" else (0, "interpreter")
-
-
-@functools.cache
-def _device(place: torch.device) -> tuple[int, str]:
-    major, minor = torch.cuda.get_device_capability(place)
-    return 10 * major + minor, torch.cuda.get_device_name(place)
-
-
-@functools.cache
-def _num_sms(place: torch.device) -> int:
-    return torch.cuda.get_device_properties(place).multi_processor_count
+    if x.device.type not in machine.GPUS:
+        return 0, "interpreter"
+    # AMD's and Intel's devices get the tiles that ask the least of a device.
+    return machine.compute_capability(x.device) or LEAST, machine.name(x.device)
 
 
 def num_sms(x: torch.Tensor) -> int:
     """Streaming multiprocessors of the tensor's device; 132, as in an H100 or H200, where it is no GPU."""
-    return _num_sms(x.device) if x.device.type == "cuda" else 132
+    return machine.num_multiprocessors(x.device)
 
 
 def launch(kernel: Any, grid: int, *args: Any, tile: Tile, place: torch.Tensor, **constants: Any) -> None:
@@ -73,8 +67,8 @@ def launch(kernel: Any, grid: int, *args: Any, tile: Tile, place: torch.Tensor, 
     options = {**constants, **compiler}
     if _receiver is not None:
         _receiver(kernel, grid, args, options)
-    elif place.device.type == "cuda" and place.device.index != torch.cuda.current_device():
-        with torch.cuda.device(place.device):
+    elif not machine.is_current(place.device):
+        with torch.get_device_module(place.device).device(place.device):
             kernel[(grid,)](*args, **options)
     else:
         kernel[(grid,)](*args, **options)

@@ -21,6 +21,7 @@ from fastprefix.hf.adapters.lookup import (
     uninstall,
 )
 from fastprefix.hf.adapters.trial_forward import run_once
+from fastprefix.hf.adapters.verify_calls import verify_calls
 from fastprefix.hf.model import dtensor, wrappers
 from fastprefix.prefixes.config import PrefixConfig
 from fastprefix.prefixes.prefix import Prefix
@@ -104,7 +105,7 @@ def _attach_locked(
     placement.place(installation, name, prefix)
     installation.activate(name)
     try:
-        run_once(installation)
+        calls = run_once(installation)
     except BaseException:
         if fresh:
             detach(model)
@@ -112,6 +113,7 @@ def _attach_locked(
             placement.displace(installation, name)
             installation.activate(before)
         raise
+    verify_calls(calls)
     return prefix
 
 

@@ -10,24 +10,30 @@ import torch
 
 from fastprefix.errors import fail
 from fastprefix.hf.adapters.installation import Installation
+from fastprefix.hf.attention.recording import AttentionCall, recording
 from fastprefix.hf.model import probing
 from fastprefix.hf.model.dummy_inputs import dummy_inputs
 from fastprefix.hf.model.encoder_decoder import is_encoder_decoder
 
 
-def run_once(installation: Installation) -> None:
+def run_once(installation: Installation) -> list[AttentionCall]:
     """Run the outermost model on a few tokens with the active prefix, once without a mask and once with one.
 
     Warnings are not shown here, but in the user's own first forward.
+
+    Returns:
+        The attention calls of its layers.
 
     Raises:
         ValueError: the forward fails with a prefix but not without; the model's class and the error are named.
     """
     model, active = installation.model, installation.selection.active
+    calls: list[AttentionCall] = []
     for inputs in _calls(model, labelled=bool(installation.head) and installation.selection.has_prompts()):
-        with installation.warn.forgotten():
+        with installation.warn.forgotten(), recording() as found:
             error = _error(model, inputs)
         if error is None:
+            calls += found
             continue
         installation.activate(None)
         bare = _error(model, inputs)
@@ -38,6 +44,7 @@ def run_once(installation: Installation) -> None:
     # The user's own first forward checks again that every layer reads the prefix, as the model may change until then.
     for hooks in installation.hooks:
         hooks.check_again()
+    return calls
 
 
 def _error(model: Any, inputs: dict[str, Any]) -> Exception | None:

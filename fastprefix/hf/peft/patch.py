@@ -11,6 +11,7 @@ from fastprefix.errors import fail
 from fastprefix.hf.adapters import build
 from fastprefix.hf.adapters.installation import Installation
 from fastprefix.hf.adapters.lookup import find_installation, install, uninstall
+from fastprefix.hf.adapters.verify_calls import attention_calls, verify_calls
 from fastprefix.hf.model import probing, wrappers
 from fastprefix.hf.model.prompt_support import check_prompts
 from fastprefix.hf.peft import checks, classes
@@ -94,6 +95,8 @@ def patch(peft_model: Any) -> Any:
     for method in ("forward", "prepare_inputs_for_generation"):
         peft_model.__dict__.pop(method, None)
     installation.configs.switch(on=True)
+    with suppress(ValueError):  # a forward that needs more than tokens is verified when the user makes it
+        verify_calls(attention_calls(installation))
     return peft_model
 
 

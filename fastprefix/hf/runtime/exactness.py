@@ -14,9 +14,7 @@ from torch import Tensor, nn
 from fastprefix.hf.model.facts import ModelFacts
 
 
-def why_not_shareable(
-    facts: ModelFacts, tokens: int, kwargs: dict[str, Any], embedded: bool = True
-) -> str | None:
+def why_not_shareable(facts: ModelFacts, tokens: int, kwargs: dict[str, Any], embedded: bool = True) -> str | None:
     """The reason why a prompt must be concatenated in a forward to be exact; None where it may be shared.
 
     Args:

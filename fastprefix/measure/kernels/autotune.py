@@ -20,7 +20,9 @@ import torch
 
 from fastprefix.backends.launch import tile_config
 from fastprefix.backends.launch.tile_config import Lookup, Tile
-from fastprefix.measure.device_errors import describe_error, recover, synchronize
+from fastprefix.machine.device_errors import describe_error, recover, synchronize
+from fastprefix.machine.files import write_atomically
+from fastprefix.machine.timing import interleaved, ratio
 from fastprefix.measure.kernels.compile_report import usage_of
 from fastprefix.measure.kernels.launch_recording import Launch, recorded_launches
 from fastprefix.measure.kernels.search_space import candidate_tiles
@@ -28,8 +30,6 @@ from fastprefix.measure.kernels.tuning_targets import TuningTarget, tuning_targe
 from fastprefix.measure.operator.candidates import backend_reasons
 from fastprefix.measure.operator.correctness import broken_rule
 from fastprefix.measure.operator.problem import Leaves, Problem
-from fastprefix.measure.report_tables import write_atomically
-from fastprefix.measure.timing import interleaved, ratio
 
 # A candidate must take less than this share of the present tile's time: two runs of one kernel differ by about 2 %.
 MAX_TIME_RATIO = 0.98

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fastprefix.measure.device_errors import describe_error
+from fastprefix.machine.device_errors import describe_error
 from fastprefix.measure.kernels.compile_matrix import CompileJob, trace_launches
 from fastprefix.measure.kernels.kernel_calls import matmul_rows
 from fastprefix.measure.kernels.launch_recording import Launch

@@ -31,8 +31,8 @@ def chosen_backend(problem: Problem) -> BackendName:
     for name in BACKENDS:
         if name == named:
             return name
-    order = dispatch.auto_order(torch.device(problem.device).type)
-    return next(name for name in order if not backend_reasons(problem, name))
+    chosen = dispatch.choose(_args(problem), "auto").module
+    return next(name for name in BACKENDS if dispatch.module(name) is chosen)
 
 
 def backend_reasons(problem: Problem, name: BackendName) -> list[str]:

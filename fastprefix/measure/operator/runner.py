@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastprefix.measure.device_errors import describe_error, recover, synchronize
+from fastprefix.machine.device_errors import describe_error, recover, synchronize
+from fastprefix.machine.timing import Timing, captured, interleaved
 from fastprefix.measure.operator.candidates import OURS, Candidate, candidates_for
 from fastprefix.measure.operator.correctness import disagreement
 from fastprefix.measure.operator.problem import TRAINED, Leaves, Mode, Problem
-from fastprefix.measure.timing import Timing, captured, interleaved
 
 Results = dict[str, Tensor]
 

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from fastprefix.hf.storage.peft_format import pack
+from fastprefix.machine.timing import Timing, interleaved
 from fastprefix.measure.operator.problem import Problem
 from fastprefix.measure.operator.roofline import Cost, cost
-from fastprefix.measure.timing import Timing, interleaved
 from fastprefix.measure.training.training_step import TrainingStep, cat_step, frozen_step, ours_step, peft_step
 
 OURS, PEFT, CAT, FROZEN = "ours", "peft", "cat", "frozen"

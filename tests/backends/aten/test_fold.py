@@ -16,10 +16,13 @@ from tests.support.operator_oracle import assert_close
 
 @pytest.mark.parametrize("B,S,H,H_kv", [(4, 20, 6, 2), (4, 3, 6, 2), (1, 3, 6, 2), (3, 20, 4, 4)])
 @pytest.mark.parametrize("lanes", [1, 2, 64])
-def test_unfold_inverts_fold(B: int, S: int, H: int, H_kv: int, lanes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("packed", [True, False])
+def test_unfold_inverts_fold(
+    B: int, S: int, H: int, H_kv: int, packed: bool, lanes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: lanes)
     args = AttentionArgs(**make_call(B=B, S=S, H=H, H_kv=H_kv).leaves, scale=1.0)
-    (prefix,) = fold_batch.prefix_rows(args)
+    (prefix,) = fold_batch.prefix_rows(args, packed)
     folded = fold_batch.fold(args.q, prefix)
     assert folded.shape[0] == prefix.chunks and folded.numel() == args.q.numel()
     assert torch.equal(fold_batch.unfold(folded, H, prefix).transpose(1, 2), args.q)
@@ -34,7 +37,7 @@ def test_unfold_inverts_fold(B: int, S: int, H: int, H_kv: int, lanes: int, monk
 def test_chunks_fill_the_lanes(B: int, H_kv: int, lanes: int, chunks: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: lanes)
     args = AttentionArgs(**make_call(B=B, S=20, H=2 * H_kv, H_kv=H_kv).leaves, scale=1.0)
-    assert next(fold_batch.prefix_rows(args)).chunks == chunks
+    assert next(fold_batch.prefix_rows(args, packed=False)).chunks == chunks
 
 
 @pytest.mark.parametrize("lanes", [2, 64])
@@ -70,7 +73,7 @@ def test_equal_neighbours_are_one_call_of_views(name: str, form: str) -> None:
     call = make_call(B=len(ids), S=33, prefix_ids=torch.tensor(ids), **shape)
     call.options["prefix_lens"] = torch.tensor(lens)
     args = _args(call)
-    found = list(fold_batch.prefix_rows(args))
+    found = list(fold_batch.prefix_rows(args, packed=False))
     assert [(x.group.prefixes, x.group.length) for x in found] == want
     banks = {x.untyped_storage().data_ptr() for x in (args.prefix_k, args.prefix_v)}
     for prefix in found:
@@ -82,8 +85,8 @@ def test_equal_neighbours_are_one_call_of_views(name: str, form: str) -> None:
 def test_what_lies_apart_is_gathered_once(ids: list[Any]) -> None:
     call = make_call(B=len(ids), S=4, packed=[3, 3], prefix_ids=torch.tensor(ids))
     args = _args(call)
-    assert sorted(x.group.prefixes for x in fold_batch.prefix_rows(args)) in ([2], [1, 1])
-    together = torch.cat([torch.as_tensor(x.group.units) for x in fold_batch.prefix_rows(args)])
+    assert sorted(x.group.prefixes for x in fold_batch.prefix_rows(args, packed=True)) in ([2], [1, 1])
+    together = torch.cat([torch.as_tensor(x.group.units) for x in fold_batch.prefix_rows(args, packed=True)])
     assert len(set(together.tolist())) == len(together) == (torch.tensor(ids) >= 0).sum()
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastprefix.backends import aten, aten_ops_cuda, concatenated_prefix
+from fastprefix.backends import aten, aten_ops_cuda, aten_routes, concatenated_prefix
 from fastprefix.types import AttentionArgs, Needs
 from tests.support.operator_calls import Call, arguments, make_call, run
 from tests.support.operator_cases import CASES
@@ -38,7 +38,7 @@ class CallsOfTheEpilogue:
         self.calls: list[str] = []
         for name in ("fwd", "bwd"):
             monkeypatch.setattr(epilogue, name, self._watched(name, getattr(epilogue, name)))
-        monkeypatch.setattr(aten, "SHORT_ON", ("cpu",))
+        monkeypatch.setattr(aten_routes, "SHORT_ON", ("cpu",))
         monkeypatch.setattr(concatenated_prefix, "preferred", lambda args: False)
 
     def _watched(self, name: str, function: Any) -> Any:
@@ -51,7 +51,7 @@ class CallsOfTheEpilogue:
 
 @pytest.mark.parametrize(("case", "called"), [
     ("plain", ["fwd", "bwd"]), ("with_a_cache", ["fwd", "bwd"]), ("sinks", ["fwd", "bwd"]), ("mqa", ["fwd", "bwd"]),
-    ("left_padding", ["fwd", "bwd"]), ("no_content", ["bwd"]), ("no_prefix", []), ("no_rows", []), ("bank", ["fwd"]),
+    ("left_padding", ["fwd", "bwd"]), ("no_content", []), ("no_prefix", []), ("no_rows", []), ("bank", ["fwd"]),
     ("bank_per_row", ["fwd"]), ("bank_and_padding", ["fwd"]), ("d_v_smaller", []),
 ])  # fmt: skip
 def test_aten_takes_it_for_a_short_prefix(case: str, called: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -85,7 +85,7 @@ def test_aten_trains_a_prefix_alone(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_not_on_a_cpu() -> None:
     args = taken(make_call())
-    assert args.q.device.type != "cpu" or aten._short(args) is None
+    assert args.q.device.type != "cpu" or aten_routes.guess(args).prefix != "epilogue"
 
 
 class AttentionOps(TorchDispatchMode):
@@ -120,7 +120,8 @@ def test_which_vendor_on_cuda(
 ) -> None:
     """Shapes and argument order of both, on meta tensors: all that can be checked without a device."""
     torch.use_deterministic_algorithms(False)
-    monkeypatch.setattr(aten_ops_cuda, "_has_cudnn", lambda device: True)
+    monkeypatch.setattr(aten_ops_cuda, "_has_cudnn", lambda: True)
+    monkeypatch.setattr(aten_ops_cuda, "prefers_cudnn", lambda device: True)
     monkeypatch.setattr(aten, "_prefix_bwd", lambda args, *rest: (None, args.prefix_k, args.prefix_v))
     call = make_call(P=16, dtype=dtype, **{"D": 64, **shape})
     leaves = {n: x.detach().to("meta") for n, x in call.leaves.items()}
@@ -136,7 +137,8 @@ def test_which_vendor_on_cuda(
 
 
 def test_flash_where_determinism_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(aten_ops_cuda, "_has_cudnn", lambda device: True)
+    monkeypatch.setattr(aten_ops_cuda, "_has_cudnn", lambda: True)
+    monkeypatch.setattr(aten_ops_cuda, "prefers_cudnn", lambda device: True)
     q = torch.empty(1, 2, 8, 64, dtype=torch.float16, device="meta")
     assert not aten_ops_cuda.takes_cudnn(q, q, 0.125)
     torch.use_deterministic_algorithms(False)

@@ -19,6 +19,7 @@ peft = pytest.importorskip("peft")
 
 P, VOCAB = 3, 40
 
+
 def test_every_prefix_has_its_own_head(tmp_path: Path) -> None:
     one = model()
     bare = out(one)

@@ -15,6 +15,7 @@ from tests.support.soft_prompts import prompted, tokens
 
 P, B, S = 5, 3, 7
 
+
 def test_starts_from_tokens() -> None:
     model = ROWS["llama_gqa"].build()
     prompt = fastprefix.attach(model, PromptConfig(4, init=init.token_ids([5, 6])))

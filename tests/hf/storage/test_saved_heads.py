@@ -19,6 +19,8 @@ transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 
 P, VOCAB = 3, 40
+
+
 @pytest.mark.parametrize("by_hand", [True, False], ids=["by hand", "modules_to_save"])
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_a_trained_head_comes_back(config: Any, by_hand: bool, tmp_path: Path) -> None:

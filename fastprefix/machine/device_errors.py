@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from . import device
+
 
 class DeviceLostError(RuntimeError):
     """The device does not respond in this process any more; ``who`` was running."""
@@ -21,22 +23,21 @@ def describe_error(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
 
 
-def synchronize(device: torch.device | str) -> None:
+def synchronize(place: torch.device | str) -> None:
     """Wait until the device has finished its work, and raise any error of it."""
-    if torch.device(device).type == "cuda":
-        torch.cuda.synchronize(device)
+    device.synchronize(torch.device(place))
 
 
-def recover(device: torch.device | str, who: str, failure: str | None) -> None:
+def recover(place: torch.device | str, who: str, failure: str | None) -> None:
     """After a failure, free cached memory and check that the device still responds.
 
     Raises:
         DeviceLostError: it does not respond.
     """
-    if failure is None or torch.device(device).type != "cuda":
+    if failure is None:
         return
     try:
-        torch.cuda.synchronize(device)
-        torch.cuda.empty_cache()
+        device.synchronize(torch.device(place))
+        device.empty_cache(torch.device(place))
     except Exception as error:
         raise DeviceLostError(who, failure or describe_error(error)) from error

@@ -1,0 +1,134 @@
+"""A cell: the direction, dtype, head dims and kind of arguments that a verdict holds for."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+
+from ..types import AttentionArgs
+
+Direction = Literal["forward", "backward", "decode"]
+
+# Query tokens up to which a forward is a step of decoding, for which backends have routes of their own.
+DECODE_UP_TO = 16
+
+DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64"}
+
+# What a call may have beside its five tensors, in the order in which a cell names it.
+FEATURES = (
+    "causal",
+    "gqa",
+    "padding",
+    "segments",
+    "window",
+    "softcap",
+    "sinks",
+    "bias",
+    "bool-bias",
+    "bias-grad",
+    "bank",
+    "bank-by-token",
+    "ragged",
+    "packed",
+    "q_start",
+    "q_start-tensor",
+    "prefix-dtype",  # the prefix's is not q's, as with fp32 parameters in a bf16 model
+    "scale",  # 0 or negative
+    "dropout",
+)
+
+
+class Cell(NamedTuple):
+    """The kind of a call. Equal kernels run for all calls of one kind, up to their sizes."""
+
+    direction: Direction
+    dtype: str
+    D: int
+    D_v: int
+    features: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"{self.direction} {self.dtype} {self.D}x{self.D_v} {'+'.join(self.features) or 'plain'}"
+
+    @classmethod
+    def parse(cls, text: str) -> Cell:
+        """The inverse of ``str``.
+
+        Raises:
+            ValueError: the text names no cell.
+        """
+        direction, dtype, dims, features = text.split(" ")
+        D, D_v = (int(x) for x in dims.split("x"))
+        named = () if features == "plain" else tuple(features.split("+"))
+        if direction not in ("forward", "backward", "decode") or dtype not in DTYPES.values() or min(D, D_v) < 1:
+            raise ValueError(f"cell: got {text!r}, expected a direction, a dtype, head dims and features")
+        if not set(named) <= set(FEATURES):
+            raise ValueError(f"cell: got {text!r}, expected features of {', '.join(FEATURES)}")
+        return cls(direction, dtype, D, D_v, named)  # type: ignore[arg-type]
+
+
+def direction_of(args: AttentionArgs) -> Direction:
+    """What a forward of these arguments is."""
+    return "decode" if args.q.shape[2] <= DECODE_UP_TO else "forward"
+
+
+def cell_of(args: AttentionArgs, direction: Direction) -> Cell:
+    """The cell that a call belongs to."""
+    return Cell(direction, DTYPES[args.q.dtype], args.q.shape[3], args.v.shape[3], _features(args))
+
+
+def _features(args: AttentionArgs) -> tuple[str, ...]:
+    bias, ids, start = args.bias, args.prefix_ids, args.q_start
+    present = (
+        args.causal,
+        args.groups > 1,
+        args.key_padding_mask is not None,
+        args.segment_ids is not None,
+        args.window is not None,
+        args.softcap is not None,
+        args.sinks is not None,
+        bias is not None and bias.dtype != torch.bool,
+        bias is not None and bias.dtype == torch.bool,
+        args.bias_grad,
+        ids is not None and ids.dim() == 1,
+        ids is not None and ids.dim() == 2,
+        args.prefix_lens is not None and not args.packed,
+        args.packed,
+        isinstance(start, int),
+        isinstance(start, torch.Tensor),
+        args.prefix_k.dtype != args.q.dtype,
+        args.scale <= 0.0,
+        args.dropout_p > 0.0,
+    )
+    return tuple(name for name, has in zip(FEATURES, present, strict=True) if has)
+
+
+def signature(args: AttentionArgs, direction: str) -> tuple[object, ...]:
+    """What decides which backends are tried for a call: equal for calls of one cell, device and size.
+
+    A table's key, made at every call: it has no tensor in it and costs a microsecond.
+    """
+    q, prefix_k, bias, ids, start = args.q, args.prefix_k, args.bias, args.prefix_ids, args.q_start
+    return (
+        direction,
+        q.shape,
+        prefix_k.shape,
+        args.v.shape[3],
+        q.dtype,
+        prefix_k.dtype,
+        q.device,
+        args.causal,
+        args.key_padding_mask is None,
+        args.segment_ids is None,
+        args.window is None,
+        args.softcap is None,
+        args.sinks is None,
+        None if bias is None else bias.dtype,
+        args.bias_grad,
+        None if ids is None else ids.dim(),
+        args.prefix_lens is None,
+        None if start is None else type(start),
+        args.scale <= 0.0,
+        args.dropout_p > 0.0,
+    )

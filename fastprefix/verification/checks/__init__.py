@@ -1,0 +1,1 @@
+"""What the child process runs: calls of each cell, the error rule, the timing of buckets."""

@@ -1,0 +1,135 @@
+"""Small calls of a cell, on shapes that fill no tile, with every layout that models hand over."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...types import AttentionArgs
+from ..cells import DTYPES, Cell
+
+DTYPE = {name: dtype for dtype, name in DTYPES.items()}
+PREFIXES = 3  # in a bank
+
+
+class Shape(NamedTuple):
+    """Sizes of one call; ``G`` query heads share a key/value head where the cell is one of grouped heads."""
+
+    B: int
+    H_kv: int
+    G: int
+    S: int
+    T: int
+    P: int
+
+    def __str__(self) -> str:
+        return f"B{self.B} H{self.H_kv * self.G}/{self.H_kv} S{self.S} T{self.T} P{self.P}"
+
+
+# In turn content in [B, S, H, D] storage, in [B, H, S, D] storage with a longer cache, and as slices of one projection.
+ROWS = (Shape(3, 2, 3, 67, 67, 7), Shape(2, 1, 2, 33, 141, 130), Shape(1, 2, 4, 130, 130, 0))
+STEPS = (Shape(5, 2, 3, 1, 33, 129), Shape(1, 1, 8, 1, 260, 16), Shape(2, 2, 4, 4, 50, 7))
+# What an interpreter, at some 12 ms a program, has time for.
+FEW_ROWS = (Shape(2, 1, 2, 19, 19, 5), Shape(1, 2, 3, 5, 21, 17))
+FEW_STEPS = (Shape(2, 1, 3, 1, 19, 17), Shape(1, 1, 2, 3, 9, 0))
+
+
+def calls(cell: Cell, place: torch.device, few: bool = False) -> Iterator[tuple[str, AttentionArgs, Tensor]]:
+    """Label, arguments and the gradient of the output, of each call of a cell; equal for equal cells."""
+    shapes = (FEW_STEPS if few else STEPS) if cell.direction == "decode" else (FEW_ROWS if few else ROWS)
+    for layout, shape in enumerate(shapes):
+        x = shape if "gqa" in cell.features else shape._replace(G=1)
+        if "bank" in cell.features or "bank-by-token" in cell.features or "packed" in cell.features:
+            x = x._replace(P=max(x.P, 3))
+        yield str(x), *_call(cell, x, layout, place)
+
+
+def _call(cell: Cell, x: Shape, layout: int, place: torch.device) -> tuple[AttentionArgs, Tensor]:
+    generator = torch.Generator().manual_seed(layout + 1)
+    dtype = DTYPE[cell.dtype]
+
+    def normal(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(place, dtype)
+
+    q, k, v = _content(cell, x, layout, normal)
+    options = _options(cell, x, layout, normal, generator)
+    lens = options.get("prefix_lens")
+    lead: tuple[int, ...] = ()
+    tokens = x.P
+    if "packed" in cell.features:
+        tokens = int(lens.sum()) if lens is not None else tokens
+    elif "prefix_ids" in options:
+        lead = (PREFIXES,)
+    own = dtype
+    if "prefix-dtype" in cell.features:
+        own = torch.bfloat16 if dtype == torch.float32 else torch.float32
+    prefix_k, prefix_v = (normal(*lead, x.H_kv, tokens, dim, dtype=own) for dim in (cell.D, cell.D_v))
+    scale = -0.3 * cell.D**-0.5 if "scale" in cell.features else cell.D**-0.5
+    moved: dict[str, Any] = {n: y.to(place) if isinstance(y, Tensor) else y for n, y in options.items()}
+    args = AttentionArgs(q, k, v, prefix_k, prefix_v, scale=scale, **moved)
+    return args, _output_gradient(x, cell.D_v, layout, normal)
+
+
+def _content(cell: Cell, x: Shape, layout: int, normal: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """q ``[B, H, S, D]``, k and v ``[B, H_kv, T, D]``, in one of the layouts of ROWS."""
+    heads = x.H_kv * x.G
+    widths = ((heads, x.S, cell.D), (x.H_kv, x.T, cell.D), (x.H_kv, x.T, cell.D_v))
+    if layout % 3 == 0:
+        q, k, v = (normal(x.B, length, n, dim).transpose(1, 2) for n, length, dim in widths)
+        return q, k, v
+    if layout % 3 == 1 or x.S != x.T:
+        q = normal(x.B, heads, x.S, cell.D)
+        k, v = (normal(x.B, n, length + 5, dim)[:, :, :length] for n, length, dim in widths[1:])
+        return q, k, v
+    fused = normal(x.B, x.S, sum(n * dim for n, _, dim in widths))
+    parts = fused.split([n * dim for n, _, dim in widths], -1)
+    q, k, v = (part.unflatten(-1, (n, dim)).transpose(1, 2) for part, (n, _, dim) in zip(parts, widths, strict=True))
+    return q, k, v
+
+
+def _output_gradient(x: Shape, width: int, layout: int, normal: Any) -> Tensor:
+    """``[B, H, S, D_v]``; of a sum, it is one number expanded."""
+    heads = x.H_kv * x.G
+    if layout % 3 == 1:
+        return normal(1).expand(x.B, heads, x.S, width)
+    return normal(x.B, x.S, heads, width).transpose(1, 2)
+
+
+def _options(cell: Cell, x: Shape, layout: int, normal: Any, generator: torch.Generator) -> dict[str, Any]:
+    """The arguments beside the five tensors; most on the processor, as they are moved later."""
+    has, heads = set(cell.features), x.H_kv * x.G
+    found: dict[str, Any] = {"causal": "causal" in has, "bias_grad": "bias-grad" in has}
+    column = torch.arange(x.T)
+    if "padding" in has:
+        # The first sample has one token, the last one all; one sample alone has half, or its gradients would be 0.
+        kept = torch.linspace(1 if x.B > 1 else x.T // 2, x.T, x.B).long()[:, None]
+        found["key_padding_mask"] = (column if layout % 2 else column.flip(0)) < kept
+    if "segments" in has:
+        found["segment_ids"] = column // (torch.arange(x.B)[:, None] * 3 + max(2, x.T // 4))
+    if "window" in has:
+        found["window"] = max(2, x.T // 3)
+    if "softcap" in has:
+        found["softcap"] = 2.0
+    if "sinks" in has:
+        found["sinks"] = normal(heads)
+    if "bias" in has:
+        bias = normal(heads, x.S, x.T) if layout % 2 else normal(x.B, 1, 1, x.T)
+        hidden = torch.rand(bias.shape[-2:], generator=generator) < 1 / 16
+        lowest = float("-inf") if bias.dtype == torch.float16 else torch.finfo(bias.dtype).min
+        found["bias"] = bias.masked_fill(hidden.to(bias.device), lowest)
+    if "bool-bias" in has:
+        found["bias"] = torch.rand(x.B, 1, x.S, x.T, generator=generator) > 0.3
+    if "bank" in has or "bank-by-token" in has:
+        size = (x.B, x.S) if "bank-by-token" in has else (x.B,)
+        found["prefix_ids"] = torch.randint(-1, PREFIXES, size, generator=generator)
+    if "ragged" in has or "packed" in has:
+        found["prefix_lens"] = torch.tensor([x.P, 0, max(1, x.P // 2)])
+    if "q_start" in has:
+        found["q_start"] = (x.T - x.S) // 2
+    if "q_start-tensor" in has:
+        most = max(1, x.T - x.S + 1)
+        found["q_start"] = torch.randint(0, most, (x.B,) if layout % 2 == 0 else (), generator=generator)
+    return found

@@ -1,0 +1,101 @@
+"""Verifies what a call or a model needs and no one has verified on the device, when it is first needed."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable, Sequence
+
+import torch
+
+from ..machine import device
+from ..types import AttentionArgs
+from . import plan, store
+from .cells import Cell, direction_of
+from .child import ChildError
+from .lookup import verdict
+from .routes import routes
+from .run import examine
+from .store import Policy
+from .table import Bucket
+
+BUDGET = 60.0  # seconds for one call or one model
+
+# What was tried in this process: a check that found no time or no memory is not tried again at every call.
+_tried: set[tuple[torch.device, Cell]] = set()
+_hopeless: set[torch.device] = set()  # devices whose child processes could not start
+
+
+def verify_call(args: AttentionArgs, mode: str) -> bool:
+    """Verify what a call on a GPU needs, where this is a moment for it.
+
+    Returns:
+        False where something is missing and this is no moment: a graph is captured or traced, or a backward runs.
+    """
+    place = args.q.device
+    if device.kind(place) not in device.GPUS or store.policy() is not Policy.FIRST_USE:
+        return True
+    missing = _missing(place, plan.cells_of_call(args, direction_of(args)))
+    if not missing:
+        return True
+    if mode in ("backward", "lowest") or not is_a_moment(place):
+        return False
+    _verify(place, missing, plan.buckets_of_calls([args], device.kind(place)), "this call")
+    return True
+
+
+def verify_model(calls: Sequence[AttentionArgs]) -> None:
+    """Verify what a model needs whose layers make these calls, on their devices; known things are not done again."""
+    if store.policy() is not Policy.FIRST_USE:
+        return
+    for place in dict.fromkeys(args.q.device for args in calls):
+        own = [args for args in calls if args.q.device == place]
+        missing = _missing(place, plan.cells_of_model(own))
+        if missing and is_a_moment(place):
+            _verify(place, missing, plan.buckets_of_calls(own, device.kind(place)), "this model")
+
+
+def is_a_moment(place: torch.device) -> bool:
+    """Whether a call may be kept waiting: no graph is captured, nothing traced or compiled, no backward runs."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._current_graph_task_id() != -1:
+        return False
+    return not device.is_capturing(place)
+
+
+def _missing(place: torch.device, cells: Iterable[Cell]) -> list[Cell]:
+    """Cells of which something is not known, and was not tried by this process."""
+    if place in _hopeless:
+        return []
+    table = store.table(place)
+    return [
+        cell
+        for cell in cells
+        if (place, cell) not in _tried
+        and any(verdict(table, cell, route) is None for route in routes(place.type, cell.direction))
+    ]
+
+
+def _verify(place: torch.device, cells: Sequence[Cell], buckets: Sequence[Bucket], what: str) -> None:
+    start = time.monotonic()
+    with store.alone(place, patience=3 * BUDGET):
+        store.reload(place)  # another process may have done it meanwhile
+        missing = _missing(place, cells)
+        if not missing:
+            return
+        table = store.table(place)
+        name = table.identity["device"]
+        _say(f"fastprefix: checking which backends are right and fast on {name} for {what}, once ...")
+        try:
+            found, _ = examine(place, missing, [x for x in buckets if x not in table.times], BUDGET, lambda line: None)
+        except ChildError as error:
+            _hopeless.add(place)
+            _say(f" impossible: {error}; what is not proved is not used\n")
+            return
+        _tried.update((place, cell) for cell in missing)
+        _say(f" {time.monotonic() - start:.1f} s\n")
+        store.add(place, found)
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(text)
+    sys.stderr.flush()

@@ -1,0 +1,158 @@
+"""What a table says of a call: the verdict on each route, and its time in the nearest bucket."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+from ..machine import device
+from ..types import AttentionArgs
+from . import store
+from .cells import Cell, cell_of, direction_of
+from .routes import Candidate, backend_of, candidate, module, routes
+from .table import Bucket, Mode, Table, Verdict
+
+REFERENCE = Candidate(module("reference"), None)
+VENDOR = Candidate(module("aten"), None)
+# Devices on which the vendor's kernels are taken although nothing was checked: the package's own tests run them on
+# processors, and a call of the operator there is not kept waiting. No kernel has run on a GPU in these tests.
+TRUSTED = ("cpu",)
+BAD = ("wrong", "failed", "crashed", "hung")
+
+
+class Proof(NamedTuple):
+    """What is known of a route for a call: its verdict, None without one, and its time in the nearest bucket."""
+
+    route: str
+    verdict: Verdict | None
+    seconds: float | None
+
+
+def order(args: AttentionArgs, mode: str) -> tuple[Candidate, ...]:
+    """What ``auto`` tries for a call as far as is known, first to last; the reference ends it.
+
+    Args:
+        mode: ``forward``, or ``backward`` and ``lowest`` (the prefix's gradients alone) for a backward.
+    """
+    table, kind = store.table(args.q.device), device.kind(args.q.device)
+    proofs = prove(args, mode)
+    right = [proof for proof in proofs if proof.verdict is not None and proof.verdict.result == "right"]
+    if all(proof.verdict is None for proof in proofs):
+        trusted = kind in TRUSTED and not _is_suspect(table, cell_of(args, "forward").dtype)
+        return (VENDOR, REFERENCE) if trusted else (REFERENCE,)
+    own = nearest(table, args, mode).get("reference", math.inf)
+    timed = sorted((proof.seconds, proof.route) for proof in right if proof.seconds is not None)
+    fast = [candidate(route) for seconds, route in timed if seconds < own]
+    # Interpreted kernels are for tests: where nothing says how slow they are here, they are not taken.
+    guessed = [
+        candidate(proof.route)
+        for proof in right
+        if proof.seconds is None and not (kind == "cpu" and backend_of(proof.route) == "triton")
+    ]
+    guessed.sort(key=lambda chosen: chosen.route != chosen.module.guess(args))
+    return (*fast, *guessed, REFERENCE)
+
+
+def _is_suspect(table: Table, dtype: str) -> bool:
+    """Whether the vendor's kernels were not right in some cell of this dtype."""
+    return any(
+        verdict.result in BAD and backend_of(route) == "aten"
+        for cell, found in table.verdicts.items()
+        if cell.dtype == dtype
+        for route, verdict in found.items()
+    )
+
+
+def prove(args: AttentionArgs, mode: str) -> list[Proof]:
+    """What is known of every route for a call."""
+    table = store.table(args.q.device)
+    cell = cell_of(args, "backward" if mode in ("backward", "lowest") else direction_of(args))
+    times = nearest(table, args, mode)
+    names = routes(args.q.device.type, cell.direction)
+    return [Proof(name, verdict(table, cell, name), times.get(name)) for name in names]
+
+
+def verdict(table: Table, cell: Cell, route: str) -> Verdict | None:
+    """What is known of a route on a cell.
+
+    That of the cell itself; without one, where each of its features was checked by itself and all together with
+    others, the worst of these.
+    """
+    found = table.verdict(cell, route)
+    if found is not None:
+        return found
+    base = {"causal", "gqa"} & set(cell.features)
+    covered: set[str] = set(base)
+    together: list[Verdict] = []
+    singles: list[Verdict] = []
+    for other, verdicts in table.verdicts.items():
+        if other[:4] != cell[:4] or route not in verdicts:
+            continue
+        own = set(other.features)
+        if not base <= own:
+            continue
+        if own >= set(cell.features):
+            together.append(verdicts[route])
+        if own <= set(cell.features) and len(own - base) <= 1:
+            singles.append(verdicts[route])
+            covered |= own
+    if not together or covered != set(cell.features):
+        return None
+    known = [*together, *singles]
+    bad = [x for x in known if x.result != "right"]
+    return bad[0] if bad else max(known, key=lambda x: x.worst or 0.0)
+
+
+def nearest(table: Table, args: AttentionArgs, mode: str) -> dict[str, float]:
+    """Median seconds by route, in the bucket whose shape is nearest to a call's; empty where none was timed."""
+    q = args.q.shape
+    wanted: Mode = mode if mode in ("backward", "lowest") else direction_of(args)  # type: ignore[assignment]
+    dtype, width = cell_of(args, "forward").dtype, max(q[3], args.v.shape[3])
+    masked = args.key_padding_mask is not None or args.bias is not None or args.segment_ids is not None
+
+    def distance(x: Bucket) -> tuple[float, ...]:
+        sizes = [(x.D, width), (x.P, args.num_prefix_tokens), (x.H // x.H_kv, args.groups)]
+        sizes += [(x.B, q[0])] if wanted == "decode" else [(x.S, q[2])]
+        return x.masked != masked, sum(abs(math.log2(max(a, 1) / max(b, 1))) for a, b in sizes)
+
+    fitting = [x for x in table.times if x.mode == wanted and x.dtype == dtype]
+    return table.times[min(fitting, key=distance)] if fitting else {}
+
+
+def describe(args: AttentionArgs, mode: str) -> dict[str, str]:
+    """For each backend of which something is known for a call: its fastest route that is right, and who is wrong."""
+    table = store.table(args.q.device)
+    proofs = prove(args, mode)
+    times = nearest(table, args, mode)
+    found: dict[str, str] = {}
+    for backend in dict.fromkeys(backend_of(proof.route) for proof in proofs):
+        own = [proof for proof in proofs if backend_of(proof.route) == backend and proof.verdict is not None]
+        right = [proof for proof in own if proof.verdict is not None and proof.verdict.result == "right"]
+        told = [_proved(min(right, key=lambda x: x.seconds or math.inf), times, table)] if right else []
+        told += [_bad(proof, table) for proof in own if proof.verdict is not None and proof.verdict.result in BAD]
+        if told:
+            found[backend] = "; ".join(told)
+    return found
+
+
+def _proved(proof: Proof, times: dict[str, float], table: Table) -> str:
+    """``folded, proved on <device>, <date>, worst error 0.6 of the rule, 2.1x the next (aten:packed)``."""
+    assert proof.verdict is not None
+    told = f"{_route(proof)}, proved on {table.identity['device']}, {proof.verdict.date}, worst error "
+    told += f"{proof.verdict.worst or 0.0:.2g} of the rule, "
+    others = {name: seconds for name, seconds in times.items() if name != proof.route}
+    if proof.seconds is None or not others:
+        return told + "not timed"
+    best = min(others, key=others.__getitem__)
+    ratio = others[best] / proof.seconds
+    return told + (f"{ratio:.2g}x the next ({best})" if ratio >= 1 else f"{1 / ratio:.2g}x slower than {best}")
+
+
+def _bad(proof: Proof, table: Table) -> str:
+    x = proof.verdict
+    assert x is not None
+    return f"{_route(proof)}, {x.result} on {table.identity['device']}, {x.date}: {x.detail}"
+
+
+def _route(proof: Proof) -> str:
+    return proof.route.partition(":")[2]

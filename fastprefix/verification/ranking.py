@@ -1,0 +1,46 @@
+"""The order in which ``auto`` tries backends for a call; what is missing in the table is verified first."""
+
+from __future__ import annotations
+
+import threading
+
+from ..types import AttentionArgs
+from . import first_use, lookup, store
+from .cells import signature
+from .routes import Candidate
+from .store import Policy
+
+MOST_KEPT = 4096
+OFF: tuple[Candidate, ...] = (lookup.VENDOR, lookup.REFERENCE)
+ONE: tuple[Candidate, ...] = (lookup.REFERENCE,)
+_lock = threading.RLock()
+
+
+def order(args: AttentionArgs, mode: str) -> tuple[Candidate, ...]:
+    """What ``auto`` tries for a call, first to last; the reference ends it.
+
+    Args:
+        mode: ``forward``, or ``backward`` and ``lowest`` (the prefix's gradients alone) for a backward.
+
+    Raises:
+        ValueError: ``$FASTPREFIX_VERIFY`` names a file that is not there.
+    """
+    key = signature(args, mode)
+    found: tuple[Candidate, ...] | None = store.decisions.get(key)
+    return _decide(args, mode, key) if found is None else found
+
+
+def _decide(args: AttentionArgs, mode: str, key: tuple[object, ...]) -> tuple[Candidate, ...]:
+    with _lock:
+        if store.policy() is Policy.OFF:
+            last, found = True, OFF
+        elif args.dropout_p > 0.0 or args.bias_grad:  # no other backend takes them
+            last, found = True, ONE
+        else:
+            last = first_use.verify_call(args, mode)
+            found = lookup.order(args, mode)
+        if last:
+            if len(store.decisions) >= MOST_KEPT:
+                store.decisions.clear()
+            store.decisions[key] = found
+        return found

@@ -1,0 +1,222 @@
+"""``verify``: check every route on cells, time those that are right, remember what was found."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
+from datetime import datetime, timezone
+from pathlib import Path
+
+import torch
+
+from ..errors import fail
+from ..machine import device as machine
+from . import plan, report, store
+from .cells import Cell
+from .identity import identity
+from .routes import backend_of, routes
+from .supervisor import Outcome, Supervisor, Task
+from .table import Bucket, Result, Table, Verdict
+
+BUDGET = {"cpu": 60.0}
+GPU_BUDGET = 90.0
+PATIENCE = {"cpu": 20.0}
+GPU_PATIENCE = 60.0  # a kernel of many variants may be compiled between two signs of life
+TIMING_SHARE = 0.4  # of the budget
+MOST_WORKERS = 14
+MEMORY_OF_A_WORKER = 2**30  # bytes of a GPU: a context and small tensors
+
+Progress = Callable[[str], None]
+
+
+@dataclass
+class Report:
+    """What ``verify`` found; as text, a table for people.
+
+    Attributes:
+        table: the verdicts and times.
+        file: where they are remembered; None where nothing could be written.
+        seconds: that it took.
+        left_out: cells and buckets that the budget did not reach; they are verified when a call needs them.
+    """
+
+    table: Table
+    file: Path | None
+    seconds: float
+    left_out: int = 0
+
+    @property
+    def wrong(self) -> list[str]:
+        """Routes that were wrong, failed, crashed or hung somewhere."""
+        bad = ("wrong", "failed", "crashed", "hung")
+        return sorted({r for found in self.table.verdicts.values() for r, v in found.items() if v.result in bad})
+
+    def __str__(self) -> str:
+        lines = [report.text(self.table)]
+        if self.left_out:
+            lines.append(f"{self.left_out} checks and timings were not reached; a call that needs one makes it")
+        where = "for this process alone" if self.file is None else f"in {self.file}"
+        return "\n".join([*lines, f"{self.seconds:.1f} s; remembered {where}"])
+
+
+def verify(
+    device: torch.device | str | None = None,
+    *,
+    out: str | Path | None = None,
+    budget: float | None = None,
+    progress: Progress = lambda line: None,
+) -> Report:
+    """Check every backend on a device against the reference in fp64, and time those that are right.
+
+    ``backend="auto"`` then takes, for each kind of call, the fastest that was right there. The work is done in child
+    processes: a kernel that crashes or hangs is a verdict, and harms no one. It is remembered in the cache folder, for
+    this device, driver, torch, Triton and these sources, so that it is needed once.
+
+    Args:
+        device: ``"cuda:1"`` or so; without one, the first GPU, else the processor.
+        out: a file to write instead of the cache folder's, for ``FASTPREFIX_VERIFY=<file>`` on machines like this one.
+        budget: seconds after which no further check begins; 60 on a processor and 90 on a GPU without one.
+        progress: called with a line of text now and then.
+
+    Returns:
+        A :class:`Report`; ``print`` shows its table.
+
+    Raises:
+        ValueError: ``device`` is no device that is here, or ``budget`` no positive number.
+        OSError: ``out`` cannot be written.
+        RuntimeError: no child process can be started.
+    """
+    chosen = _device(device)
+    kind = machine.kind(chosen)
+    seconds = budget if budget is not None else BUDGET.get(kind, GPU_BUDGET)
+    if not seconds > 0:
+        raise fail("budget", seconds, "a positive number of seconds")
+    file = None if out is None else Path(out).expanduser()
+    if file is not None:  # now, not when the work is done
+        file.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=file.parent).close()
+    start = time.monotonic()
+    with store.alone(chosen, patience=2 * seconds):
+        found, left = examine(chosen, plan.cells(kind), plan.buckets(kind), seconds, progress)
+        file = store.add(chosen, found, file)
+    return Report(found, file, time.monotonic() - start, left)
+
+
+def examine(
+    place: torch.device, cells: Sequence[Cell], buckets: Sequence[Bucket], budget: float, progress: Progress
+) -> tuple[Table, int]:
+    """Verdicts on cells, then times of buckets, as a table; and how many of both the budget did not reach.
+
+    Raises:
+        ChildError: no child process can be started.
+    """
+    start = time.monotonic()
+    kind = machine.kind(place)
+    few = kind == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
+    watch = Supervisor(
+        place,
+        few,
+        PATIENCE.get(kind, GPU_PATIENCE),
+        start + budget * (1 - TIMING_SHARE if buckets else 1),
+        torch.get_num_threads(),
+    )
+    found = Table(identity(place))
+    groups = [[_check(cell, route) for route in _routes(place, cell)] for cell in cells]
+    groups = [group for group in groups if group]
+    total = sum(map(len, groups))
+    done = 0
+
+    def note(outcome: Outcome) -> None:
+        nonlocal done
+        done += 1
+        _note_verdict(found, outcome)
+        progress(f"{done} of {total} checks, {time.monotonic() - start:.0f} s")
+
+    with closing(watch):
+        watch.run(groups, _workers(place, len(groups)), note)
+        watch.deadline = start + budget
+        timed = [[task] for bucket in buckets if (task := _time(found, bucket, place)) is not None]
+        measured = 0
+
+        def note_times(outcome: Outcome) -> None:
+            nonlocal measured
+            measured += 1
+            _note_times(found, outcome)
+            progress(f"{measured} of {len(timed)} timings, {time.monotonic() - start:.0f} s")
+
+        watch.run(timed, 1, note_times)
+    return found, total - done + len(timed) - measured
+
+
+def _device(place: torch.device | str | None) -> torch.device:
+    if place is None:
+        return machine.default()
+    try:
+        chosen = torch.device(place)
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        raise fail("device", repr(str(place)), f"a device that torch finds here ({str(error).splitlines()[0]})") from error
+    return torch.device(chosen.type, machine.index(chosen)) if machine.kind(chosen) in machine.GPUS else chosen
+
+
+def _routes(place: torch.device, cell: Cell) -> list[str]:
+    return routes(place.type, cell.direction)
+
+
+def _workers(place: torch.device, groups: int) -> int:
+    free = machine.free_memory(place)
+    room = MOST_WORKERS if free is None else free // MEMORY_OF_A_WORKER
+    cores = os.cpu_count() or 1
+    # A child takes a second or two to start, so few checks are not worth many.
+    return max(1, min(MOST_WORKERS, room, cores if machine.kind(place) == "cpu" else cores - 1, groups // 8 + 1))
+
+
+def _check(cell: Cell, route: str) -> Task:
+    return Task({"check": str(cell), "route": route}, (route,))
+
+
+def _note_verdict(found: Table, outcome: Outcome) -> None:
+    date = datetime.now(timezone.utc).date().isoformat()
+    cell, route = Cell.parse(outcome.task.message["check"]), outcome.task.routes[0]
+    answer = outcome.answer or {}
+    if "verdict" in answer:
+        found.add(cell, route, replace(Verdict(**answer["verdict"]), date=date))
+    elif "skipped" not in answer:  # out of memory is no verdict: there may be more another time
+        found.add(cell, route, Verdict("hung" if outcome.end == "hung" else "crashed", None, outcome.detail, date))
+
+
+def _time(found: Table, bucket: Bucket, place: torch.device) -> Task | None:
+    """The task that times a bucket: all routes that were wrong nowhere in its dtype, and the reference."""
+    direction = "backward" if bucket.mode == "lowest" else bucket.mode
+    names = [route for route in routes(place.type, direction) if _may_be_timed(found, route, bucket.dtype, direction)]
+    if not names:
+        return None
+    names.append("reference")
+    return Task({"time": str(bucket), "routes": names}, tuple(names))
+
+
+def _may_be_timed(found: Table, route: str, dtype: str, direction: str) -> bool:
+    results = {
+        verdicts[route].result
+        for cell, verdicts in found.verdicts.items()
+        if cell.dtype == dtype and cell.direction == direction and route in verdicts
+    }
+    return "right" in results and not results & {"crashed", "hung"}
+
+
+def _note_times(found: Table, outcome: Outcome) -> None:
+    bucket = Bucket.parse(outcome.task.message["time"])
+    if outcome.answer and outcome.answer.get("times"):
+        found.times[bucket] = dict(outcome.answer["times"])
+    elif outcome.end:  # right on small calls, and the end of a process on a larger one
+        direction = "backward" if bucket.mode == "lowest" else bucket.mode
+        backend_of(outcome.blamed)
+        for cell, verdicts in found.verdicts.items():
+            if (cell.direction, cell.dtype) == (direction, bucket.dtype) and outcome.blamed in verdicts:
+                told = f"while timed on {bucket}: {outcome.detail}"
+                result: Result = "hung" if outcome.end == "hung" else "crashed"
+                verdicts[outcome.blamed] = replace(verdicts[outcome.blamed], result=result, detail=told)

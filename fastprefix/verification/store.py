@@ -1,0 +1,172 @@
+"""Where tables are kept: the cache folder, a file that the user names, or this process alone."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import fail
+from ..machine.files import cache_dir, slug, write_atomically
+from .identity import digest, identity
+from .table import Table
+
+VARIABLE = "FASTPREFIX_VERIFY"
+
+
+class Policy(Enum):
+    """What ``$FASTPREFIX_VERIFY`` says: trust nothing to be checked, check at first use, or read one file alone."""
+
+    OFF = "off"
+    FIRST_USE = "first-use"
+    FILE = "file"
+
+
+def policy() -> Policy:
+    """The policy of this process."""
+    match os.environ.get(VARIABLE, ""):
+        case "off":
+            return Policy.OFF
+        case "" | "first-use":
+            return Policy.FIRST_USE
+    return Policy.FILE
+
+
+# What was drawn from tables, and is not from another state of them.
+decisions: dict[tuple[object, ...], Any] = {}
+
+_tables: dict[str, Table] = {}  # by digest of the identity
+_lock = threading.RLock()
+_unwritable: set[Path] = set()
+
+
+def table(place: torch.device) -> Table:
+    """What is known of a device; the same object for all devices of one kind, read from its file once.
+
+    Raises:
+        ValueError: ``$FASTPREFIX_VERIFY`` names a file that is not there.
+    """
+    mine = identity(place)
+    with _lock:
+        found = _tables.get(digest(mine))
+        if found is None:
+            found = _tables[digest(mine)] = Table(mine)
+            named = policy() is Policy.FILE
+            stored = _named(mine) if named else read(path(place), mine)
+            if stored is not None:
+                found.update(stored)
+        return found
+
+
+def forget() -> None:
+    """Drop what this process knows, so that files are read again."""
+    with _lock:
+        _tables.clear()
+        decisions.clear()
+
+
+def path(place: torch.device) -> Path:
+    """The file of a device in the cache folder."""
+    mine = identity(place)
+    return cache_dir() / "verified" / f"{slug(mine['device'])}-{digest(mine)}.json"
+
+
+def read(file: Path, mine: dict[str, str]) -> Table | None:
+    """The table in a file; None where there is none, or it is damaged, older, or of another device or version."""
+    try:
+        found = Table.from_json(file.read_text())
+    except (OSError, ValueError):
+        return None
+    return found if found.identity == mine else None
+
+
+def _named(mine: dict[str, str]) -> Table | None:
+    file = Path(os.environ[VARIABLE]).expanduser()
+    if not file.is_file():
+        raise fail(VARIABLE, repr(str(file)), "'off', 'first-use' or a file that `fastprefix verify --out` wrote")
+    found = read(file, mine)
+    if found is None:
+        tell(f"{VARIABLE}={file}: nothing in it holds for {mine['device']} with this driver, torch and Triton")
+    return found
+
+
+def reload(place: torch.device) -> None:
+    """Take over what other processes have written meanwhile."""
+    found = read(path(place), identity(place))
+    if found is not None:
+        with _lock:
+            table(place).update(found)
+            decisions.clear()
+
+
+def add(place: torch.device, found: Table, out: Path | None = None) -> Path | None:
+    """Remember new verdicts: in this process, and in the file ``out`` or the device's own.
+
+    Returns:
+        The file; None where it cannot be written, which a line on stderr says once.
+
+    Raises:
+        OSError: ``out`` cannot be written.
+    """
+    with _lock:
+        table(place).update(found)
+        decisions.clear()
+        file = path(place) if out is None else out
+        stored = Table(found.identity)
+        if out is None and (before := read(file, found.identity)) is not None:
+            stored.update(before)
+        stored.update(found)
+    try:
+        write_atomically(file, stored.to_json())
+    except OSError as error:
+        if out is not None:
+            raise
+        if file not in _unwritable:
+            _unwritable.add(file)
+            tell(f"{file} cannot be written ({error.strerror or error}): the verdicts last for this process")
+        return None
+    return file
+
+
+@contextmanager
+def alone(place: torch.device, patience: float) -> Iterator[bool]:
+    """Hold the lock of a device's file, which other processes hold while they verify it; it ends with its holder.
+
+    Yields:
+        Whether this process had to wait; without the lock, after ``patience`` seconds or where no file can be
+        written, it goes on alone.
+    """
+    from filelock import FileLock, Timeout
+
+    lock = path(place).with_suffix(".lock")
+    try:
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        held = FileLock(lock)
+        held.acquire(timeout=0)
+        waited = False
+    except Timeout:
+        waited = True
+        try:
+            held.acquire(timeout=patience)
+        except Timeout:
+            yield True
+            return
+    except (OSError, NotImplementedError):  # a file system without locks
+        yield False
+        return
+    try:
+        yield waited
+    finally:
+        held.release()
+
+
+def tell(text: str) -> None:
+    """One line on stderr."""
+    print(f"fastprefix: {text}", file=sys.stderr, flush=True)

@@ -1,0 +1,165 @@
+"""Runs tasks in child processes. The end of one, or its silence, is a verdict, and another goes on behind it."""
+
+from __future__ import annotations
+
+import os
+import queue
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+
+from .child import Child
+from .identity import PACKAGE
+
+# Two ends of a child over one route are no accident; its other tasks are not tried.
+MOST_ENDS = 2
+
+
+class Task(NamedTuple):
+    """What a child is asked: a message (see ``checks.worker``), and the routes that it runs."""
+
+    message: dict[str, Any]
+    routes: tuple[str, ...]
+
+
+Groups = queue.SimpleQueue  # of groups of tasks
+
+
+class Outcome(NamedTuple):
+    """What became of a task: the child's answer, or why there is none."""
+
+    task: Task
+    answer: dict[str, Any] | None
+    end: str  # "crashed" or "hung"; empty with an answer
+    blamed: str  # the route that ran
+    detail: str
+
+
+@dataclass
+class Supervisor:
+    """Runs groups of tasks by a number of children.
+
+    Attributes:
+        place: the device, as the children name it.
+        few: whether backends are interpreted, so that only the smallest calls are made.
+        patience: seconds of silence after which a child hangs.
+        deadline: ``time.monotonic()`` after which no task is begun.
+        threads: of each child.
+        environment: variables of the children's own.
+    """
+
+    place: torch.device
+    few: bool
+    patience: float
+    deadline: float
+    threads: int
+    environment: dict[str, str] = field(default_factory=dict)
+    ends: dict[str, int] = field(default_factory=dict)  # by route
+    _kept: Child | None = None
+
+    def run(
+        self, groups: Sequence[Sequence[Task]], workers: int, done: Callable[[Outcome], None] = lambda outcome: None
+    ) -> list[Outcome]:
+        """Run all tasks; those of a group in order, in one child unless it ends.
+
+        Tasks that are not begun by the deadline have no outcome.
+
+        Raises:
+            ChildError: a child cannot be started; its last words are in the message.
+        """
+        self.environment["FASTPREFIX_VERIFY"] = "off"
+        # Threads that wait by spinning would take the cores from those of the other children.
+        self.environment["OMP_WAIT_POLICY"] = "PASSIVE" if workers > 1 else os.environ.get("OMP_WAIT_POLICY", "")
+        waiting: queue.SimpleQueue[Sequence[Task]] = queue.SimpleQueue()
+        for group in groups:
+            waiting.put(group)
+        found: list[Outcome] = []
+        lock = threading.Lock()
+
+        def note(outcome: Outcome) -> None:
+            with lock:
+                if outcome.end:
+                    self.ends[outcome.blamed] = self.ends.get(outcome.blamed, 0) + 1
+                found.append(outcome)
+                done(outcome)
+
+        workers = min(workers, len(groups))
+        if workers == 1:  # in this thread, which the child outlives, so that the next run goes on with it
+            self._kept = self._work(waiting, note, self._kept)
+        elif workers:
+            self._work_side_by_side(waiting, note, workers)
+        return found
+
+    def command(self) -> list[str]:
+        """The command line of a child: this very package, whatever its name in the parent."""
+        code = (
+            "import importlib, sys; sys.path.insert(0, sys.argv[1]); "
+            "importlib.import_module(sys.argv[2] + '.verification.checks.worker').main(*sys.argv[3:])"
+        )
+        names = [str(PACKAGE.parent), PACKAGE.name, str(self.place), str(self.threads), "few" if self.few else "all"]
+        return [sys.executable, "-c", code, *names]
+
+    def close(self) -> None:
+        """End the child that the last run has left."""
+        if self._kept is not None:
+            self._kept.end()
+
+    def _work_side_by_side(self, waiting: Groups, note: Callable[[Outcome], None], workers: int) -> None:
+        errors: list[BaseException] = []
+
+        def work() -> None:
+            try:
+                child = self._work(waiting, note, None)
+                if child is not None:
+                    child.end()
+            except BaseException as error:  # told by the thread that waits
+                errors.append(error)
+                self.deadline = 0.0
+
+        threads = [threading.Thread(target=work, daemon=True) for _ in range(workers)]
+        for thread in threads:
+            thread.start()
+        try:
+            for thread in threads:
+                while thread.is_alive():
+                    thread.join(0.1)  # so that Ctrl-C is heard
+        except BaseException:
+            self.deadline = 0.0
+            raise
+        if errors:
+            raise errors[0]
+
+    def _work(self, waiting: Groups, note: Callable[[Outcome], None], child: Child | None) -> Child | None:
+        """Run groups until there are none, or the deadline; the child is returned, or ended after an error."""
+        try:
+            while time.monotonic() < self.deadline:
+                try:
+                    group = waiting.get_nowait()
+                except queue.Empty:
+                    break
+                for task in group:
+                    if time.monotonic() >= self.deadline:
+                        break
+                    if child is None or not child.alive:
+                        child = Child(self.command(), {**os.environ, **self.environment}, self.patience)
+                    note(self._do(child, task))
+        except BaseException:
+            if child is not None:
+                child.end()
+            raise
+        return child
+
+    def _do(self, child: Child, task: Task) -> Outcome:
+        routes = [route for route in task.routes if self.ends.get(route, 0) < MOST_ENDS]
+        if not routes:
+            told = f"not tried: its process had ended {MOST_ENDS} times"
+            return Outcome(task, None, "", task.routes[0], told)
+        message = {**task.message, **({"routes": routes} if "routes" in task.message else {})}
+        answer, end, detail, at = child.ask(message)
+        blamed = at if at in task.routes else task.routes[0]
+        return Outcome(task, answer, end, blamed, detail)
