@@ -12,6 +12,7 @@ from torch import Tensor
 
 from . import dispatch, ops, transforms, validation
 from .types import AttentionArgs
+from .verification import first_use
 
 
 def _default_backend(backend: str) -> str:
@@ -194,7 +195,12 @@ def _autocast(x: Any) -> Any:
 
 def _call(args: AttentionArgs, backend: str) -> tuple[Tensor, Tensor]:
     call = transforms.Transformed.apply if transforms.active() else ops.prefix_attn_fwd
-    o, lse = call(*ops.to_op_inputs(args, backend))
+    inputs = ops.to_op_inputs(args, backend)
+    if first_use.is_traced():
+        with first_use.held():
+            o, lse = call(*inputs)
+    else:
+        o, lse = call(*inputs)
     return o, lse
 
 

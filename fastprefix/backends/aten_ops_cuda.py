@@ -81,4 +81,4 @@ def prefers_cudnn(device: torch.device) -> bool:
 
 
 def _has_cudnn() -> bool:
-    return torch.backends.cudnn.is_available()
+    return torch.version.hip is None and torch.backends.cudnn.is_available()  # on AMD the name means MIOpen

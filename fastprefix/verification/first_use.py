@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import sys
+import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 
@@ -14,7 +16,7 @@ from . import plan, store
 from .cells import Cell, direction_of
 from .child import ChildError
 from .lookup import verdict
-from .routes import routes
+from .routes import candidate, routes
 from .run import examine
 from .store import Policy
 from .table import Bucket
@@ -24,6 +26,16 @@ BUDGET = 60.0  # seconds for one call or one model
 # What was tried in this process: a check that found no time or no memory is not tried again at every call.
 _tried: set[tuple[torch.device, Cell]] = set()
 _hopeless: set[torch.device] = set()  # devices whose child processes could not start
+_told: set[torch.device] = set()
+
+
+class _Held(threading.local):
+    """How many blocks of :func:`held` this thread is in."""
+
+    depth = 0
+
+
+_held = _Held()
 
 
 def verify_call(args: AttentionArgs, mode: str) -> bool:
@@ -36,11 +48,12 @@ def verify_call(args: AttentionArgs, mode: str) -> bool:
     if device.kind(place) not in device.GPUS or store.policy() is not Policy.FIRST_USE:
         return True
     missing = _missing(place, plan.cells_of_call(args, direction_of(args)))
-    if not missing:
+    if not missing or not _somebody_can(args):
         return True
     if mode in ("backward", "lowest") or not is_a_moment(place):
+        _say_once(place)
         return False
-    _verify(place, missing, plan.buckets_of_calls([args], device.kind(place)), "this call")
+    _verify(place, missing, plan.buckets_of_calls([args], place.type), "this call")
     return True
 
 
@@ -49,17 +62,50 @@ def verify_model(calls: Sequence[AttentionArgs]) -> None:
     if store.policy() is not Policy.FIRST_USE:
         return
     for place in dict.fromkeys(args.q.device for args in calls):
-        own = [args for args in calls if args.q.device == place]
+        own = [args for args in calls if args.q.device == place and _somebody_can(args)]
         missing = _missing(place, plan.cells_of_model(own))
         if missing and is_a_moment(place):
-            _verify(place, missing, plan.buckets_of_calls(own, device.kind(place)), "this model")
+            _verify(place, missing, plan.buckets_of_calls(own, place.type), "this model")
+
+
+def _somebody_can(args: AttentionArgs) -> bool:
+    """Whether some backend but the reference takes a call; asked before a child process is started to say so."""
+    if device.kind(args.q.device) == "cpu":  # vendor kernels take nearly all, and to ask Triton imports it
+        return True
+    names = routes(args.q.device.type, direction_of(args))
+    return any(not chosen.module.unsupported(args, chosen.route) for chosen in map(candidate, names))
+
+
+def _say_once(place: torch.device) -> None:
+    if place not in _told:
+        _told.add(place)
+        name = store.table(place).identity["device"]
+        store.tell(
+            f"nothing is proved on {name} for a call that runs in a backward, or in a forward that is captured, traced"
+            " or compiled: the reference takes it. Run `fastprefix verify`, or a plain forward, before"
+        )
 
 
 def is_a_moment(place: torch.device) -> bool:
     """Whether a call may be kept waiting: no graph is captured, nothing traced or compiled, no backward runs."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._current_graph_task_id() != -1:
+    if _held.depth or torch.compiler.is_compiling() or torch._C._current_graph_task_id() != -1:
         return False
     return not device.is_capturing(place)
+
+
+def is_traced() -> bool:
+    """Whether torch traces what runs, or some mode looks at it; it does not say so inside of an operator."""
+    return not torch.compiler.is_compiling() and (torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack() > 0)
+
+
+@contextmanager
+def held() -> Iterator[None]:
+    """Verify nothing inside the block."""
+    _held.depth += 1
+    try:
+        yield
+    finally:
+        _held.depth -= 1
 
 
 def _missing(place: torch.device, cells: Iterable[Cell]) -> list[Cell]:

@@ -101,7 +101,7 @@ def verify(
         tempfile.TemporaryFile(dir=file.parent).close()
     start = time.monotonic()
     with store.alone(chosen, patience=2 * seconds):
-        found, left = examine(chosen, plan.cells(kind), plan.buckets(kind), seconds, progress)
+        found, left = examine(chosen, plan.cells(chosen.type), plan.buckets(chosen.type), seconds, progress)
         file = store.add(chosen, found, file)
     return Report(found, file, time.monotonic() - start, left)
 
@@ -116,7 +116,7 @@ def examine(
     """
     start = time.monotonic()
     kind = machine.kind(place)
-    few = kind == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
+    few = place.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
     watch = Supervisor(
         place,
         few,
@@ -139,7 +139,7 @@ def examine(
     with closing(watch):
         watch.run(groups, _workers(place, len(groups)), note)
         watch.deadline = start + budget
-        timed = [[task] for bucket in buckets if (task := _time(found, bucket, place)) is not None]
+        timed = [[task] for bucket in buckets if (task := _time(found, bucket, place, few)) is not None]
         measured = 0
 
         def note_times(outcome: Outcome) -> None:
@@ -159,7 +159,8 @@ def _device(place: torch.device | str | None) -> torch.device:
         chosen = torch.device(place)
         torch.empty(0, device=chosen)
     except (RuntimeError, AssertionError, TypeError) as error:
-        raise fail("device", repr(str(place)), f"a device that torch finds here ({str(error).splitlines()[0]})") from error
+        reason = str(error).splitlines()[0]
+        raise fail("device", repr(str(place)), f"a device that torch finds here ({reason})") from error
     return torch.device(chosen.type, machine.index(chosen)) if machine.kind(chosen) in machine.GPUS else chosen
 
 
@@ -189,10 +190,14 @@ def _note_verdict(found: Table, outcome: Outcome) -> None:
         found.add(cell, route, Verdict("hung" if outcome.end == "hung" else "crashed", None, outcome.detail, date))
 
 
-def _time(found: Table, bucket: Bucket, place: torch.device) -> Task | None:
-    """The task that times a bucket: all routes that were wrong nowhere in its dtype, and the reference."""
+def _time(found: Table, bucket: Bucket, place: torch.device, few: bool) -> Task | None:
+    """The task that times a bucket: routes that are right somewhere and never ended a child, and the reference.
+
+    Interpreted kernels are not timed: they would take seconds, and say nothing.
+    """
     direction = "backward" if bucket.mode == "lowest" else bucket.mode
     names = [route for route in routes(place.type, direction) if _may_be_timed(found, route, bucket.dtype, direction)]
+    names = [route for route in names if not (few and backend_of(route) == "triton")]
     if not names:
         return None
     names.append("reference")

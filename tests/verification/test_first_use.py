@@ -1,0 +1,245 @@
+"""What happens when a call or a model comes first: on a stand-in for a GPU, and on the processor."""
+
+from __future__ import annotations
+
+import functools
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+import fastprefix
+from fastprefix import PrefixConfig, dispatch, explain, prefix_attention
+from fastprefix.machine import device
+from fastprefix.types import AttentionArgs
+from fastprefix.verification import first_use, run, store
+from fastprefix.verification.cells import Cell
+from fastprefix.verification.identity import identity
+from fastprefix.verification.routes import routes
+from fastprefix.verification.table import Table, Verdict
+from tests.model_zoo.architectures import ROWS
+from tests.support.operator_calls import arguments, make_call
+from tests.verification.conftest import CPU
+
+Faults = Callable[[dict[str, str]], None]
+
+
+@pytest.fixture
+def examined(monkeypatch: pytest.MonkeyPatch) -> list[list[Cell]]:
+    """The cells that each verification was asked for; all are found right for aten's folded route, at once."""
+    asked: list[list[Cell]] = []
+
+    def examine(place: torch.device, cells: list[Cell], *rest: Any) -> tuple[Table, int]:
+        asked.append(list(cells))
+        found = Table(identity(place))
+        for cell in cells:
+            for route in routes("cpu", cell.direction):
+                found.add(cell, route, Verdict("right" if route == "aten:folded" else "refused", 0.5, "", "2026-11-27"))
+        return found, 0
+
+    monkeypatch.setattr(first_use, "examine", examine)
+    return asked
+
+
+def backend_of(args: AttentionArgs, mode: str = "forward") -> str:
+    """What ``auto`` takes: ``aten:folded``."""
+    found = dispatch.choose(args, "auto", mode)
+    return f"{dispatch.name_of(found.module)}:{found.route}"
+
+
+class TestCallsOnAGpu:
+    """The first call of a kind verifies it, where it may."""
+
+    def test_the_first_call_and_no_other(
+        self, gpu: str, examined: list[list[Cell]], capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        call = make_call(S=32)
+        for _ in range(3):
+            prefix_attention(**call.leaves).sum().backward()
+        assert [cell.direction for cell in examined[0]] == ["forward", "backward"] and len(examined) == 1
+        told = capsys.readouterr().err
+        assert told.count("\n") == 1 and gpu in told and told.rstrip().endswith(" s"), told
+        assert backend_of(arguments(call)) == backend_of(arguments(call), "lowest") == "aten:folded"
+        store.forget()  # as another process: it reads the file
+        assert backend_of(arguments(call)) == "aten:folded" and len(examined) == 1
+        assert f"folded, proved on {gpu}, 2026-11-27, worst error 0.5 of the rule, not timed" in explain(**call.leaves)
+
+    def test_a_longer_call_of_the_kind_is_known(self, gpu: str, examined: list[list[Cell]]) -> None:
+        for S in (32, 33, 200):
+            prefix_attention(**make_call(S=S).leaves)
+        assert len(examined) == 1
+        prefix_attention(**make_call(S=1, T=9).leaves)
+        prefix_attention(**make_call(S=32).leaves, window=3)
+        assert [cell.direction for cell in examined[1]] == ["decode"] and "window" in examined[2][0].features
+
+    def test_explain_verifies_nothing(self, gpu: str, examined: list[list[Cell]]) -> None:
+        told = explain(**make_call(S=32).leaves)
+        assert not examined
+        assert "reference  chosen by auto" in told
+        assert (
+            f"aten       can, by name only: not proved on {gpu}: `fastprefix verify` does it, or the first call" in told
+        )
+
+    def test_one_asked_for_by_name_runs_unproved(self, gpu: str, examined: list[list[Cell]]) -> None:
+        prefix_attention(**make_call(S=32).leaves, backend="aten")
+        assert not examined
+
+    def test_switched_off(self, gpu: str, examined: list[list[Cell]], monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("FASTPREFIX_VERIFY", "off")
+        prefix_attention(**make_call(S=32).leaves)
+        assert not examined and backend_of(arguments(make_call(S=32))) == "aten:None"
+
+    def test_nobody_is_asked_what_nobody_takes(self, gpu: str, examined: list[list[Cell]]) -> None:
+        bias = torch.zeros(1, 6, 32, 32, requires_grad=True)
+        prefix_attention(**make_call(S=32).leaves, bias=bias).sum().backward()
+        prefix_attention(**make_call(S=32).leaves, dropout_p=0.1)
+        assert not examined
+
+    def test_not_while_a_graph_is_captured(
+        self,
+        gpu: str,
+        examined: list[list[Cell]],
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        call = make_call(S=32)
+        with monkeypatch.context() as capturing:
+            capturing.setattr(device, "is_capturing", lambda place: True)
+            for _ in range(2):
+                prefix_attention(**call.leaves)
+            assert not examined and backend_of(arguments(call)) == "reference:None"
+        told = capsys.readouterr().err
+        assert told.count("\n") == 1 and "Run `fastprefix verify`" in told
+        prefix_attention(**call.leaves)
+        assert len(examined) == 1 and backend_of(arguments(call)) == "aten:folded"
+
+    def test_not_in_a_backward(self, gpu: str, examined: list[list[Cell]], monkeypatch: pytest.MonkeyPatch) -> None:
+        call = make_call(S=32)
+        o = prefix_attention(**call.leaves, backend="reference")
+        seen: list[int] = []
+
+        def recompute(*leaves: torch.Tensor) -> torch.Tensor:
+            if torch._C._current_graph_task_id() != -1:
+                seen.append(len(examined))
+                prefix_attention(*leaves, softcap=3.0)
+            return prefix_attention(*leaves, softcap=3.0, backend="reference")
+
+        checkpoint(recompute, *call.leaves.values(), use_reentrant=False, preserve_rng_state=False).sum().backward()
+        o.sum().backward()
+        assert seen == [0] and not examined  # it stops as soon as what was saved is there again
+
+    def test_not_while_a_forward_is_traced(self, gpu: str, examined: list[list[Cell]]) -> None:
+        leaves = [x.detach() for x in make_call(S=32).leaves.values()]
+        torch.jit.trace(prefix_attention, leaves, check_trace=False)
+        assert not examined
+
+    def test_compiled(self, gpu: str, examined: list[list[Cell]]) -> None:
+        compiled = torch.compile(prefix_attention, backend="eager", fullgraph=True)
+        call = make_call(S=32)
+        torch.testing.assert_close(compiled(**call.leaves), prefix_attention(**call.leaves, backend="reference"))
+        assert len(examined) == 1  # when it ran, not when it was compiled
+
+    def test_no_child_can_start(
+        self, gpu: str, faults: Faults, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        faults({"aten:folded": "no start"})
+        for S in (32, 33):
+            call = make_call(S=S)
+            assert prefix_attention(**call.leaves).isfinite().all()
+            assert backend_of(arguments(call)) == "reference:None"
+        told = capsys.readouterr().err
+        assert told.count("impossible: no child process could start") == 1 and "no device is left" in told
+
+    @pytest.mark.slow
+    def test_for_real(self, gpu: str, faults: Faults, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Children that really run, one of whose routes crashes: the caller gets a right answer from another."""
+        faults({"aten:folded": "segfault"})
+        monkeypatch.setitem(run.PATIENCE, "cuda", 20.0)
+        call = make_call(S=32, P=4, D=16)
+        got = prefix_attention(**call.leaves)
+        torch.testing.assert_close(got, prefix_attention(**call.leaves, backend="reference"))
+        assert backend_of(arguments(call)) in ("aten:concatenated", "aten:packed")
+        assert store.path(CPU).name.startswith("nvidia-stand-in-") and store.path(CPU).exists()
+
+
+TWO = """
+import sys, torch
+from fastprefix import dispatch, prefix_attention
+from fastprefix.machine import device
+from tests.support.operator_calls import arguments, make_call
+torch.set_num_threads(1)
+for name, value in {"kind": "cuda", "name": "NVIDIA Stand-in", "capability": "sm_90", "driver": "1"}.items():
+    setattr(device, name, lambda place, value=value: value)
+device.is_capturing, device.free_memory = (lambda place: False), (lambda place: 2**34)
+print("ready", flush=True)
+sys.stdin.readline()
+prefix_attention(**make_call(S=32, P=4).leaves)
+chosen = dispatch.choose(arguments(make_call(S=32, P=4)), "auto")
+print(dispatch.name_of(chosen.module), flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_write_one_table(cache: Path) -> None:
+    line = [sys.executable, "-c", TWO]
+    start = functools.partial(
+        subprocess.Popen, line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    both = [start(cwd=Path(__file__).parent.parent.parent) for _ in range(2)]
+    for process in both:
+        assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    for process in both:
+        assert process.stdin is not None
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    told = [process.communicate(timeout=120) for process in both]
+    assert [process.returncode for process in both] == [0, 0], told
+    assert [out for out, _ in told] == ["aten\n"] * 2
+    # One has done the work and said so; the other has waited, and read what was found.
+    assert sorted(error.count("checking which backends are right") for _, error in told) == [0, 1], told
+    (file,) = (cache / "verified").glob("*.json")
+    assert Table.from_json(file.read_text()).verdicts
+
+
+class TestModels:
+    """``attach`` and ``patch`` verify what the model's layers need."""
+
+    def test_attach(self, examined: list[list[Cell]], capsys: pytest.CaptureFixture[str]) -> None:
+        model = ROWS["llama_gqa"].build()
+        fastprefix.attach(model, PrefixConfig(4))
+        (cells,) = examined
+        assert {cell.direction for cell in cells} == {"forward", "backward", "decode"}
+        assert {"padding" in cell.features for cell in cells} == {True, False}
+        assert all("causal" in cell.features for cell in cells)
+        assert "for this model" in capsys.readouterr().err
+        fastprefix.detach(model)
+        fastprefix.attach(model, PrefixConfig(7))
+        assert len(examined) == 1 and "proved on" in explain(model)
+
+    def test_patch(self, examined: list[list[Cell]]) -> None:
+        peft = pytest.importorskip("peft")
+        config = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+        fastprefix.patch(peft.get_peft_model(ROWS["llama_gqa"].build(), config))
+        assert len(examined) == 1 and {cell.dtype for cell in examined[0]} == {"fp32"}
+
+    def test_switched_off(self, examined: list[list[Cell]], monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("FASTPREFIX_VERIFY", "off")
+        fastprefix.attach(ROWS["llama_gqa"].build(), PrefixConfig(4))
+        assert not examined
+
+    def test_a_call_on_the_processor_is_not_kept_waiting(self, examined: list[list[Cell]]) -> None:
+        prefix_attention(**make_call(S=32).leaves)
+        assert not examined and backend_of(arguments(make_call(S=32))) == "aten:None"
+
+    @pytest.mark.slow
+    def test_for_real(self, capsys: pytest.CaptureFixture[str]) -> None:
+        model = ROWS["llama_gqa"].build()
+        fastprefix.attach(model, PrefixConfig(4))
+        assert capsys.readouterr().err.count("\n") == 1
+        told = explain(model)
+        assert "chosen by auto: " in told and "of the rule" in told
