@@ -2,8 +2,8 @@
 
     python -m benches.device [--smoke] [--only PART] [--budget SECONDS] [--out DIR] [--resume] [--list]
 
-It checks correctness first, then times the operator against every baseline, then whole training steps, the most
-important rows first.
+It begins with ``fastprefix verify``, so that ``auto`` takes what is right and fast there. Then it checks correctness
+on larger shapes, times the operator against every baseline, then whole training steps, the most important rows first.
 Each row is on disk as soon as it is measured. ``--smoke`` runs tiny shapes on any machine.
 """
 
@@ -28,8 +28,10 @@ from benches.device_suite.report import markdown
 from benches.device_suite.suite_state import SuiteState
 from fastprefix.machine.device_errors import DeviceLostError, describe_error
 from fastprefix.machine.files import write_atomically
+from fastprefix.verification.run import verify
 
 BUDGET = 420.0
+SMOKE_VERIFY = 3.0  # seconds of checks where every part runs for show
 RESULTS = Path(__file__).parent / "results"
 LISTED = (90, "NVIDIA H100 80GB HBM3")  # the device that --list assumes where there is none
 
@@ -71,6 +73,8 @@ def _run(options: argparse.Namespace, out: Path, device: str) -> int:
     suite = SuiteState(out, device, options.budget, options.resume, options.only)
     plan = [job for job in jobs(device, options.smoke, options.only) if not suite.done(part(job), job.key)]
     try:
+        if "correctness" in options.only and not (options.resume or suite.out_of_budget):
+            _verify(suite, device, options.smoke)
         with _compilers(plan, device, options.smoke) as compilers:
             for job in plan:
                 if suite.out_of_budget:
@@ -93,6 +97,18 @@ def _run(options: argparse.Namespace, out: Path, device: str) -> int:
         print(f"budget of {suite.budget:.0f} s spent: {len(suite.dropped)} of the least important rows dropped")
     print(f"{'something is wrong: ' + str(bad) if bad else 'all right'}; results in {suite.folder}")
     return int(bad > 0)
+
+
+def _verify(suite: SuiteState, device: str, smoke: bool) -> None:
+    """Have every backend prove itself, and keep what was found beside the other results."""
+    file = suite.folder / "verified.json"
+    try:
+        found = verify(device, budget=SMOKE_VERIFY if smoke else None, out=file if smoke else None)
+    except (RuntimeError, OSError) as error:
+        print(f"{suite.spent:6.1f} s  verify: {describe_error(error)}", flush=True)
+        return
+    write_atomically(file, found.table.to_json())
+    print(f"{found}\n{suite.spent:6.1f} s  verified", flush=True)
 
 
 def _compilers(plan: list[Job], device: str, smoke: bool) -> contextlib.AbstractContextManager[CompilePool | None]:

@@ -105,6 +105,7 @@ def test_an_empty_budget_says_what_it_dropped(tmp_path: Path, capsys: pytest.Cap
     assert device.main(["--smoke", "--budget", "0", "--out", str(tmp_path)]) == 0
     assert "of the least important rows dropped" in capsys.readouterr().out
     report = next(tmp_path.glob("*/results.md")).read_text()
+    assert not list(tmp_path.glob("*/verified.json"))
     assert f"dropped for the budget of 0 s: {next(iter(jobs('cpu', True))).key}; " in report
 
 
@@ -128,7 +129,8 @@ def test_the_device_suite_runs_here(tmp_path: Path) -> None:
     done = subprocess.run([*command, *parts], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     folder = next(tmp_path.iterdir())
-    assert {path.name for path in folder.iterdir()} == {"correctness.json", "operator.json", "results.md"}
+    names = {path.name for path in folder.iterdir()}
+    assert names == {"correctness.json", "operator.json", "results.md", "verified.json"}
     correctness = json.loads((folder / "correctness.json").read_text())["rows"]
     assert {row["backend"] for row in correctness} == set(BACKENDS)
     assert {row["what"] for row in correctness} == {"shapes", "arguments", *MODELS}

@@ -11,7 +11,7 @@ import torch
 from fastprefix.machine import device
 from fastprefix.verification import first_use, run, store
 from fastprefix.verification.supervisor import Supervisor
-from tests.support import faulty_worker
+from tests.verification import faulty_worker
 
 
 @pytest.fixture(autouse=True)

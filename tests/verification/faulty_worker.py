@@ -27,7 +27,7 @@ def command(faults: dict[str, str]) -> Callable[[Supervisor], list[str]]:
     def line(supervisor: Supervisor) -> list[str]:
         code = (
             "import sys; sys.path.insert(0, sys.argv[1]); "
-            "from tests.support.faulty_worker import main; main(*sys.argv[2:])"
+            "from tests.verification.faulty_worker import main; main(*sys.argv[2:])"
         )
         few = "few" if supervisor.few else "all"
         own = [str(ROOT), json.dumps(faults), str(supervisor.place), str(supervisor.threads), few]
