@@ -17,7 +17,7 @@ import torch
 from fastprefix import dispatch, prefix_attention
 from fastprefix.machine import files
 from fastprefix.verification import lookup, store
-from fastprefix.verification.cells import Cell, cell_of
+from fastprefix.verification.cells import Cell
 from fastprefix.verification.identity import identity
 from fastprefix.verification.table import Bucket, Table, Verdict
 from tests.support.operator_calls import arguments, make_call
@@ -216,65 +216,6 @@ class TestPolicy:
         prefix_attention(**make_call(S=32, P=8).leaves)
         prefix_attention(**make_call(S=31, P=8).leaves)
         assert capsys.readouterr().err.count("nothing in it holds for") == 1 and chosen() is None
-
-
-class TestLookup:
-    """What a table says of calls whose own kind it does not have."""
-
-    def verdict(self, cells: dict[tuple[str, ...], Verdict], *features: str) -> Verdict | None:
-        found = Table(identity(CPU), {CELL._replace(features=f): {"aten:folded": v} for f, v in cells.items()})
-        return lookup.verdict(found, CELL._replace(features=features), "aten:folded")
-
-    def test_each_alone_and_all_together(self) -> None:
-        alone = {("causal", name): RIGHT for name in ("padding", "window", "sinks")}
-        assert self.verdict(alone, "causal", "padding", "window") is None
-        worse = replace(RIGHT, worst=0.9)
-        alone[("causal", "padding", "window", "softcap")] = worse
-        assert self.verdict(alone, "causal", "padding", "window") == worse
-        assert self.verdict(alone, "causal", "padding", "window", "sinks") is None  # never together with others
-
-    def test_one_that_is_wrong_outweighs(self) -> None:
-        wrong = replace(RIGHT, result="wrong")
-        cells = {
-            ("causal", "padding"): wrong,
-            ("causal", "window"): RIGHT,
-            ("causal", "padding", "window", "sinks"): RIGHT,
-        }
-        assert self.verdict(cells, "causal", "padding", "window") == wrong
-        cells[("causal", "padding", "window")] = RIGHT  # its own kind is known
-        assert self.verdict(cells, "causal", "padding", "window") == RIGHT
-
-    def test_grouped_heads_are_not_the_same_kernel(self) -> None:
-        cells = {("causal", "gqa"): RIGHT, ("causal", "gqa", "padding"): RIGHT}
-        assert self.verdict(cells, "causal", "padding") is None
-
-    def test_the_nearest_bucket(self) -> None:
-        times = {
-            BUCKET: {"aten:folded": 1.0, "aten:packed": 2.0},
-            BUCKET._replace(S=2048, T=2048): {"aten:folded": 2.0, "aten:packed": 1.0},
-            BUCKET._replace(P=1024): {"aten:folded": 3.0},
-            BUCKET._replace(masked=True): {"aten:folded": 4.0},
-        }
-        found = Table(identity(CPU), {}, times)
-        for changes, best in (({"S": 32}, 1.0), ({"S": 1500}, 2.0), ({"P": 600}, 3.0)):
-            args = arguments(make_call(**{"S": 40, "P": 8, **changes}))
-            assert lookup.nearest(found, args, "forward")["aten:folded"] == best
-        padded = make_call(S=40, P=8, key_padding_mask=torch.ones(2, 40, dtype=torch.bool))
-        assert lookup.nearest(found, arguments(padded), "forward")["aten:folded"] == 4.0
-        assert lookup.nearest(found, arguments(make_call(S=40)), "backward") == {}
-
-    def test_no_slower_than_the_reference(self) -> None:
-        found = table()
-        found.times[BUCKET]["reference"] = 1e-4
-        store.add(CPU, found)
-        assert lookup.order(arguments(make_call(S=32, P=8)), "forward") == (lookup.REFERENCE,)
-
-    def test_names_are_inverted(self) -> None:
-        args = arguments(make_call(S=32, P=8, softcap=2.0, key_padding_mask=torch.ones(2, 32, dtype=torch.bool)))
-        for direction in ("forward", "backward", "decode"):
-            cell = cell_of(args, direction)  # type: ignore[arg-type]
-            assert Cell.parse(str(cell)) == cell and "padding" in cell.features
-        assert Bucket.parse(str(BUCKET)) == BUCKET
 
 
 HOLDER = """
