@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..machine.device import is_capturing
 from ..types import AttentionArgs, Grads, Needs, to_bshd
 from . import aten_ops, aten_routes, concatenated_prefix
 from .aten_routes import Route
@@ -43,23 +44,32 @@ def unsupported(args: AttentionArgs, route: str | None = None) -> list[str]:
     if device not in ("cpu", "cuda"):
         reasons.append(f"device {device}: only cpu and cuda have the vendor ops")
     if device == "cuda":
-        if args.q.dtype not in (torch.float16, torch.bfloat16):
-            reasons.append(f"dtype {args.q.dtype}: flash attention on cuda takes fp16 and bf16")
-        if max(args.q.shape[3], args.v.shape[3]) > 256 or max(args.q.shape[3], args.v.shape[3]) % 8:
-            reasons.append("head dim: flash attention on cuda takes multiples of 8 up to 256")
-        present = (args.key_padding_mask, args.segment_ids, args.window, args.bias)
-        masks = ("key_padding_mask", "segment_ids", "window", "bias")
-        reasons += [
-            f"{n}: flash attention on cuda takes no mask" for n, x in zip(masks, present, strict=True) if x is not None
-        ]
-        if args.scale < 0.0 or (args.causal and args.scale == 0.0):
-            reasons.append("scale: flash attention on cuda masks, and takes its maximum, before it scales")
-        if int_start(args) is None:
-            reasons.append("q_start: a tensor needs a mask, which flash attention on cuda does not take")
-        elif args.causal and has_rows_outside_keys(args):
-            reasons.append("q_start: rows outside the keys need a mask, which flash attention on cuda does not take")
+        reasons += _reasons_on_cuda(args)
     if route is not None and not reasons:
         reasons += aten_routes.reasons(args, route)
+    return reasons
+
+
+def _reasons_on_cuda(args: AttentionArgs) -> list[str]:
+    """Why CUDA's vendor kernels cannot take a call that a processor's can."""
+    reasons = []
+    if args.q.dtype not in (torch.float16, torch.bfloat16):
+        reasons.append(f"dtype {args.q.dtype}: flash attention on cuda takes fp16 and bf16")
+    if max(args.q.shape[3], args.v.shape[3]) > 256 or max(args.q.shape[3], args.v.shape[3]) % 8:
+        reasons.append("head dim: flash attention on cuda takes multiples of 8 up to 256")
+    present = (args.key_padding_mask, args.segment_ids, args.window, args.bias)
+    masks = ("key_padding_mask", "segment_ids", "window", "bias")
+    reasons += [
+        f"{n}: flash attention on cuda takes no mask" for n, x in zip(masks, present, strict=True) if x is not None
+    ]
+    if args.scale < 0.0 or (args.causal and args.scale == 0.0):
+        reasons.append("scale: flash attention on cuda masks, and takes its maximum, before it scales")
+    if args.prefix_ids is not None and is_capturing(args.q.device):
+        reasons.append("prefix_ids: the host reads which rows share a prefix, which no capture of a graph allows")
+    if int_start(args) is None:
+        reasons.append("q_start: a tensor needs a mask, which flash attention on cuda does not take")
+    elif args.causal and has_rows_outside_keys(args):
+        reasons.append("q_start: rows outside the keys need a mask, which flash attention on cuda does not take")
     return reasons
 
 

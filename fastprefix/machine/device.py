@@ -81,13 +81,27 @@ def driver(place: torch.device) -> str:
     except OSError:
         module = None
     properties: Any = _properties(place)
-    parts = (module and module[1], torch.version.cuda, torch.version.hip, getattr(properties, "driver_version", None))
+    parts = [module and module[1], torch.version.cuda, torch.version.hip, getattr(properties, "driver_version", None)]
+    if kind(place) == "cuda":  # a wheel of cuDNN changes without torch, and containers may hide the driver's file
+        parts += [f"cudnn {torch.backends.cudnn.version()}", getattr(torch._C, "_cuda_getDriverVersion", int)()]
     return " ".join(str(part) for part in parts if part)
 
 
 def free_memory(place: torch.device) -> int | None:
-    """Free bytes of a GPU; None where there is no such number."""
-    return int(torch.cuda.mem_get_info(place)[0]) if kind(place) == "cuda" else None
+    """Free bytes of a GPU, or all that it has where this process does not use it yet; None where nothing says."""
+    if kind(place) not in GPUS:
+        return None
+    if kind(place) == "cuda" and torch.cuda.memory_reserved(place):  # otherwise the question would make a context
+        return int(torch.cuda.mem_get_info(place)[0])
+    return int(getattr(_properties(place), "total_memory", 0)) or None
+
+
+def is_here(place: torch.device) -> bool:
+    """Whether torch finds a device; asked without using it."""
+    if kind(place) not in GPUS:
+        return kind(place) == "cpu"
+    module: Any = getattr(torch, kind(place))
+    return bool(module.is_available()) and (place.index or 0) < int(module.device_count())
 
 
 def is_capturing(place: torch.device) -> bool:

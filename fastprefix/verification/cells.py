@@ -18,7 +18,6 @@ DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", 
 # What a call may have beside its five tensors, in the order in which a cell names it.
 FEATURES = (
     "causal",
-    "gqa",
     "padding",
     "segments",
     "window",
@@ -40,16 +39,20 @@ FEATURES = (
 
 
 class Cell(NamedTuple):
-    """The kind of a call. Equal kernels run for all calls of one kind, up to their sizes."""
+    """The kind of a call. Equal kernels run for all calls of one kind, up to their sizes.
+
+    ``G`` is the number of query heads that share a key/value head.
+    """
 
     direction: Direction
     dtype: str
     D: int
     D_v: int
+    G: int
     features: tuple[str, ...]
 
     def __str__(self) -> str:
-        return f"{self.direction} {self.dtype} {self.D}x{self.D_v} {'+'.join(self.features) or 'plain'}"
+        return f"{self.direction} {self.dtype} {self.D}x{self.D_v} G{self.G} {'+'.join(self.features) or 'plain'}"
 
     @classmethod
     def parse(cls, text: str) -> Cell:
@@ -58,14 +61,14 @@ class Cell(NamedTuple):
         Raises:
             ValueError: the text names no cell.
         """
-        direction, dtype, dims, features = text.split(" ")
-        D, D_v = (int(x) for x in dims.split("x"))
+        direction, dtype, dims, groups, features = text.split(" ")
+        D, D_v, G = (int(x) for x in (*dims.split("x"), groups.removeprefix("G")))
         named = () if features == "plain" else tuple(features.split("+"))
-        if direction not in ("forward", "backward", "decode") or dtype not in DTYPES.values() or min(D, D_v) < 1:
+        if direction not in ("forward", "backward", "decode") or dtype not in DTYPES.values() or min(D, D_v, G) < 1:
             raise ValueError(f"cell: got {text!r}, expected a direction, a dtype, head dims and features")
         if not set(named) <= set(FEATURES):
             raise ValueError(f"cell: got {text!r}, expected features of {', '.join(FEATURES)}")
-        return cls(direction, dtype, D, D_v, named)  # type: ignore[arg-type]
+        return cls(direction, dtype, D, D_v, G, named)  # type: ignore[arg-type]
 
 
 def direction_of(args: AttentionArgs) -> Direction:
@@ -75,14 +78,13 @@ def direction_of(args: AttentionArgs) -> Direction:
 
 def cell_of(args: AttentionArgs, direction: Direction) -> Cell:
     """The cell that a call belongs to."""
-    return Cell(direction, DTYPES[args.q.dtype], args.q.shape[3], args.v.shape[3], _features(args))
+    return Cell(direction, DTYPES[args.q.dtype], args.q.shape[3], args.v.shape[3], args.groups, _features(args))
 
 
 def _features(args: AttentionArgs) -> tuple[str, ...]:
     bias, ids, start = args.bias, args.prefix_ids, args.q_start
     present = (
         args.causal,
-        args.groups > 1,
         args.key_padding_mask is not None,
         args.segment_ids is not None,
         args.window is not None,
@@ -115,6 +117,7 @@ def signature(args: AttentionArgs, direction: str) -> tuple[object, ...]:
         q.shape,
         prefix_k.shape,
         args.v.shape[3],
+        args.k.shape[2].bit_length(),
         q.dtype,
         prefix_k.dtype,
         q.device,

@@ -15,7 +15,7 @@ from typing import Any
 START_PATIENCE = 120.0  # seconds until a child has imported torch and found its device
 
 
-class ChildError(RuntimeError):
+class ChildError(OSError):
     """No child process can be started."""
 
 
@@ -49,7 +49,11 @@ class Child:
         self._lines: queue.SimpleQueue[bytes] = queue.SimpleQueue()
         threading.Thread(target=self._listen, daemon=True).start()
         self.alive = True
-        answer, _, detail, _ = self._answer(START_PATIENCE)
+        try:
+            answer, _, detail, _ = self._answer(START_PATIENCE)
+        except BaseException:  # Ctrl-C
+            self.end()
+            raise
         if answer is None:
             raise ChildError(f"no child process could start: {detail}")
 
@@ -79,6 +83,9 @@ class Child:
             message = _message(line)
             if "at" in message:
                 at = message["at"]
+            if "at" in message or (
+                line and not message
+            ):  # the latter is what something printed before it was redirected
                 continue
             if message and "lost" not in message:
                 return message, "", "", at
@@ -103,11 +110,12 @@ class Child:
         if not kill:  # it is ending by itself, and its exit status is wanted
             with suppress(subprocess.TimeoutExpired):
                 self._process.wait(5)
-        with suppress(OSError):
+        with suppress(OSError, AttributeError):  # where there are groups of processes
             os.killpg(self._process.pid, signal.SIGKILL)
         with suppress(OSError):
             self._process.kill()
-        self._process.wait()
+        with suppress(subprocess.TimeoutExpired):  # a driver may hold a process for good
+            self._process.wait(5)
         for pipe in (self._process.stdin, self._process.stdout):
             if pipe is not None:
                 with suppress(OSError):
@@ -115,7 +123,7 @@ class Child:
 
 
 def _message(line: bytes) -> dict[str, Any]:
-    """A line of the child's; empty where it has ended in the middle of one."""
+    """A line of the child's; empty for any other text, and where it has ended in the middle of one."""
     try:
         found = json.loads(line)
     except ValueError:

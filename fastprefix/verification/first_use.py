@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,14 +13,13 @@ from ..machine import device
 from ..types import AttentionArgs
 from . import plan, store
 from .cells import Cell, direction_of
-from .child import ChildError
 from .lookup import verdict
 from .routes import candidate, routes
 from .run import examine
 from .store import Policy
 from .table import Bucket
 
-BUDGET = 60.0  # seconds for one call or one model
+BUDGET = 90.0  # seconds for one call or one model; few need a tenth of it
 
 # What was tried in this process: a check that found no time or no memory is not tried again at every call.
 _tried: set[tuple[torch.device, Cell]] = set()
@@ -30,9 +28,9 @@ _told: set[torch.device] = set()
 
 
 class _Held(threading.local):
-    """How many blocks of :func:`held` this thread is in."""
+    """How many blocks of :func:`held` this thread is in, and how many of these are quiet."""
 
-    depth = 0
+    depth = quiet = 0
 
 
 _held = _Held()
@@ -51,7 +49,8 @@ def verify_call(args: AttentionArgs, mode: str) -> bool:
     if not missing or not _somebody_can(args):
         return True
     if mode in ("backward", "lowest") or not is_a_moment(place):
-        _say_once(place)
+        if not _held.quiet:
+            _say_once(place)
         return False
     _verify(place, missing, plan.buckets_of_calls([args], place.type), "this call")
     return True
@@ -99,49 +98,46 @@ def is_traced() -> bool:
 
 
 @contextmanager
-def held() -> Iterator[None]:
-    """Verify nothing inside the block."""
+def held(quiet: bool = False) -> Iterator[None]:
+    """Verify nothing inside the block; ``quiet`` where no line need say so, as it is verified after it."""
     _held.depth += 1
+    _held.quiet += quiet
     try:
         yield
     finally:
         _held.depth -= 1
+        _held.quiet -= quiet
 
 
-def _missing(place: torch.device, cells: Iterable[Cell]) -> list[Cell]:
-    """Cells of which something is not known, and was not tried by this process."""
+def _missing(place: torch.device, cells: Iterable[Cell]) -> dict[Cell, list[str]]:
+    """Cells, and the routes in them of which nothing is known, and which this process has not tried."""
     if place in _hopeless:
-        return []
+        return {}
     table = store.table(place)
-    return [
-        cell
-        for cell in cells
-        if (place, cell) not in _tried
-        and any(verdict(table, cell, route) is None for route in routes(place.type, cell.direction))
-    ]
+    found = {}
+    for cell in cells:
+        names = [name for name in routes(place.type, cell.direction) if verdict(table, cell, name) is None]
+        if names and (place, cell) not in _tried:
+            found[cell] = names
+    return found
 
 
-def _verify(place: torch.device, cells: Sequence[Cell], buckets: Sequence[Bucket], what: str) -> None:
+def _verify(place: torch.device, cells: Iterable[Cell], buckets: Sequence[Bucket], what: str) -> None:
     start = time.monotonic()
-    with store.alone(place, patience=3 * BUDGET):
-        store.reload(place)  # another process may have done it meanwhile
-        missing = _missing(place, cells)
-        if not missing:
-            return
-        table = store.table(place)
-        name = table.identity["device"]
-        _say(f"fastprefix: checking which backends are right and fast on {name} for {what}, once ...")
-        try:
-            found, _ = examine(place, missing, [x for x in buckets if x not in table.times], BUDGET, lambda line: None)
-        except ChildError as error:
-            _hopeless.add(place)
-            _say(f" impossible: {error}; what is not proved is not used\n")
-            return
-        _tried.update((place, cell) for cell in missing)
-        _say(f" {time.monotonic() - start:.1f} s\n")
-        store.add(place, found)
-
-
-def _say(text: str) -> None:
-    sys.stderr.write(text)
-    sys.stderr.flush()
+    cells = list(cells)
+    try:
+        with store.alone(place, patience=3 * BUDGET):
+            store.reload(place)  # another process may have done it meanwhile
+            missing = _missing(place, cells)
+            if not missing:
+                return
+            table = store.table(place)
+            name = table.identity["device"]
+            store.say(f"fastprefix: checking which backends are right and fast on {name} for {what}, once ...")
+            found, _ = examine(place, missing, [x for x in buckets if x not in table.times], BUDGET)
+            _tried.update((place, cell) for cell in missing)
+            store.say(f" {time.monotonic() - start:.1f} s\n")
+            store.add(place, found)
+    except Exception as error:  # whatever it is, it must not become the caller's
+        _hopeless.add(place)
+        store.say(f" impossible: {error}; what is not proved is not used\n")

@@ -32,7 +32,7 @@ def identity(place: torch.device) -> Identity:
         "driver": device.driver(place),
         "threads": threads,
         "torch": torch.__version__,
-        "triton": _triton_version() + (" interpreted" if _is_interpreted(place) else ""),
+        "triton": _triton_version() + (" interpreted" if _is_interpreted() else ""),
         "sources": sources(os.environ.get("FASTPREFIX_TILES")),
     }
 
@@ -73,5 +73,5 @@ def _triton_version() -> str:
     return "none"
 
 
-def _is_interpreted(place: torch.device) -> bool:
-    return device.kind(place) == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
+def _is_interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"

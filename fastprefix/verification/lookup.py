@@ -37,8 +37,9 @@ def order(args: AttentionArgs, mode: str) -> tuple[Candidate, ...]:
     table, kind = store.table(args.q.device), device.kind(args.q.device)
     proofs = prove(args, mode)
     right = [proof for proof in proofs if proof.verdict is not None and proof.verdict.result == "right"]
-    if all(proof.verdict is None for proof in proofs):
-        trusted = kind in TRUSTED and not _is_suspect(table, cell_of(args, "forward").dtype)
+    if not right:
+        unknown = any(proof.verdict is None and backend_of(proof.route) == "aten" for proof in proofs)
+        trusted = kind in TRUSTED and unknown and not _is_suspect(table, cell_of(args, "forward").dtype)
         return (VENDOR, REFERENCE) if trusted else (REFERENCE,)
     own = nearest(table, args, mode).get("reference", math.inf)
     timed = sorted((proof.seconds, proof.route) for proof in right if proof.seconds is not None)
@@ -54,9 +55,9 @@ def order(args: AttentionArgs, mode: str) -> tuple[Candidate, ...]:
 
 
 def _is_suspect(table: Table, dtype: str) -> bool:
-    """Whether the vendor's kernels were not right in some cell of this dtype."""
+    """Whether the vendor's kernels were not right in some cell of this dtype; a busy machine may look like a hang."""
     return any(
-        verdict.result in BAD and backend_of(route) == "aten"
+        verdict.result in ("wrong", "failed", "crashed") and backend_of(route) == "aten"
         for cell, found in table.verdicts.items()
         if cell.dtype == dtype
         for route, verdict in found.items()
@@ -75,32 +76,38 @@ def prove(args: AttentionArgs, mode: str) -> list[Proof]:
 def verdict(table: Table, cell: Cell, route: str) -> Verdict | None:
     """What is known of a route on a cell.
 
-    That of the cell itself; without one, where each of its features was checked by itself and all together with
-    others, the worst of these.
+    That of the cell itself. Without one, and with several arguments: if the route was checked without any, with each of
+    them by itself, and with all of them together among others, the worst of these verdicts.
     """
     found = table.verdict(cell, route)
     if found is not None:
         return found
-    base = {"causal", "gqa"} & set(cell.features)
-    covered: set[str] = set(base)
-    together: list[Verdict] = []
-    singles: list[Verdict] = []
-    for other, verdicts in table.verdicts.items():
-        if other[:4] != cell[:4] or route not in verdicts:
-            continue
-        own = set(other.features)
-        if not base <= own:
-            continue
-        if own >= set(cell.features):
-            together.append(verdicts[route])
-        if own <= set(cell.features) and len(own - base) <= 1:
-            singles.append(verdicts[route])
-            covered |= own
-    if not together or covered != set(cell.features):
+    wanted = set(cell.features)
+    if len(wanted - {"causal"}) < 2:
         return None
-    known = [*together, *singles]
-    bad = [x for x in known if x.result != "right"]
-    return bad[0] if bad else max(known, key=lambda x: x.worst or 0.0)
+    together: list[Verdict] = []
+    alone: list[Verdict] = []
+    covered: set[frozenset[str]] = set()
+    for other, verdicts in table.verdicts.items():
+        own, known = frozenset(other.features), verdicts.get(route)
+        # A refusal says nothing of other calls: each call is asked by itself whether the backend takes it.
+        if (
+            known is None
+            or known.result == "refused"
+            or other[:5] != cell[:5]
+            or ("causal" in own) != ("causal" in wanted)
+        ):
+            continue
+        if own > wanted:
+            together.append(known)
+        elif own < wanted and len(own - {"causal"}) <= 1:
+            alone.append(known)
+            covered.add(own - {"causal"})
+    if not together or covered != {frozenset(), *(frozenset((name,)) for name in wanted - {"causal"})}:
+        return None
+    known_all = [*together, *alone]
+    bad = [x for x in known_all if x.result != "right"]
+    return bad[0] if bad else max(known_all, key=lambda x: x.worst or 0.0)
 
 
 def nearest(table: Table, args: AttentionArgs, mode: str) -> dict[str, float]:
@@ -108,12 +115,16 @@ def nearest(table: Table, args: AttentionArgs, mode: str) -> dict[str, float]:
     q = args.q.shape
     wanted: Mode = mode if mode in ("backward", "lowest") else direction_of(args)  # type: ignore[assignment]
     dtype, width = cell_of(args, "forward").dtype, max(q[3], args.v.shape[3])
-    masked = args.key_padding_mask is not None or args.bias is not None or args.segment_ids is not None
+    variant = "plain"
+    if args.prefix_ids is not None:
+        variant = "bank"
+    elif args.key_padding_mask is not None or args.bias is not None or args.segment_ids is not None:
+        variant = "masked"
 
     def distance(x: Bucket) -> tuple[float, ...]:
-        sizes = [(x.D, width), (x.P, args.num_prefix_tokens), (x.H // x.H_kv, args.groups)]
+        sizes = [(x.D, width), (x.P, args.num_prefix_tokens), (x.H // x.H_kv, args.groups), (x.T, args.k.shape[2])]
         sizes += [(x.B, q[0])] if wanted == "decode" else [(x.S, q[2])]
-        return x.masked != masked, sum(abs(math.log2(max(a, 1) / max(b, 1))) for a, b in sizes)
+        return x.variant != variant, sum(abs(math.log2(max(a, 1) / max(b, 1))) for a, b in sizes)
 
     fitting = [x for x in table.times if x.mode == wanted and x.dtype == dtype]
     return table.times[min(fitting, key=distance)] if fitting else {}

@@ -5,59 +5,61 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 
 from ..types import AttentionArgs
-from .cells import DTYPES, Cell, Direction, cell_of
-from .table import Bucket, Mode
+from .cells import DTYPES, FEATURES, Cell, Direction, cell_of
+from .table import VARIANTS, Bucket, Mode, Variant
 
 DIRECTIONS: tuple[Direction, ...] = ("forward", "backward", "decode")
 
-# What is checked at every head dim: a causal model of grouped heads, a bidirectional one, and models in half precision.
-PLAIN = (("causal", "gqa"), (), ("causal", "gqa", "prefix-dtype"), ("causal", "gqa", "padding"))
-# And at the most common ones: each argument by itself, and all that go together.
+# What is checked at every head dim: causal models, bidirectional ones, and models in half precision.
+PLAIN = (("causal",), (), ("causal", "prefix-dtype"), ("causal", "padding"))
+# And at the most common ones: each argument by itself, and all together that a backend may take.
 ALONE = (
-    ("causal",),
-    ("gqa", "padding"),
-    ("causal", "gqa", "padding", "prefix-dtype"),
-    ("causal", "gqa", "segments"),
-    ("causal", "gqa", "window"),
-    ("causal", "gqa", "softcap"),
-    ("causal", "gqa", "sinks"),
-    ("causal", "gqa", "bias"),
-    ("gqa", "bool-bias"),
-    ("causal", "gqa", "bank"),
-    ("causal", "gqa", "bank", "ragged"),
-    ("causal", "gqa", "bank", "packed"),
-    ("causal", "gqa", "bank-by-token", "ragged"),
-    ("causal", "gqa", "q_start"),
-    ("causal", "gqa", "q_start-tensor"),
-    ("causal", "gqa", "window", "sinks"),
-    ("causal", "gqa", "padding", "window", "sinks"),
-    ("causal", "gqa", "padding", "segments", "window", "softcap", "sinks", "bias", "bank", "ragged", "prefix-dtype"),
+    ("padding",),
+    ("causal", "padding", "prefix-dtype"),
+    ("causal", "segments"),
+    ("causal", "window"),
+    ("causal", "softcap"),
+    ("causal", "sinks"),
+    ("causal", "bias"),
+    ("bool-bias",),
+    ("causal", "bank"),
+    ("causal", "bank", "ragged"),
+    ("causal", "bank", "packed"),
+    ("causal", "bank-by-token", "ragged"),
+    ("causal", "q_start"),
+    ("causal", "q_start-tensor"),
+    ("causal", "window", "sinks"),
+    ("causal", "sinks", "bank", "ragged", "prefix-dtype"),
+    ("causal", "padding", "segments", "window", "sinks", "bias", "bank", "ragged", "prefix-dtype"),
+    ("causal", "padding", "segments", "window", "softcap", "sinks", "bias", "bank", "ragged", "prefix-dtype"),
 )
 COMMON = ((64, 64), (128, 128))
-PREFIXES, BATCHES, CACHED = (16, 128, 1024), (1, 8, 32), 512
 OTHER = ((96, 96), (80, 80), (256, 256), (32, 32), (192, 128))
+GROUPED = 4  # query heads of a key/value head
+PREFIXES, BATCHES, CACHED, LONG = (16, 128, 1024), (1, 8, 32), 512, 8192
 
 
 def cells(device_type: str) -> list[Cell]:
     """Every cell of a device, in the order in which they are checked."""
     dtypes = ("fp32", "bf16", "fp16", "fp64") if device_type == "cpu" else ("bf16", "fp16", "fp32")
-    found = [*_cells(dtypes, COMMON, PLAIN), *_cells(dtypes[:1], COMMON, ALONE)]
-    return [*found, *_cells(dtypes[1:2], COMMON[:1], ALONE), *_cells(dtypes[:2], OTHER, PLAIN[:2])]
+    found = [*_cells(dtypes[:2], COMMON, GROUPED, PLAIN), *_cells(dtypes[:2], COMMON, 1, PLAIN)]
+    found += [*_cells(dtypes[:1], COMMON, GROUPED, ALONE), *_cells(dtypes[1:2], COMMON[:1], GROUPED, ALONE)]
+    return [*found, *_cells(dtypes[:2], OTHER, GROUPED, PLAIN[:1]), *_cells(dtypes[2:], COMMON, GROUPED, PLAIN[:2])]
 
 
 def _cells(
-    dtypes: Sequence[str], dims: Sequence[tuple[int, int]], features: Sequence[tuple[str, ...]]
+    dtypes: Sequence[str], dims: Sequence[tuple[int, int]], groups: int, features: Sequence[tuple[str, ...]]
 ) -> Iterator[Cell]:
     for dtype in dtypes:
         for D, D_v in dims:
             for own in features:
                 if "prefix-dtype" in own and dtype in ("fp32", "fp64"):
-                    continue  # parameters are fp32 at least
-                yield from (Cell(direction, dtype, D, D_v, own) for direction in DIRECTIONS)
+                    own = tuple(name for name in own if name != "prefix-dtype")  # parameters are fp32 at least
+                yield from (Cell(direction, dtype, D, D_v, groups, own) for direction in DIRECTIONS)
 
 
 def buckets(device_type: str) -> list[Bucket]:
-    """Every bucket of a device: training by S and P, the lowest layer, decoding by B and P."""
+    """Every bucket of a device: training by S and P, the lowest layer, decoding by B and P; masked, and with a bank."""
     if device_type == "cpu":
         dtype, heads, dims = "fp32", (8, 2), [64]
     else:
@@ -67,22 +69,27 @@ def buckets(device_type: str) -> list[Bucket]:
     for D in dims:
         for P in PREFIXES:
             for S in lengths:
-                found += _train(dtype, D, heads, max(1, rows // S), S, P, masked=PREFIXES[1] == P)
-            found += [Bucket("decode", dtype, D, False, B, *heads, 1, CACHED, P) for B in BATCHES]
+                found += _train(dtype, D, heads, max(1, rows // S), S, P)
+            found += [Bucket("decode", dtype, D, "plain", B, *heads, 1, CACHED, P) for B in BATCHES]
+        middle = PREFIXES[1]
+        found += [Bucket("decode", dtype, D, "plain", B, *heads, 1, LONG, middle) for B in BATCHES[:2]]
+        for variant in VARIANTS[1:]:
+            for S in lengths:
+                found += list(_train(dtype, D, heads, max(2, rows // S), S, middle, variant))[:2]
+            found += [Bucket("decode", dtype, D, variant, B, *heads, 1, CACHED, middle) for B in BATCHES[1:]]
     return found
 
 
 def _sizes(device_type: str) -> tuple[int, tuple[int, ...]]:
     """Rows of a timed batch in training, and the lengths of its samples."""
-    return (512, (64, 512)) if device_type == "cpu" else (8192, (512, 4096))
+    return (512, (64, 512)) if device_type == "cpu" else (4096, (512, 2048))
 
 
-def _train(dtype: str, D: int, heads: tuple[int, int], B: int, S: int, P: int, masked: bool) -> Iterator[Bucket]:
+def _train(
+    dtype: str, D: int, heads: tuple[int, int], B: int, S: int, P: int, variant: Variant = "plain"
+) -> Iterator[Bucket]:
     modes: tuple[Mode, ...] = ("forward", "backward", "lowest")
-    for mode in modes:
-        yield Bucket(mode, dtype, D, False, B, *heads, S, S, P)
-    if masked:
-        yield from (Bucket(mode, dtype, D, True, B, *heads, S, S, P) for mode in modes[:2])
+    yield from (Bucket(mode, dtype, D, variant, B, *heads, S, S, P) for mode in modes)
 
 
 def cells_of_call(args: AttentionArgs, direction: Direction) -> list[Cell]:
@@ -96,14 +103,10 @@ def cells_of_model(calls: Iterable[AttentionArgs]) -> list[Cell]:
     for args in calls:
         for direction in DIRECTIONS:
             cell = cell_of(args, direction)
-            plain = tuple(name for name in cell.features if name not in ("padding", "bool-bias"))
-            found.update(dict.fromkeys((cell, cell._replace(features=plain), _padded(cell, plain))))
+            plain = set(cell.features) - {"padding", "bool-bias"}
+            for own in (set(cell.features), plain, {*plain, "padding"}):
+                found[cell._replace(features=tuple(name for name in FEATURES if name in own))] = None
     return list(found)
-
-
-def _padded(cell: Cell, plain: tuple[str, ...]) -> Cell:
-    place = sum(name in ("causal", "gqa") for name in plain)  # the two that a cell names before padding
-    return cell._replace(features=(*plain[:place], "padding", *plain[place:]))
 
 
 def buckets_of_calls(calls: Iterable[AttentionArgs], device_type: str) -> list[Bucket]:
@@ -116,6 +119,6 @@ def buckets_of_calls(calls: Iterable[AttentionArgs], device_type: str) -> list[B
         if P == 0 or args.prefix_ids is not None:
             continue
         for S in lengths:
-            found.update(dict.fromkeys(_train(dtype, D, heads, max(1, rows // S), S, P, masked=False)))
-        found.update(dict.fromkeys(Bucket("decode", dtype, D, False, B, *heads, 1, CACHED, P) for B in BATCHES[:2]))
+            found.update(dict.fromkeys(_train(dtype, D, heads, max(1, rows // S), S, P)))
+        found.update(dict.fromkeys(Bucket("decode", dtype, D, "plain", B, *heads, 1, CACHED, P) for B in BATCHES[:2]))
     return list(found)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
@@ -15,6 +15,7 @@ import torch
 
 from ..errors import fail
 from ..machine import device as machine
+from ..machine import processor
 from . import plan, report, store
 from .cells import Cell
 from .identity import identity
@@ -25,10 +26,10 @@ from .table import Bucket, Result, Table, Verdict
 BUDGET = {"cpu": 60.0}
 GPU_BUDGET = 90.0
 PATIENCE = {"cpu": 20.0}
-GPU_PATIENCE = 60.0  # a kernel of many variants may be compiled between two signs of life
+GPU_PATIENCE = 30.0  # some kernels may be compiled between two signs of life
 TIMING_SHARE = 0.4  # of the budget
 MOST_WORKERS = 14
-MEMORY_OF_A_WORKER = 2**30  # bytes of a GPU: a context and small tensors
+MEMORY_OF_A_WORKER = 2**30  # bytes of a GPU, for a context and small tensors; and of main memory
 
 Progress = Callable[[str], None]
 
@@ -87,8 +88,7 @@ def verify(
 
     Raises:
         ValueError: ``device`` is no device that is here, or ``budget`` no positive number.
-        OSError: ``out`` cannot be written.
-        RuntimeError: no child process can be started.
+        OSError: ``out`` cannot be written, or no child process can be started.
     """
     chosen = _device(device)
     kind = machine.kind(chosen)
@@ -99,17 +99,23 @@ def verify(
     if file is not None:  # now, not when the work is done
         file.parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=file.parent).close()
+    store.open_table(chosen, need_file=file is None)
     start = time.monotonic()
     with store.alone(chosen, patience=2 * seconds):
-        found, left = examine(chosen, plan.cells(chosen.type), plan.buckets(chosen.type), seconds, progress)
+        pairs = {cell: routes(chosen.type, cell.direction) for cell in plan.cells(chosen.type)}
+        found, left = examine(chosen, pairs, plan.buckets(chosen.type), seconds, progress)
         file = store.add(chosen, found, file)
     return Report(found, file, time.monotonic() - start, left)
 
 
 def examine(
-    place: torch.device, cells: Sequence[Cell], buckets: Sequence[Bucket], budget: float, progress: Progress
+    place: torch.device,
+    pairs: Mapping[Cell, Sequence[str]],
+    buckets: Sequence[Bucket],
+    budget: float,
+    progress: Progress = lambda line: None,
 ) -> tuple[Table, int]:
-    """Verdicts on cells, then times of buckets, as a table; and how many of both the budget did not reach.
+    """Verdicts on routes in cells, then times of buckets, as a table; and how many of both the budget did not reach.
 
     Raises:
         ChildError: no child process can be started.
@@ -125,8 +131,7 @@ def examine(
         torch.get_num_threads(),
     )
     found = Table(identity(place))
-    groups = [[_check(cell, route) for route in _routes(place, cell)] for cell in cells]
-    groups = [group for group in groups if group]
+    groups = [[_check(cell, route) for route in names] for cell, names in pairs.items() if names]
     total = sum(map(len, groups))
     done = 0
 
@@ -157,23 +162,20 @@ def _device(place: torch.device | str | None) -> torch.device:
         return machine.default()
     try:
         chosen = torch.device(place)
-        torch.empty(0, device=chosen)
-    except (RuntimeError, AssertionError, TypeError) as error:
-        reason = str(error).splitlines()[0]
-        raise fail("device", repr(str(place)), f"a device that torch finds here ({reason})") from error
+    except (RuntimeError, TypeError) as error:
+        raise fail("device", repr(place), "'cpu', 'cuda:1' or so") from error
+    if not machine.is_here(chosen):
+        raise fail("device", repr(str(chosen)), f"a device that torch finds here, as {str(machine.default())!r}")
     return torch.device(chosen.type, machine.index(chosen)) if machine.kind(chosen) in machine.GPUS else chosen
 
 
-def _routes(place: torch.device, cell: Cell) -> list[str]:
-    return routes(place.type, cell.direction)
-
-
 def _workers(place: torch.device, groups: int) -> int:
-    free = machine.free_memory(place)
-    room = MOST_WORKERS if free is None else free // MEMORY_OF_A_WORKER
-    cores = os.cpu_count() or 1
+    room = MOST_WORKERS
+    for free in (machine.free_memory(place), processor.free_memory()):
+        room = room if free is None else min(room, free // MEMORY_OF_A_WORKER)
+    cores = processor.cores() - (machine.kind(place) != "cpu")  # one is left to what drives the GPU
     # A child takes a second or two to start, so few checks are not worth many.
-    return max(1, min(MOST_WORKERS, room, cores if machine.kind(place) == "cpu" else cores - 1, groups // 8 + 1))
+    return max(1, min(room, cores, groups // 8 + 1))
 
 
 def _check(cell: Cell, route: str) -> Task:
@@ -215,13 +217,18 @@ def _may_be_timed(found: Table, route: str, dtype: str, direction: str) -> bool:
 
 def _note_times(found: Table, outcome: Outcome) -> None:
     bucket = Bucket.parse(outcome.task.message["time"])
-    if outcome.answer and outcome.answer.get("times"):
-        found.times[bucket] = dict(outcome.answer["times"])
-    elif outcome.end:  # right on small calls, and the end of a process on a larger one
-        direction = "backward" if bucket.mode == "lowest" else bucket.mode
-        backend_of(outcome.blamed)
-        for cell, verdicts in found.verdicts.items():
-            if (cell.direction, cell.dtype) == (direction, bucket.dtype) and outcome.blamed in verdicts:
-                told = f"while timed on {bucket}: {outcome.detail}"
-                result: Result = "hung" if outcome.end == "hung" else "crashed"
-                verdicts[outcome.blamed] = replace(verdicts[outcome.blamed], result=result, detail=told)
+    answer = outcome.answer or {}
+    if answer.get("times"):
+        found.times[bucket] = dict(answer["times"])
+    for route, reason in answer.get("wrong", {}).items():
+        _condemn(found, bucket, route, "wrong", reason)
+    if outcome.end and outcome.blamed not in ("", "reference"):
+        _condemn(found, bucket, outcome.blamed, "hung" if outcome.end == "hung" else "crashed", outcome.detail)
+
+
+def _condemn(found: Table, bucket: Bucket, route: str, result: Result, detail: str) -> None:
+    """A route that was right on small calls and is not on a larger one: it is not used for calls of this dtype."""
+    direction = "backward" if bucket.mode == "lowest" else bucket.mode
+    for cell, verdicts in found.verdicts.items():
+        if (cell.direction, cell.dtype) == (direction, bucket.dtype) and route in verdicts:
+            verdicts[route] = replace(verdicts[route], result=result, detail=f"while timed on {bucket}: {detail}")

@@ -44,7 +44,7 @@ decisions: dict[tuple[object, ...], Any] = {}
 
 _tables: dict[str, Table] = {}  # by digest of the identity
 _lock = threading.RLock()
-_unwritable: set[Path] = set()
+_unwritable: set[Path | None] = set()
 
 
 def table(place: torch.device) -> Table:
@@ -53,15 +53,19 @@ def table(place: torch.device) -> Table:
     Raises:
         ValueError: ``$FASTPREFIX_VERIFY`` names a file that is not there.
     """
+    return open_table(place)
+
+
+def open_table(place: torch.device, need_file: bool = True) -> Table:
+    """As :func:`table`; without ``need_file``, the file that ``$FASTPREFIX_VERIFY`` names need not be there yet."""
     mine = identity(place)
     with _lock:
         found = _tables.get(digest(mine))
         if found is None:
-            found = _tables[digest(mine)] = Table(mine)
-            named = policy() is Policy.FILE
-            stored = _named(mine) if named else read(path(place), mine)
-            if stored is not None:
-                found.update(stored)
+            file = path(place)
+            stored = _named(mine, need_file) if policy() is Policy.FILE else file and read(file, mine)
+            found = stored or Table(mine)
+            _tables[digest(mine)] = found
         return found
 
 
@@ -72,10 +76,13 @@ def forget() -> None:
         decisions.clear()
 
 
-def path(place: torch.device) -> Path:
-    """The file of a device in the cache folder."""
+def path(place: torch.device) -> Path | None:
+    """The file of a device in the cache folder; None where there can be no such folder."""
     mine = identity(place)
-    return cache_dir() / "verified" / f"{slug(mine['device'])}-{digest(mine)}.json"
+    try:
+        return cache_dir() / "verified" / f"{slug(mine['device'])}-{digest(mine)}.json"
+    except RuntimeError:  # a user without a home
+        return None
 
 
 def read(file: Path, mine: dict[str, str]) -> Table | None:
@@ -87,20 +94,23 @@ def read(file: Path, mine: dict[str, str]) -> Table | None:
     return found if found.identity == mine else None
 
 
-def _named(mine: dict[str, str]) -> Table | None:
+def _named(mine: dict[str, str], need_file: bool) -> Table | None:
     file = Path(os.environ[VARIABLE]).expanduser()
     if not file.is_file():
+        if not need_file:
+            return None
         raise fail(VARIABLE, repr(str(file)), "'off', 'first-use' or a file that `fastprefix verify --out` wrote")
     found = read(file, mine)
-    if found is None:
+    if found is None and need_file:
         tell(f"{VARIABLE}={file}: nothing in it holds for {mine['device']} with this driver, torch and Triton")
     return found
 
 
 def reload(place: torch.device) -> None:
     """Take over what other processes have written meanwhile."""
-    found = read(path(place), identity(place))
-    if found is not None:
+    file = path(place)
+    found = file and read(file, identity(place))
+    if found:
         with _lock:
             table(place).update(found)
             decisions.clear()
@@ -120,17 +130,20 @@ def add(place: torch.device, found: Table, out: Path | None = None) -> Path | No
         decisions.clear()
         file = path(place) if out is None else out
         stored = Table(found.identity)
-        if out is None and (before := read(file, found.identity)) is not None:
+        if out is None and file is not None and (before := read(file, found.identity)) is not None:
             stored.update(before)
         stored.update(found)
     try:
+        if file is None:
+            raise OSError("there is no home folder")
         write_atomically(file, stored.to_json())
     except OSError as error:
         if out is not None:
             raise
         if file not in _unwritable:
             _unwritable.add(file)
-            tell(f"{file} cannot be written ({error.strerror or error}): the verdicts last for this process")
+            where, why = file or "the cache folder", error.strerror or error
+            tell(f"{where} cannot be written ({why}): the verdicts last for this process")
         return None
     return file
 
@@ -145,21 +158,21 @@ def alone(place: torch.device, patience: float) -> Iterator[bool]:
     """
     from filelock import FileLock, Timeout
 
-    lock = path(place).with_suffix(".lock")
-    try:
-        lock.parent.mkdir(parents=True, exist_ok=True)
-        held = FileLock(lock)
-        held.acquire(timeout=0)
-        waited = False
-    except Timeout:
-        waited = True
-        try:
-            held.acquire(timeout=patience)
-        except Timeout:
-            yield True
-            return
-    except (OSError, NotImplementedError):  # a file system without locks
+    file = path(place)
+    if file is None:
         yield False
+        return
+    waited = False
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        held = FileLock(file.with_suffix(".lock"))
+        try:
+            held.acquire(timeout=0)
+        except Timeout:
+            waited = True
+            held.acquire(timeout=patience)
+    except (Timeout, OSError, NotImplementedError):  # the last on file systems without locks
+        yield waited
         return
     try:
         yield waited
@@ -169,4 +182,11 @@ def alone(place: torch.device, patience: float) -> Iterator[bool]:
 
 def tell(text: str) -> None:
     """One line on stderr."""
-    print(f"fastprefix: {text}", file=sys.stderr, flush=True)
+    say(f"fastprefix: {text}\n")
+
+
+def say(text: str) -> None:
+    """Text on stderr, where there is one."""
+    if sys.stderr is not None:
+        sys.stderr.write(text)
+        sys.stderr.flush()

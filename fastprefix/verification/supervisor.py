@@ -13,11 +13,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .child import Child
+from .child import Child, ChildError
 from .identity import PACKAGE
 
 # Two ends of a child over one route are no accident; its other tasks are not tried.
 MOST_ENDS = 2
+JUDGE = "reference"
 
 
 class Task(NamedTuple):
@@ -36,7 +37,7 @@ class Outcome(NamedTuple):
     task: Task
     answer: dict[str, Any] | None
     end: str  # "crashed" or "hung"; empty with an answer
-    blamed: str  # the route that ran
+    blamed: str  # the route that ran; empty where several did in turns
     detail: str
 
 
@@ -73,8 +74,9 @@ class Supervisor:
             ChildError: a child cannot be started; its last words are in the message.
         """
         self.environment["FASTPREFIX_VERIFY"] = "off"
-        # Threads that wait by spinning would take the cores from those of the other children.
-        self.environment["OMP_WAIT_POLICY"] = "PASSIVE" if workers > 1 else os.environ.get("OMP_WAIT_POLICY", "")
+        self.environment.pop("OMP_WAIT_POLICY", None)
+        if workers > 1:  # threads that wait by spinning would take the cores from those of the other children
+            self.environment["OMP_WAIT_POLICY"] = "PASSIVE"
         waiting: queue.SimpleQueue[Sequence[Task]] = queue.SimpleQueue()
         for group in groups:
             waiting.put(group)
@@ -83,16 +85,21 @@ class Supervisor:
 
         def note(outcome: Outcome) -> None:
             with lock:
-                if outcome.end:
+                if outcome.end and outcome.blamed:
                     self.ends[outcome.blamed] = self.ends.get(outcome.blamed, 0) + 1
                 found.append(outcome)
                 done(outcome)
 
         workers = min(workers, len(groups))
-        if workers == 1:  # in this thread, which the child outlives, so that the next run goes on with it
-            self._kept = self._work(waiting, note, self._kept)
-        elif workers:
-            self._work_side_by_side(waiting, note, workers)
+        try:
+            if workers == 1:  # in this thread, which outlives the child, so that the next run goes on with it
+                kept, self._kept = self._kept, None
+                self._kept = self._work(waiting, note, kept)
+            elif workers:
+                self._work_side_by_side(waiting, note, workers)
+        except ChildError:
+            if not found:  # what was found before counts: a route may have left the device so that no other can start
+                raise
         return found
 
     def command(self) -> list[str]:
@@ -119,7 +126,6 @@ class Supervisor:
                     child.end()
             except BaseException as error:  # told by the thread that waits
                 errors.append(error)
-                self.deadline = 0.0
 
         threads = [threading.Thread(target=work, daemon=True) for _ in range(workers)]
         for thread in threads:
@@ -131,7 +137,8 @@ class Supervisor:
         except BaseException:
             self.deadline = 0.0
             raise
-        if errors:
+        # One that could not start leaves its groups to the others; it counts when there was no other.
+        if errors and (len(errors) == workers or not isinstance(errors[0], ChildError)):
             raise errors[0]
 
     def _work(self, waiting: Groups, note: Callable[[Outcome], None], child: Child | None) -> Child | None:
@@ -139,15 +146,17 @@ class Supervisor:
         try:
             while time.monotonic() < self.deadline:
                 try:
-                    group = waiting.get_nowait()
+                    group = list(waiting.get_nowait())
                 except queue.Empty:
                     break
-                for task in group:
-                    if time.monotonic() >= self.deadline:
-                        break
+                while group and time.monotonic() < self.deadline:
                     if child is None or not child.alive:
-                        child = Child(self.command(), {**os.environ, **self.environment}, self.patience)
-                    note(self._do(child, task))
+                        try:
+                            child = Child(self.command(), {**os.environ, **self.environment}, self.patience)
+                        except ChildError:
+                            waiting.put(group)
+                            raise
+                    note(self._do(child, group.pop(0)))
         except BaseException:
             if child is not None:
                 child.end()
@@ -155,11 +164,12 @@ class Supervisor:
         return child
 
     def _do(self, child: Child, task: Task) -> Outcome:
-        routes = [route for route in task.routes if self.ends.get(route, 0) < MOST_ENDS]
-        if not routes:
+        routes = [route for route in task.routes if route == JUDGE or self.ends.get(route, 0) < MOST_ENDS]
+        if not set(routes) - {JUDGE}:
             told = f"not tried: its process had ended {MOST_ENDS} times"
             return Outcome(task, None, "", task.routes[0], told)
         message = {**task.message, **({"routes": routes} if "routes" in task.message else {})}
         answer, end, detail, at = child.ask(message)
-        blamed = at if at in task.routes else task.routes[0]
+        # A task of one route says where in it the child was; one of several says which route ran, if one by itself.
+        blamed = task.routes[0] if len(task.routes) == 1 else at if at in task.routes else ""
         return Outcome(task, answer, end, blamed, detail)

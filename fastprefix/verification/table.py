@@ -16,6 +16,8 @@ from .routes import backend_of
 FORMAT = 1
 Result = Literal["right", "wrong", "failed", "crashed", "hung", "refused"]
 Mode = Literal["forward", "backward", "lowest", "decode"]
+Variant = Literal["plain", "masked", "bank"]
+VARIANTS: tuple[Variant, ...] = get_args(Variant)
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class Bucket(NamedTuple):
     mode: Mode
     dtype: str
     D: int
-    masked: bool  # with a padding mask
+    variant: Variant  # with a padding mask, or a prefix of each row's own in a bank
     B: int
     H: int
     H_kv: int
@@ -50,9 +52,8 @@ class Bucket(NamedTuple):
     P: int
 
     def __str__(self) -> str:
-        *sizes, P = zip(self._fields[4:], self[4:], strict=True)
-        where = " ".join(f"{name}{value}" for name, value in (*sizes, P))
-        return f"{self.mode} {self.dtype} D{self.D} {'masked' if self.masked else 'plain'} {where}"
+        sizes = " ".join(f"{name}{value}" for name, value in zip(self._fields[4:], self[4:], strict=True))
+        return f"{self.mode} {self.dtype} D{self.D} {self.variant} {sizes}"
 
     @classmethod
     def parse(cls, text: str) -> Bucket:
@@ -61,15 +62,15 @@ class Bucket(NamedTuple):
         Raises:
             ValueError: the text names no bucket.
         """
-        mode, dtype, width, masked, *sizes = text.split(" ")
-        if mode not in get_args(Mode) or masked not in ("masked", "plain") or len(sizes) != len(cls._fields) - 4:
+        mode, dtype, width, variant, *sizes = text.split(" ")
+        if mode not in get_args(Mode) or variant not in VARIANTS or len(sizes) != len(cls._fields) - 4:
             raise ValueError(f"bucket: got {text!r}, expected a mode, a dtype, a head dim and sizes")
         numbers = [
             int(size.removeprefix(name)) for name, size in zip(("D", *cls._fields[4:]), (width, *sizes), strict=True)
         ]
         if min(numbers) < 0:
             raise ValueError(f"bucket: got {text!r}, expected no negative size")
-        return cls(mode, dtype, numbers[0], masked == "masked", *numbers[1:])  # type: ignore[arg-type]
+        return cls(mode, dtype, numbers[0], variant, *numbers[1:])  # type: ignore[arg-type]
 
 
 @dataclass

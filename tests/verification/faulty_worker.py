@@ -19,6 +19,7 @@ from fastprefix.verification.supervisor import Supervisor
 
 ROOT = Path(__file__).parent.parent.parent
 SLOW = 0.02  # seconds
+_calls = 0
 
 
 def command(faults: dict[str, str]) -> Callable[[Supervisor], list[str]]:
@@ -41,6 +42,9 @@ def main(faults: str, *rest: str) -> None:
     for route, fault in json.loads(faults).items():
         if fault == "no start":
             sys.exit("no device is left")
+        if fault == "chatty":
+            print("welcome to this machine")
+            continue
         chosen = candidate(route)
         _break(module(route.partition(":")[0]), chosen.route, FAULTS[fault])  # type: ignore[arg-type]
     worker.main(*rest)
@@ -75,7 +79,9 @@ def _other_sign(x: torch.Tensor) -> None:
 
 
 def _another_time(x: torch.Tensor) -> None:
-    x.mul_(1 + 1e-7 * (time.perf_counter_ns() % 7))
+    global _calls
+    _calls += 1
+    x.mul_(1 + 2.4e-7 * (_calls % 5))  # two roundings: right by the rule, and never the same twice
 
 
 def _nan_in_a_row(x: torch.Tensor) -> None:
@@ -113,6 +119,18 @@ def _unwritten(found: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(None if x is None else torch.empty_like(x) for x in found)
 
 
+def _dies_late(found: Any) -> Any:
+    """Ends the process at a call that only the rounds of a timing reach."""
+    global _calls
+    _calls += 1
+    return _abort(found) if _calls > 9 else found
+
+
+def _wrong_when_large(found: tuple[Any, ...]) -> tuple[Any, ...]:
+    large = any(x is not None and x.dim() == 4 and x.shape[2] >= 32 for x in found)
+    return FAULTS["sign"](found) if large else found
+
+
 def _talk(found: Any) -> Any:
     print("a library prints this")
     print("and this", file=sys.stderr)
@@ -131,4 +149,6 @@ FAULTS: dict[str, Callable[[tuple[Any, ...]], tuple[Any, ...]]] = {
     "exit": _leave,
     "slow": _slow,
     "talk": _talk,
+    "dies late": _dies_late,
+    "wrong when large": _wrong_when_large,
 }

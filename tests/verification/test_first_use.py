@@ -18,9 +18,8 @@ from fastprefix import PrefixConfig, dispatch, explain, prefix_attention
 from fastprefix.machine import device
 from fastprefix.types import AttentionArgs
 from fastprefix.verification import first_use, run, store
-from fastprefix.verification.cells import Cell
+from fastprefix.verification.cells import Cell, cell_of, signature
 from fastprefix.verification.identity import identity
-from fastprefix.verification.routes import routes
 from fastprefix.verification.table import Table, Verdict
 from tests.model_zoo.architectures import ROWS
 from tests.support.operator_calls import arguments, make_call
@@ -34,11 +33,11 @@ def examined(monkeypatch: pytest.MonkeyPatch) -> list[list[Cell]]:
     """The cells that each verification was asked for; all are found right for aten's folded route, at once."""
     asked: list[list[Cell]] = []
 
-    def examine(place: torch.device, cells: list[Cell], *rest: Any) -> tuple[Table, int]:
-        asked.append(list(cells))
+    def examine(place: torch.device, pairs: dict[Cell, list[str]], *rest: Any) -> tuple[Table, int]:
+        asked.append(list(pairs))
         found = Table(identity(place))
-        for cell in cells:
-            for route in routes("cpu", cell.direction):
+        for cell, names in pairs.items():
+            for route in names:
                 found.add(cell, route, Verdict("right" if route == "aten:folded" else "refused", 0.5, "", "2026-11-27"))
         return found, 0
 
@@ -88,6 +87,49 @@ class TestCallsOnAGpu:
     def test_one_asked_for_by_name_runs_unproved(self, gpu: str, examined: list[list[Cell]]) -> None:
         prefix_attention(**make_call(S=32).leaves, backend="aten")
         assert not examined
+
+    def test_what_is_known_is_not_done_again(
+        self, gpu: str, examined: list[list[Cell]], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        pairs: list[dict[Cell, list[str]]] = []
+        examine = first_use.examine
+
+        def noted(place: torch.device, found: dict[Cell, list[str]], *rest: Any) -> tuple[Table, int]:
+            pairs.append(found)
+            return examine(place, found, *rest)
+
+        monkeypatch.setattr(first_use, "examine", noted)
+        cell = cell_of(arguments(make_call(S=32)), "forward")
+        hung = Verdict("hung", None, "", "2026-11-27")
+        store.add(CPU, Table(identity(CPU), {cell: {"aten:concatenated": hung}}))
+        prefix_attention(**make_call(S=32).leaves)
+        assert pairs[0][cell] == ["aten:folded", "aten:packed", "triton:fused"]
+        assert store.table(CPU).verdict(cell, "aten:concatenated") == hung
+
+    def test_whatever_goes_wrong_is_not_the_callers(
+        self, gpu: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        monkeypatch.setattr(first_use, "examine", lambda *args: 1 / 0)
+        for _ in range(2):
+            assert prefix_attention(**make_call(S=32).leaves).isfinite().all()
+        assert capsys.readouterr().err.count("impossible: division by zero") == 1
+
+    def test_neither_a_home_nor_stderr(
+        self, gpu: str, examined: list[list[Cell]], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def home() -> Path:
+            raise RuntimeError("Could not determine home directory.")
+
+        for name in ("FASTPREFIX_CACHE", "XDG_CACHE_HOME"):
+            monkeypatch.delenv(name, raising=False)
+        monkeypatch.setattr(Path, "home", home)
+        monkeypatch.setattr(sys, "stderr", None)
+        prefix_attention(**make_call(S=32).leaves)
+        assert len(examined) == 1 and backend_of(arguments(make_call(S=32))) == "aten:folded"
+
+    def test_a_longer_cache_is_another_decision(self) -> None:
+        keys = [signature(arguments(make_call(S=1, T=T)), "forward") for T in (40, 50, 300)]
+        assert keys[0] == keys[1] != keys[2]
 
     def test_switched_off(self, gpu: str, examined: list[list[Cell]], monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("FASTPREFIX_VERIFY", "off")
@@ -220,6 +262,29 @@ class TestModels:
         fastprefix.detach(model)
         fastprefix.attach(model, PrefixConfig(7))
         assert len(examined) == 1 and "proved on" in explain(model)
+
+    def test_attach_on_a_gpu_verifies_once(
+        self, gpu: str, examined: list[list[Cell]], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        model = ROWS["llama_gqa"].build()
+        with monkeypatch.context() as named:
+            named.setenv("FASTPREFIX_BACKEND", "reference")
+            fastprefix.attach(model, PrefixConfig(4))
+            fastprefix.detach(model)
+            assert not examined
+        fastprefix.attach(model, PrefixConfig(4))
+        assert len(examined) == 1 and capsys.readouterr().err.count("\n") == 1
+        assert "proved on" in explain(model) and len(examined) == 1
+        ids = torch.arange(12).view(2, 6)
+        model(input_ids=ids, labels=ids).loss.backward()
+        assert len(examined) == 1  # training needs nothing more
+
+    def test_explain_of_a_model_verifies_nothing(self, gpu: str, examined: list[list[Cell]]) -> None:
+        model = ROWS["llama_gqa"].build()
+        fastprefix.attach(model, PrefixConfig(4))
+        store.forget()
+        store.path(CPU).unlink()  # type: ignore[union-attr]
+        assert "not proved on" in explain(model) and len(examined) == 1
 
     def test_patch(self, examined: list[list[Cell]]) -> None:
         peft = pytest.importorskip("peft")

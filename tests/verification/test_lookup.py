@@ -23,34 +23,56 @@ class TestLookup:
         return lookup.verdict(found, CELL._replace(features=features), "aten:folded")
 
     def test_each_alone_and_all_together(self) -> None:
-        alone = {("causal", name): RIGHT for name in ("padding", "window", "sinks")}
-        assert self.verdict(alone, "causal", "padding", "window") is None
+        cells = {("causal", *more): RIGHT for more in ((), ("padding",), ("window",), ("sinks",))}
+        assert self.verdict(cells, "causal", "padding", "window") is None
         worse = replace(RIGHT, worst=0.9)
-        alone[("causal", "padding", "window", "softcap")] = worse
-        assert self.verdict(alone, "causal", "padding", "window") == worse
-        assert self.verdict(alone, "causal", "padding", "window", "sinks") is None  # never together with others
+        cells[("causal", "padding", "window", "softcap")] = worse
+        assert self.verdict(cells, "causal", "padding", "window") == worse
+        assert self.verdict(cells, "causal", "padding", "window", "sinks") is None  # never together with others
+        del cells[("causal",)]
+        assert self.verdict(cells, "causal", "padding", "window") is None
+
+    def test_one_argument_is_proved_by_itself_alone(self) -> None:
+        cells = {("causal", "padding", "window"): RIGHT, ("causal",): RIGHT}
+        assert self.verdict(cells, "causal", "padding") is None and self.verdict(cells) is None
+        assert self.verdict({("causal", "padding", "window"): RIGHT}, "causal") is None
 
     def test_one_that_is_wrong_outweighs(self) -> None:
         wrong = replace(RIGHT, result="wrong")
-        cells = {
-            ("causal", "padding"): wrong,
-            ("causal", "window"): RIGHT,
-            ("causal", "padding", "window", "sinks"): RIGHT,
-        }
+        cells = {("causal",): RIGHT, ("causal", "padding"): wrong, ("causal", "window"): RIGHT}
+        cells[("causal", "padding", "window", "sinks")] = RIGHT
         assert self.verdict(cells, "causal", "padding", "window") == wrong
         cells[("causal", "padding", "window")] = RIGHT  # its own kind is known
         assert self.verdict(cells, "causal", "padding", "window") == RIGHT
 
-    def test_grouped_heads_are_not_the_same_kernel(self) -> None:
-        cells = {("causal", "gqa"): RIGHT, ("causal", "gqa", "padding"): RIGHT}
-        assert self.verdict(cells, "causal", "padding") is None
+    def test_a_refusal_says_nothing_of_other_calls(self) -> None:
+        refused = replace(RIGHT, result="refused")
+        cells = {("causal", *more): RIGHT for more in ((), ("padding",), ("window",), ("padding", "window", "sinks"))}
+        cells[("causal", "padding", "window", "softcap")] = refused
+        assert self.verdict(cells, "causal", "padding", "window") == RIGHT
+        assert self.verdict({("causal", "softcap"): refused}, "causal") is None
+
+    def test_other_groups_and_directions_are_other_kernels(self) -> None:
+        found = Table(identity(CPU), {CELL: {"aten:folded": RIGHT}})
+        changes = ({"G": 1}, {"features": ()}, {"direction": "backward"}, {"D": 64})
+        for other in (CELL._replace(**change) for change in changes):  # type: ignore[arg-type]
+            assert lookup.verdict(found, other, "aten:folded") is None
+
+    def test_a_cell_that_is_half_known_does_not_end_trust(self) -> None:
+        refused = replace(RIGHT, result="refused")
+        args = arguments(make_call(S=32, P=8))
+        store.add(CPU, Table(identity(CPU), {CELL: {"aten:concatenated": refused}}))
+        assert lookup.order(args, "forward") == (lookup.VENDOR, lookup.REFERENCE)
+        store.add(CPU, Table(identity(CPU), {CELL: {"aten:concatenated": replace(RIGHT, result="wrong")}}))
+        assert lookup.order(args, "forward") == (lookup.REFERENCE,)
 
     def test_the_nearest_bucket(self) -> None:
         times = {
             BUCKET: {"aten:folded": 1.0, "aten:packed": 2.0},
             BUCKET._replace(S=2048, T=2048): {"aten:folded": 2.0, "aten:packed": 1.0},
             BUCKET._replace(P=1024): {"aten:folded": 3.0},
-            BUCKET._replace(masked=True): {"aten:folded": 4.0},
+            BUCKET._replace(variant="masked"): {"aten:folded": 4.0},
+            BUCKET._replace(variant="bank"): {"aten:folded": 5.0},
         }
         found = Table(identity(CPU), {}, times)
         for changes, best in (({"S": 32}, 1.0), ({"S": 1500}, 2.0), ({"P": 600}, 3.0)):
@@ -58,6 +80,8 @@ class TestLookup:
             assert lookup.nearest(found, args, "forward")["aten:folded"] == best
         padded = make_call(S=40, P=8, key_padding_mask=torch.ones(2, 40, dtype=torch.bool))
         assert lookup.nearest(found, arguments(padded), "forward")["aten:folded"] == 4.0
+        bank = make_call(S=40, P=8, N=2, prefix_ids=torch.tensor([0, 1]))
+        assert lookup.nearest(found, arguments(bank), "forward")["aten:folded"] == 5.0
         assert lookup.nearest(found, arguments(make_call(S=40)), "backward") == {}
 
     def test_no_slower_than_the_reference(self) -> None:

@@ -23,8 +23,8 @@ from fastprefix.verification.table import Bucket, Table, Verdict
 from tests.support.operator_calls import arguments, make_call
 from tests.verification.conftest import CPU
 
-CELL = Cell("forward", "fp32", 16, 16, ("causal", "gqa"))
-BUCKET = Bucket("forward", "fp32", 16, False, 2, 4, 2, 32, 32, 8)
+CELL = Cell("forward", "fp32", 16, 16, 3, ("causal",))
+BUCKET = Bucket("forward", "fp32", 16, "plain", 2, 6, 2, 32, 32, 8)
 RIGHT = Verdict("right", 0.5, "o: error 1.00e-07, eager's 1.00e-07", "2026-11-27")
 
 

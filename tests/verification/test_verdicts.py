@@ -11,6 +11,7 @@ from fastprefix import dispatch, explain, prefix_attention
 from fastprefix.types import AttentionArgs
 from fastprefix.verification import lookup, run, store
 from fastprefix.verification.cells import Cell
+from fastprefix.verification.routes import routes
 from fastprefix.verification.table import Bucket, Table
 from tests.support.operator_calls import arguments, make_call
 from tests.verification.conftest import CPU
@@ -18,13 +19,14 @@ from tests.verification.conftest import CPU
 pytestmark = pytest.mark.slow
 
 Faults = Callable[[dict[str, str]], None]
-CELLS = [Cell(direction, "fp32", 16, 16, ("causal", "gqa")) for direction in ("forward", "backward", "decode")]
-TIMED = [Bucket(mode, "fp32", 16, False, 2, 4, 2, 32, 32, 8) for mode in ("forward", "backward", "lowest")]
+CELLS = [Cell(direction, "fp32", 16, 16, 3, ("causal",)) for direction in ("forward", "backward", "decode")]
+TIMED = [Bucket(mode, "fp32", 16, "plain", 2, 6, 2, 32, 32, 8) for mode in ("forward", "backward", "lowest")]
 
 
-def examined(cells: list[Cell] = CELLS, buckets: list[Bucket] = TIMED, budget: float = 120.0) -> Table:
+def examined(cells: list[Cell] = CELLS, buckets: list[Bucket] = TIMED, budget: float = 600.0) -> Table:
     """What is found on the processor, which is then what ``auto`` reads."""
-    found, left = run.examine(CPU, cells, buckets, budget, lambda line: None)
+    pairs = {cell: routes("cpu", cell.direction) for cell in cells}
+    found, left = run.examine(CPU, pairs, buckets, budget)
     assert left == 0
     store.add(CPU, found)
     return found
@@ -146,12 +148,44 @@ def test_one_that_fails_while_it_is_timed(faults: Faults, monkeypatch: pytest.Mo
     assert chosen() in ("aten:concatenated", "aten:packed", "aten:None")
 
 
+def test_an_end_between_the_rounds_of_a_timing_is_nobodys(faults: Faults) -> None:
+    """Several routes run in turns then, and no message says which: the bucket has no times, and no route is blamed."""
+    faults({"aten:folded": "dies late"})
+    found = examined(CELLS[:1], TIMED[:1])
+    assert not found.times and results(found, "aten:folded") == {"forward": "right"}
+    assert_caller_lives()
+
+
+def test_one_that_is_wrong_on_larger_calls(faults: Faults) -> None:
+    faults({"aten:folded": "wrong when large"})
+    found = examined(CELLS[:1], TIMED[:1])
+    verdict = found.verdicts[CELLS[0]]["aten:folded"]
+    assert verdict.result == "wrong" and verdict.detail.startswith("while timed on forward fp32 D16 plain B2 H6 H_kv2")
+    assert chosen() in ("aten:concatenated", "aten:packed")
+
+
+def test_what_was_found_before_no_child_starts_any_more(faults: Faults, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A route that crashes may leave the device so that no other process can use it."""
+    faults({"aten:folded": "segfault"})
+    first = run.Supervisor.command
+    started: list[int] = []
+
+    def once(self: run.Supervisor) -> list[str]:
+        started.append(1)
+        return first(self) if len(started) == 1 else ["false"]
+
+    monkeypatch.setattr(run.Supervisor, "command", once)
+    found, left = run.examine(CPU, {cell: routes("cpu", cell.direction) for cell in CELLS}, [], 600.0)
+    assert found.verdicts[CELLS[0]]["aten:folded"].result == "crashed" and left > 0
+
+
 def test_what_libraries_print_is_no_answer(faults: Faults, capfd: pytest.CaptureFixture[str]) -> None:
-    faults({"aten:folded": "talk"})
+    faults({"aten:folded": "talk", "aten:packed": "chatty"})
     assert results(examined(CELLS[:1], []), "aten:folded") == {"forward": "right"}
     assert "a library prints this" not in "".join(capfd.readouterr())
 
 
 def test_a_budget_is_kept() -> None:
-    found, left = run.examine(CPU, CELLS, TIMED, 0.001, lambda line: None)
+    pairs = {cell: routes("cpu", cell.direction) for cell in CELLS}
+    found, left = run.examine(CPU, pairs, TIMED, 0.001)
     assert left > 0 and sum(map(len, found.verdicts.values())) <= 1  # the one that had begun

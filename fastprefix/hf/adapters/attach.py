@@ -22,6 +22,7 @@ from fastprefix.hf.adapters.lookup import (
 )
 from fastprefix.hf.adapters.trial_forward import run_once
 from fastprefix.hf.adapters.verify_calls import verify_calls
+from fastprefix.hf.attention.recording import AttentionCall
 from fastprefix.hf.model import dtensor, wrappers
 from fastprefix.prefixes.config import PrefixConfig
 from fastprefix.prefixes.prefix import Prefix
@@ -83,12 +84,14 @@ def attach_prefix(model: Any, name: str, make: Callable[[Installation], Prefix |
     fresh = find_installation(model) is None
     installation = get_or_install(model)
     with installation.lock.hold():
-        return _attach_locked(model, installation, name, make, fresh)
+        prefix, calls = _attach_locked(model, installation, name, make, fresh)
+        verify_calls(calls)
+    return prefix
 
 
 def _attach_locked(
     model: Any, installation: Installation, name: str, make: Callable[[Installation], Prefix | SoftPrompt], fresh: bool
-) -> Prefix | SoftPrompt:
+) -> tuple[Prefix | SoftPrompt, list[AttentionCall]]:
     try:
         if installation.selection.chosen is not None:
             raise fail("name", f"{name!r} inside a block of prefix_batch", "the block's end first")
@@ -113,8 +116,7 @@ def _attach_locked(
             placement.displace(installation, name)
             installation.activate(before)
         raise
-    verify_calls(calls)
-    return prefix
+    return prefix, calls
 
 
 def check_name(name: object) -> None:

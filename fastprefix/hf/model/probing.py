@@ -14,6 +14,7 @@ from fastprefix.errors import fail
 from fastprefix.hf.attention import method_overrides
 from fastprefix.hf.attention.recording import AttentionCall, recording
 from fastprefix.hf.model import offload, wrappers
+from fastprefix.verification import first_use
 
 
 def check_model(model: Any) -> None:
@@ -41,11 +42,14 @@ def does_not_dispatch(model: nn.Module, detail: str = "") -> ValueError:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside the block, without gradients and with compiled modules (``module.compile()``) run eagerly."""
+    """Eval mode inside the block, without gradients and with compiled modules (``module.compile()``) run eagerly.
+
+    Backends are not verified for the few tokens here; what the model needs is verified at once, after them.
+    """
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"), first_use.held(quiet=True):
             yield
     finally:
         for module, mode in modes:

@@ -11,12 +11,10 @@ from torch import Tensor
 from fastprefix.functional import prefix_attention
 from fastprefix.measure.operator.problem import Leaves, Problem
 from fastprefix.types import AttentionArgs
+from fastprefix.verification.checks.bucket_timing import MAY_DIFFER
 from fastprefix.verification.checks.error_rule import TINY, eager_attention, worst_error
 
 Options = Mapping[str, Any]  # arguments of prefix_attention other than its five inputs
-
-# How much two right results of one dtype may differ because they sum in other orders, relative to the largest entry.
-TOLERANCES = {torch.float64: 1e-10, torch.float32: 2e-4, torch.float16: 1e-2, torch.bfloat16: 6e-2}
 
 
 def disagreement(got: Mapping[str, Tensor], want: Mapping[str, Tensor], dtype: torch.dtype) -> str | None:
@@ -28,7 +26,7 @@ def disagreement(got: Mapping[str, Tensor], want: Mapping[str, Tensor], dtype: t
             continue
         scale = max(1e-3, want[name].abs().max().item())  # 0 may be right, and then not to the last bit
         error = (x.float() - want[name].float()).abs().max().item()
-        if not error <= TOLERANCES[dtype] * scale:  # so written that nan fails
+        if not error <= MAY_DIFFER[dtype] * scale:  # so written that nan fails
             return f"{name} is off by {error:.2e} where the largest entry is {scale:.2e}"
     return None
 

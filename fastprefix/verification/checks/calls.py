@@ -16,35 +16,43 @@ PREFIXES = 3  # in a bank
 
 
 class Shape(NamedTuple):
-    """Sizes of one call; ``G`` query heads share a key/value head where the cell is one of grouped heads."""
+    """Sizes of one call; each key/value head has as many query heads as the cell says."""
 
     B: int
     H_kv: int
-    G: int
     S: int
     T: int
     P: int
 
-    def __str__(self) -> str:
-        return f"B{self.B} H{self.H_kv * self.G}/{self.H_kv} S{self.S} T{self.T} P{self.P}"
-
 
 # In turn content in [B, S, H, D] storage, in [B, H, S, D] storage with a longer cache, and as slices of one projection.
-ROWS = (Shape(3, 2, 3, 67, 67, 7), Shape(2, 1, 2, 33, 141, 130), Shape(1, 2, 4, 130, 130, 0))
-STEPS = (Shape(5, 2, 3, 1, 33, 129), Shape(1, 1, 8, 1, 260, 16), Shape(2, 2, 4, 4, 50, 7))
+# The prefixes fill a tile of 16, of 128 and more, of 64 and of 32 tokens; one is empty.
+ROWS = (
+    Shape(3, 2, 67, 67, 7),
+    Shape(2, 1, 33, 141, 130),
+    Shape(1, 2, 98, 98, 40),
+    Shape(2, 1, 21, 26, 20),
+    Shape(1, 1, 35, 35, 0),
+)
+STEPS = (Shape(5, 2, 1, 33, 129), Shape(1, 1, 1, 260, 16), Shape(2, 2, 4, 50, 7), Shape(33, 1, 1, 20, 40))
 # What an interpreter, at some 12 ms a program, has time for.
-FEW_ROWS = (Shape(2, 1, 2, 19, 19, 5), Shape(1, 2, 3, 5, 21, 17))
-FEW_STEPS = (Shape(2, 1, 3, 1, 19, 17), Shape(1, 1, 2, 3, 9, 0))
+FEW_ROWS = (Shape(2, 1, 19, 19, 5), Shape(1, 2, 5, 21, 17))
+FEW_STEPS = (Shape(2, 1, 1, 19, 17), Shape(1, 1, 3, 9, 0))
+# A gated prefix is a call without content, and the content one without a prefix.
+NO_CONTENT = Shape(2, 1, 19, 0, 9)
+BANKS = {"bank", "bank-by-token"}
 
 
 def calls(cell: Cell, place: torch.device, few: bool = False) -> Iterator[tuple[str, AttentionArgs, Tensor]]:
     """Label, arguments and the gradient of the output, of each call of a cell; equal for equal cells."""
+    has = set(cell.features)
     shapes = (FEW_STEPS if few else STEPS) if cell.direction == "decode" else (FEW_ROWS if few else ROWS)
+    if not has - {"prefix-dtype", "softcap", "scale"}:
+        shapes = (*shapes, NO_CONTENT._replace(S=2) if cell.direction == "decode" else NO_CONTENT)
     for layout, shape in enumerate(shapes):
-        x = shape if "gqa" in cell.features else shape._replace(G=1)
-        if "bank" in cell.features or "bank-by-token" in cell.features or "packed" in cell.features:
-            x = x._replace(P=max(x.P, 3))
-        yield str(x), *_call(cell, x, layout, place)
+        x = shape._replace(P=max(shape.P, 3)) if has & BANKS else shape
+        label = f"B{x.B} H{x.H_kv * cell.G}/{x.H_kv} S{x.S} T{x.T} P{x.P}"
+        yield label, *_call(cell, x, layout, place)
 
 
 def _call(cell: Cell, x: Shape, layout: int, place: torch.device) -> tuple[AttentionArgs, Tensor]:
@@ -70,12 +78,12 @@ def _call(cell: Cell, x: Shape, layout: int, place: torch.device) -> tuple[Atten
     scale = -0.3 * cell.D**-0.5 if "scale" in cell.features else cell.D**-0.5
     moved: dict[str, Any] = {n: y.to(place) if isinstance(y, Tensor) else y for n, y in options.items()}
     args = AttentionArgs(q, k, v, prefix_k, prefix_v, scale=scale, **moved)
-    return args, _output_gradient(x, cell.D_v, layout, normal)
+    return args, _output_gradient(cell, x, layout, normal)
 
 
 def _content(cell: Cell, x: Shape, layout: int, normal: Any) -> tuple[Tensor, Tensor, Tensor]:
     """q ``[B, H, S, D]``, k and v ``[B, H_kv, T, D]``, in one of the layouts of ROWS."""
-    heads = x.H_kv * x.G
+    heads = x.H_kv * cell.G
     widths = ((heads, x.S, cell.D), (x.H_kv, x.T, cell.D), (x.H_kv, x.T, cell.D_v))
     if layout % 3 == 0:
         q, k, v = (normal(x.B, length, n, dim).transpose(1, 2) for n, length, dim in widths)
@@ -90,9 +98,9 @@ def _content(cell: Cell, x: Shape, layout: int, normal: Any) -> tuple[Tensor, Te
     return q, k, v
 
 
-def _output_gradient(x: Shape, width: int, layout: int, normal: Any) -> Tensor:
+def _output_gradient(cell: Cell, x: Shape, layout: int, normal: Any) -> Tensor:
     """``[B, H, S, D_v]``; of a sum, it is one number expanded."""
-    heads = x.H_kv * x.G
+    heads, width = x.H_kv * cell.G, cell.D_v
     if layout % 3 == 1:
         return normal(1).expand(x.B, heads, x.S, width)
     return normal(x.B, x.S, heads, width).transpose(1, 2)
@@ -100,7 +108,7 @@ def _output_gradient(x: Shape, width: int, layout: int, normal: Any) -> Tensor:
 
 def _options(cell: Cell, x: Shape, layout: int, normal: Any, generator: torch.Generator) -> dict[str, Any]:
     """The arguments beside the five tensors; most on the processor, as they are moved later."""
-    has, heads = set(cell.features), x.H_kv * x.G
+    has, heads = set(cell.features), x.H_kv * cell.G
     found: dict[str, Any] = {"causal": "causal" in has, "bias_grad": "bias-grad" in has}
     column = torch.arange(x.T)
     if "padding" in has:

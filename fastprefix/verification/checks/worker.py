@@ -17,6 +17,7 @@ from typing import Any, TextIO
 
 import torch
 
+from ...machine import device as machine
 from ...machine.device_errors import DeviceLostError, describe_error
 from ..cells import Cell
 from ..table import Bucket
@@ -33,6 +34,8 @@ def main(device: str, threads: str, few: str) -> None:
     place = torch.device(device)
     torch.set_num_threads(int(threads))
     torch.manual_seed(0)
+    if place.type in machine.GPUS:  # whose streams and events are those of the current device
+        torch.get_device_module(place).set_device(place)
     torch.zeros(1, device=place)
     _send(out, {"ready": True})
     for line in sys.stdin:
@@ -52,7 +55,8 @@ def _answer(task: dict[str, Any], place: torch.device, few: bool, beat: Any) -> 
         with torch.no_grad():
             return {"verdict": asdict(check(task["route"], Cell.parse(task["check"]), place, few, beat))}
     with torch.no_grad():
-        return {"times": time_routes(Bucket.parse(task["time"]), task["routes"], place, beat)}
+        times, wrong = time_routes(Bucket.parse(task["time"]), task["routes"], place, beat)
+    return {"times": times, "wrong": wrong}
 
 
 def _own_output() -> TextIO:

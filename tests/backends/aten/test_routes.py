@@ -78,6 +78,16 @@ def test_cudnn_is_no_route_where_it_cannot_be(monkeypatch: pytest.MonkeyPatch) -
     assert "not in this build" in reasons()[0]
 
 
+def test_a_bank_is_not_cut_while_a_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The host would read which rows share a prefix; no capture allows that."""
+    given = {"B": 4, "D": 64, "dtype": torch.bfloat16}
+    bank = arguments(make_call(**given, N=2, prefix_ids=torch.tensor([0, 1, 1, -1])))
+    plain = arguments(make_call(**given))
+    assert not aten._reasons_on_cuda(bank)
+    monkeypatch.setattr(aten, "is_capturing", lambda place: True)
+    assert aten._reasons_on_cuda(bank)[0].startswith("prefix_ids: ") and not aten._reasons_on_cuda(plain)
+
+
 @pytest.mark.slow
 def test_triton_is_not_refused_by_a_vendors_name(monkeypatch: pytest.MonkeyPatch) -> None:
     """AMD's and Intel's GPUs have no compute capability: they get the plainest tiles, and prove themselves."""
