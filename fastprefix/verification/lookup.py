@@ -10,14 +10,13 @@ from ..types import AttentionArgs
 from . import store
 from .cells import Cell, cell_of, direction_of
 from .routes import Candidate, backend_of, candidate, module, routes
-from .table import Bucket, Mode, Table, Verdict
+from .table import BAD, Bucket, Mode, Table, Verdict
 
 REFERENCE = Candidate(module("reference"), None)
 VENDOR = Candidate(module("aten"), None)
 # Devices on which the vendor's kernels are taken although nothing was checked: the package's own tests run them on
 # processors, and a call of the operator there is not kept waiting. No kernel has run on a GPU in these tests.
 TRUSTED = ("cpu",)
-BAD = ("wrong", "failed", "crashed", "hung")
 
 
 class Proof(NamedTuple):

@@ -21,7 +21,7 @@ from .cells import Cell
 from .identity import identity
 from .routes import backend_of, routes
 from .supervisor import Outcome, Supervisor, Task
-from .table import Bucket, Result, Table, Verdict
+from .table import BAD, Bucket, Result, Table, Verdict
 
 BUDGET = {"cpu": 60.0}
 GPU_BUDGET = 90.0
@@ -53,13 +53,13 @@ class Report:
     @property
     def wrong(self) -> list[str]:
         """Routes that were wrong, failed, crashed or hung somewhere."""
-        bad = ("wrong", "failed", "crashed", "hung")
-        return sorted({r for found in self.table.verdicts.values() for r, v in found.items() if v.result in bad})
+        return sorted({r for found in self.table.verdicts.values() for r, v in found.items() if v.result in BAD})
 
     def __str__(self) -> str:
         lines = [report.text(self.table)]
         if self.left_out:
-            lines.append(f"{self.left_out} checks and timings were not reached; a call that needs one makes it")
+            told = "checks and timings were not reached: a model, or a call on a GPU, that needs one makes it"
+            lines.append(f"{self.left_out} {told}")
         where = "for this process alone" if self.file is None else f"in {self.file}"
         return "\n".join([*lines, f"{self.seconds:.1f} s; remembered {where}"])
 
@@ -104,7 +104,7 @@ def verify(
     with store.alone(chosen, patience=2 * seconds):
         pairs = {cell: routes(chosen.type, cell.direction) for cell in plan.cells(chosen.type)}
         found, left = examine(chosen, pairs, plan.buckets(chosen.type), seconds, progress)
-        file = store.add(chosen, found, file)
+        file = store.add(chosen, found, file, decide_again=True)
     return Report(found, file, time.monotonic() - start, left)
 
 
@@ -144,13 +144,16 @@ def examine(
     with closing(watch):
         watch.run(groups, _workers(place, len(groups)), note)
         watch.deadline = start + budget
-        timed = [[task] for bucket in buckets if (task := _time(found, bucket, place, few)) is not None]
+        known = Table(found.identity)  # a route may have been checked in another process
+        for table in (store.table(place), found):
+            known.update(table)
+        timed = [[task] for bucket in buckets if (task := _time(known, bucket, place, few)) is not None]
         measured = 0
 
         def note_times(outcome: Outcome) -> None:
             nonlocal measured
             measured += 1
-            _note_times(found, outcome)
+            _note_times(found, known, outcome)
             progress(f"{measured} of {len(timed)} timings, {time.monotonic() - start:.0f} s")
 
         watch.run(timed, 1, note_times)
@@ -192,13 +195,13 @@ def _note_verdict(found: Table, outcome: Outcome) -> None:
         found.add(cell, route, Verdict("hung" if outcome.end == "hung" else "crashed", None, outcome.detail, date))
 
 
-def _time(found: Table, bucket: Bucket, place: torch.device, few: bool) -> Task | None:
+def _time(known: Table, bucket: Bucket, place: torch.device, few: bool) -> Task | None:
     """The task that times a bucket: routes that are right somewhere and never ended a child, and the reference.
 
     Interpreted kernels are not timed: they would take seconds, and say nothing.
     """
     direction = "backward" if bucket.mode == "lowest" else bucket.mode
-    names = [route for route in routes(place.type, direction) if _may_be_timed(found, route, bucket.dtype, direction)]
+    names = [route for route in routes(place.type, direction) if _may_be_timed(known, route, bucket.dtype, direction)]
     names = [route for route in names if not (few and backend_of(route) == "triton")]
     if not names:
         return None
@@ -206,29 +209,30 @@ def _time(found: Table, bucket: Bucket, place: torch.device, few: bool) -> Task 
     return Task({"time": str(bucket), "routes": names}, tuple(names))
 
 
-def _may_be_timed(found: Table, route: str, dtype: str, direction: str) -> bool:
+def _may_be_timed(known: Table, route: str, dtype: str, direction: str) -> bool:
     results = {
         verdicts[route].result
-        for cell, verdicts in found.verdicts.items()
+        for cell, verdicts in known.verdicts.items()
         if cell.dtype == dtype and cell.direction == direction and route in verdicts
     }
     return "right" in results and not results & {"crashed", "hung"}
 
 
-def _note_times(found: Table, outcome: Outcome) -> None:
+def _note_times(found: Table, known: Table, outcome: Outcome) -> None:
     bucket = Bucket.parse(outcome.task.message["time"])
     answer = outcome.answer or {}
     if answer.get("times"):
         found.times[bucket] = dict(answer["times"])
     for route, reason in answer.get("wrong", {}).items():
-        _condemn(found, bucket, route, "wrong", reason)
+        _condemn(found, known, bucket, route, "wrong", reason)
     if outcome.end and outcome.blamed not in ("", "reference"):
-        _condemn(found, bucket, outcome.blamed, "hung" if outcome.end == "hung" else "crashed", outcome.detail)
+        _condemn(found, known, bucket, outcome.blamed, "hung" if outcome.end == "hung" else "crashed", outcome.detail)
 
 
-def _condemn(found: Table, bucket: Bucket, route: str, result: Result, detail: str) -> None:
+def _condemn(found: Table, known: Table, bucket: Bucket, route: str, result: Result, detail: str) -> None:
     """A route that was right on small calls and is not on a larger one: it is not used for calls of this dtype."""
     direction = "backward" if bucket.mode == "lowest" else bucket.mode
-    for cell, verdicts in found.verdicts.items():
+    for cell, verdicts in known.verdicts.items():
         if (cell.direction, cell.dtype) == (direction, bucket.dtype) and route in verdicts:
-            verdicts[route] = replace(verdicts[route], result=result, detail=f"while timed on {bucket}: {detail}")
+            told = f"while timed on {bucket}: {detail}"
+            found.add(cell, route, replace(verdicts[route], result=result, detail=told))

@@ -39,7 +39,8 @@ def policy() -> Policy:
     return Policy.FILE
 
 
-# What was drawn from tables, and is not from another state of them.
+# What was drawn from tables. It stands while more becomes known, so that a call that is made again gives the same bits,
+# until something turns out to be wrong or the user verifies.
 decisions: dict[tuple[object, ...], Any] = {}
 
 _tables: dict[str, Table] = {}  # by digest of the identity
@@ -113,10 +114,11 @@ def reload(place: torch.device) -> None:
     if found:
         with _lock:
             table(place).update(found)
-            decisions.clear()
+            if found.has_bad():
+                decisions.clear()
 
 
-def add(place: torch.device, found: Table, out: Path | None = None) -> Path | None:
+def add(place: torch.device, found: Table, out: Path | None = None, decide_again: bool = False) -> Path | None:
     """Remember new verdicts: in this process, and in the file ``out`` or the device's own.
 
     Returns:
@@ -127,7 +129,8 @@ def add(place: torch.device, found: Table, out: Path | None = None) -> Path | No
     """
     with _lock:
         table(place).update(found)
-        decisions.clear()
+        if decide_again or found.has_bad():
+            decisions.clear()
         file = path(place) if out is None else out
         stored = Table(found.identity)
         if out is None and file is not None and (before := read(file, found.identity)) is not None:

@@ -15,6 +15,7 @@ from .routes import backend_of
 
 FORMAT = 1
 Result = Literal["right", "wrong", "failed", "crashed", "hung", "refused"]
+BAD: tuple[Result, ...] = ("wrong", "failed", "crashed", "hung")
 Mode = Literal["forward", "backward", "lowest", "decode"]
 Variant = Literal["plain", "masked", "bank"]
 VARIANTS: tuple[Variant, ...] = get_args(Variant)
@@ -95,6 +96,10 @@ class Table:
             self.verdicts.setdefault(cell, {}).update(found)
         for bucket, times in other.times.items():
             self.times.setdefault(bucket, {}).update(times)
+
+    def has_bad(self) -> bool:
+        """Whether some route was wrong, failed, crashed or hung."""
+        return any(verdict.result in BAD for found in self.verdicts.values() for verdict in found.values())
 
     def to_json(self) -> str:
         """The table as text, with a checksum of its content."""

@@ -6,13 +6,25 @@ from dataclasses import replace
 
 import torch
 
-from fastprefix.verification import lookup, store
+from fastprefix.verification import lookup, ranking, store
 from fastprefix.verification.cells import Cell, cell_of
 from fastprefix.verification.identity import identity
 from fastprefix.verification.table import Bucket, Table, Verdict
 from tests.support.operator_calls import arguments, make_call
 from tests.verification.conftest import CPU
 from tests.verification.test_store import BUCKET, CELL, RIGHT, table
+
+
+def test_a_decision_stands_while_more_becomes_known() -> None:
+    """A call that is made again gives the same bits, whatever is attached meanwhile; unless something is wrong."""
+    args = arguments(make_call(S=32, P=8))
+    before = ranking.order(args, "forward")
+    store.add(CPU, table())
+    assert ranking.order(args, "forward") == before
+    store.add(CPU, table(), decide_again=True)
+    assert ranking.order(args, "forward") != before
+    store.add(CPU, table("wrong"))
+    assert ranking.order(args, "forward") == (lookup.REFERENCE,)
 
 
 class TestLookup:
