@@ -27,7 +27,7 @@ NEEDS = (
     Needs(True, False, False, True, True),
 )
 # Cells without one of the rarer arguments, which are checked with all of NEEDS; the others with the first two.
-USUAL = {"causal", "gqa", "padding", "prefix-dtype"}
+USUAL = {"causal", "padding", "prefix-dtype"}
 TINY_FP64 = 1e-12
 
 
