@@ -4,13 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from fastprefix import dispatch
 from fastprefix.machine import device
+from fastprefix.types import AttentionArgs
 from fastprefix.verification import first_use, run, store
+from fastprefix.verification.cells import Cell
+from fastprefix.verification.identity import identity
 from fastprefix.verification.supervisor import Supervisor
+from fastprefix.verification.table import Table, Verdict
 from tests.verification import faulty_worker
 
 
@@ -54,3 +60,26 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def examined(monkeypatch: pytest.MonkeyPatch) -> list[list[Cell]]:
+    """The cells that each verification was asked for; all are found right for aten's folded route, at once."""
+    asked: list[list[Cell]] = []
+
+    def examine(place: torch.device, pairs: dict[Cell, list[str]], *rest: Any) -> tuple[Table, int]:
+        asked.append(list(pairs))
+        found = Table(identity(place))
+        for cell, names in pairs.items():
+            for route in names:
+                found.add(cell, route, Verdict("right" if route == "aten:folded" else "refused", 0.5, "", "2026-11-27"))
+        return found, 0
+
+    monkeypatch.setattr(first_use, "examine", examine)
+    return asked
+
+
+def backend_of(args: AttentionArgs, mode: str = "forward") -> str:
+    """What ``auto`` takes: ``aten:folded``."""
+    found = dispatch.choose(args, "auto", mode)
+    return f"{dispatch.name_of(found.module)}:{found.route}"
