@@ -149,9 +149,17 @@ def _checked_args(
     dropout_p: float,
 ) -> AttentionArgs:
     """Check everything, apply autocast, fill in the defaults. ``gate`` is checked only: it is applied outside."""
-    q, k, v = _autocast(q), _autocast(k), _autocast(v)
-    validation.check_content(q, k, v)
-    validation.check_prefix(q, v, prefix_k, prefix_v, prefix_ids, prefix_lens)
+    compiling = torch.compiler.is_compiling()
+    if compiling or torch._C._is_any_autocast_enabled():
+        q, k, v = _autocast(q), _autocast(k), _autocast(v)
+    if (
+        compiling
+        or prefix_ids is not None
+        or prefix_lens is not None
+        or not validation.fits(q, k, v, prefix_k, prefix_v)
+    ):
+        validation.check_content(q, k, v)
+        validation.check_prefix(q, v, prefix_k, prefix_v, prefix_ids, prefix_lens)
     validation.check_masks(q, k, causal, key_padding_mask, segment_ids, q_start, window)
     validation.check_extras(q, k, sinks, bias, gate, softcap)
     validation.check_bank(q, prefix_k, prefix_ids, prefix_lens)
@@ -194,6 +202,8 @@ def _autocast(x: Any) -> Any:
 
 
 def _call(args: AttentionArgs, backend: str) -> tuple[Tensor, Tensor]:
+    if not torch.compiler.is_compiling() and ops.needs_no_operator(args):
+        return ops.forward(args, backend)
     call = transforms.Transformed.apply if transforms.active() else ops.prefix_attn_fwd
     inputs = ops.to_op_inputs(args, backend)
     if first_use.is_traced():

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad as fwad
+from torch.nn import Parameter
 
 from . import dispatch, reference
 from ._ops import add_op_namespace_prefix, ops
@@ -56,10 +57,33 @@ def from_op_inputs(values: Sequence[Any]) -> tuple[AttentionArgs, str]:
 
 
 def _fwd(*values: Any) -> tuple[Tensor, Tensor]:
-    args, backend = from_op_inputs(values)
+    return _chosen_fwd(*from_op_inputs(values))
+
+
+def _chosen_fwd(args: AttentionArgs, backend: str) -> tuple[Tensor, Tensor]:
     backend_module, route = dispatch.choose(args, backend)
     o, lse = backend_module.fwd(args, route)
     return to_bshd(o), lse.contiguous()
+
+
+def needs_no_operator(args: AttentionArgs) -> bool:
+    """Whether nobody would notice that a call is none of a torch operator: no gradient, mode, transform or subclass.
+
+    An operator written in Python costs 10 us a call, a tenth of a step of decoding.
+    """
+    tensors = (args.q, args.k, args.v, args.prefix_k, args.prefix_v, args.sinks, args.bias)
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
+        return False
+    watched = torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack() or fwad._current_level >= 0
+    if watched or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active():
+        return False
+    return all(x is None or type(x) in (Tensor, Parameter) for x in tensors)
+
+
+def forward(args: AttentionArgs, backend: str) -> tuple[Tensor, Tensor]:
+    """What ``prefix_attn_fwd`` computes, without the operator."""
+    with torch._C._AutoDispatchBelowADInplaceOrView():  # as an operator's: its views may be modified in place
+        return _chosen_fwd(args, backend)
 
 
 def _bwd(*values: Any) -> list[Tensor]:

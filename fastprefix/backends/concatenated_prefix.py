@@ -10,11 +10,15 @@ from torch import Tensor
 
 from ..types import AttentionArgs
 from . import aten_ops
-from .content_blocks import dense_mask
+from .content_blocks import dense_mask, hides_nothing
 
 # Forward + backward on two cores, fp32, B8 H9/3 D64 P16: one call takes 0.85 of the time of two at S64, 0.96 at S256,
-# 1.3 at S1024 (above 512 keys the vendor skips causal blocks, which a mask prevents). In decoding the copy is the cost.
+# 1.3 at S1024 (above 512 keys the vendor skips causal blocks, which a mask prevents).
 ROWS = (17, 512)
+
+# In decoding the copy is the cost. Over 72 shapes on two cores, B1 to B16, H9/3 D64 and H32/8 D128, one call takes 0.5
+# to 0.9 of the time of two up to 2 MiB, as long at 3, and more above.
+MOST_COPIED = 3 * 2**19
 
 
 def possible(args: AttentionArgs) -> bool:
@@ -27,6 +31,10 @@ def possible(args: AttentionArgs) -> bool:
 def preferred(args: AttentionArgs) -> bool:
     """Whether one call beats two."""
     rows, keys = args.q.shape[2], args.k.shape[2]
+    if rows == 1:
+        width = (args.q.shape[3] + args.v.shape[3]) * args.q.element_size()
+        copied = args.k.shape[0] * args.k.shape[1] * (args.num_prefix_tokens + keys) * width
+        return copied <= MOST_COPIED and hides_nothing(args) and possible(args)
     small = ROWS[0] <= rows <= ROWS[1] and keys <= ROWS[1] and 4 * args.num_prefix_tokens <= max(64, keys)
     return small and possible(args)
 

@@ -44,6 +44,16 @@ def has_rows_outside_keys(args: AttentionArgs) -> bool:
     return start is None or start < 0 or start + args.q.shape[2] > args.k.shape[2]
 
 
+def hides_nothing(args: AttentionArgs) -> bool:
+    """Whether it is plain that every row sees every key: no mask, and none of causality's, as in a step of decoding."""
+    if args.key_padding_mask is not None or args.segment_ids is not None or args.bias is not None:
+        return False
+    if not args.causal:
+        return True
+    keys = args.k.shape[2]
+    return args.q.shape[2] == 1 and int_start(args) == keys - 1 and (args.window is None or args.window >= keys)
+
+
 def content_blocks(args: AttentionArgs) -> Iterator[ContentBlock]:
     """The vendor calls that together cover every key some row sees."""
     seq, keys = args.q.shape[2], args.k.shape[2]
@@ -87,6 +97,8 @@ def to_additive_mask(visible: Tensor, args: AttentionArgs) -> Tensor:
 
 def dense_mask(args: AttentionArgs) -> Tensor | None:
     """Every mask and the bias as one additive mask ``[B or 1, H or 1, S or 1, T]``; None when nothing hides a key."""
+    if hides_nothing(args):
+        return None
     visible, bias = visible_keys(args), additive_bias(args)
     if bias is not None:
         bias = bias.detach().to(mask_dtype(args))

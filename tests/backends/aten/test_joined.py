@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -30,9 +32,31 @@ def test_one_call_keeps_the_error_rule(case: str, dtype: torch.dtype, monkeypatc
 
 @pytest.mark.parametrize(
     ("S", "T", "P", "one_call"),
-    [(64, 64, 16, True), (256, 256, 64, True), (64, 64, 512, False), (1024, 1024, 16, False), (1, 64, 16, False)],
+    [
+        (64, 64, 16, True),
+        (256, 256, 64, True),
+        (64, 64, 512, False),
+        (1024, 1024, 16, False),
+        (1, 64, 16, True),
+        (1, 64, 9000, False),
+        (1, 9000, 16, False),
+    ],
 )
 def test_the_measured_choice(S: int, T: int, P: int, one_call: bool) -> None:
     assert concatenated_prefix.preferred(AttentionArgs(**make_call(S=S, T=T, P=P).leaves, scale=1.0)) is one_call
     bank = make_call(S=S, T=T, P=P, N=2, prefix_ids=torch.tensor([0, 1]))
     assert not concatenated_prefix.preferred(AttentionArgs(**bank.leaves, **bank.options, scale=1.0))
+
+
+@pytest.mark.parametrize(
+    "hidden",
+    [
+        {"key_padding_mask": torch.ones(2, 64, dtype=torch.bool)},
+        {"window": 63},
+        {"q_start": 62},
+        {"q_start": torch.tensor([0, 1])},
+    ],
+)
+def test_a_step_of_decoding_that_would_need_a_mask(hidden: dict[str, Any]) -> None:
+    call = make_call(S=1, T=64, P=16, **hidden)
+    assert not concatenated_prefix.preferred(AttentionArgs(**call.leaves, **call.options, scale=1.0))
