@@ -52,9 +52,9 @@ def explain(args: AttentionArgs) -> str:
     Nothing is verified here: where something is missing, the line says so.
     """
     off = store.policy() is Policy.OFF
-    order = (lookup.VENDOR, lookup.REFERENCE) if off else lookup.order(args, "forward")
+    order = ranking.known(args, "forward")
     chosen = next(x for x in order if not x.module.unsupported(args, x.route))
-    known = lookup.describe(args, "forward")
+    known = lookup.describe(args, "forward", chosen)
     lines = []
     for name in BACKENDS:
         reasons = module(name).unsupported(args)

@@ -27,12 +27,14 @@ def run(options: argparse.Namespace) -> int:
 
     import fastprefix
     from fastprefix.hf.explain import check_carries
+    from fastprefix.verification import first_use
 
     model = load_model(found, causal=False)
     check_carries(model)
-    if options.adapter is None:
-        fastprefix.attach(model, fastprefix.PrefixConfig(options.num_virtual_tokens))
-    else:
-        fastprefix.load(model, options.adapter)
+    with first_use.held(quiet=True):  # what is known is told, and nothing verified
+        if options.adapter is None:
+            fastprefix.attach(model, fastprefix.PrefixConfig(options.num_virtual_tokens))
+        else:
+            fastprefix.load(model, options.adapter)
     print(fastprefix.explain(model))
     return 0

@@ -20,6 +20,7 @@ from fastprefix.hf.model import wrappers
 from fastprefix.hf.runtime.exactness import why_not_shareable
 from fastprefix.hf.runtime.forward_context import ResolvedPrefix
 from fastprefix.prefixes.config import PrefixConfig
+from fastprefix.verification import first_use
 
 
 def explain_model(model: Any) -> str:
@@ -69,7 +70,8 @@ def explain_model(model: Any) -> str:
 def check_carries(model: Any) -> None:
     """Raise ValueError with the reason where a bare model cannot carry a prefix; the model is left as it was."""
     try:
-        attach(model, PrefixConfig(1))
+        with first_use.held(quiet=True):
+            attach(model, PrefixConfig(1))
     except ValueError as error:
         names = [type(module).__name__.lower() for module in model.modules()]
         if isinstance(model, PreTrainedModel) and not any("attention" in name or "attn" in name for name in names):

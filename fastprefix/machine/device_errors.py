@@ -17,10 +17,18 @@ class DeviceLostError(RuntimeError):
 
 def describe_error(error: BaseException) -> str:
     """An exception as one short line."""
-    if isinstance(error, torch.OutOfMemoryError):
+    if is_out_of_memory(error):
         return "out of memory"
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that there was no memory, of a device or of the machine: another time there may be."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    text = str(error)
+    return any(told in text for told in ("out of memory", "can't allocate memory", "ALLOC_FAILED", "bad_alloc"))
 
 
 def synchronize(place: torch.device | str) -> None:

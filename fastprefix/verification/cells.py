@@ -15,6 +15,10 @@ DECODE_UP_TO = 16
 
 DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64"}
 
+ANY = -1
+LARGEST_TILE = 128
+TILES = (ANY, 0, 16, 32, 64, LARGEST_TILE)
+
 # What a call may have beside its five tensors, in the order in which a cell names it.
 FEATURES = (
     "causal",
@@ -25,6 +29,8 @@ FEATURES = (
     "sinks",
     "bias",
     "bool-bias",
+    "bias-dtype",  # a float one's is not q's; sinks-dtype likewise
+    "sinks-dtype",
     "bias-grad",
     "bank",
     "bank-by-token",
@@ -41,7 +47,8 @@ FEATURES = (
 class Cell(NamedTuple):
     """The kind of a call. Equal kernels run for all calls of one kind, up to their sizes.
 
-    ``G`` is the number of query heads that share a key/value head.
+    ``G`` is the number of query heads that share a key/value head. ``P`` is the size of the tile that the prefix fills,
+    which kernels of a GPU are compiled for, :data:`LARGEST_TILE` where it fills several; on a processor :data:`ANY`.
     """
 
     direction: Direction
@@ -49,10 +56,13 @@ class Cell(NamedTuple):
     D: int
     D_v: int
     G: int
+    P: int
     features: tuple[str, ...]
 
     def __str__(self) -> str:
-        return f"{self.direction} {self.dtype} {self.D}x{self.D_v} G{self.G} {'+'.join(self.features) or 'plain'}"
+        tile = "any" if self.P == ANY else str(self.P)
+        features = "+".join(self.features) or "plain"
+        return f"{self.direction} {self.dtype} {self.D}x{self.D_v} G{self.G} P{tile} {features}"
 
     @classmethod
     def parse(cls, text: str) -> Cell:
@@ -61,14 +71,20 @@ class Cell(NamedTuple):
         Raises:
             ValueError: the text names no cell.
         """
-        direction, dtype, dims, groups, features = text.split(" ")
+        direction, dtype, dims, groups, tile, features = text.split(" ")
         D, D_v, G = (int(x) for x in (*dims.split("x"), groups.removeprefix("G")))
+        P = ANY if tile == "Pany" else int(tile.removeprefix("P"))
         named = () if features == "plain" else tuple(features.split("+"))
-        if direction not in ("forward", "backward", "decode") or dtype not in DTYPES.values() or min(D, D_v, G) < 1:
+        if (
+            direction not in ("forward", "backward", "decode")
+            or dtype not in DTYPES.values()
+            or min(D, D_v, G) < 1
+            or P not in TILES
+        ):
             raise ValueError(f"cell: got {text!r}, expected a direction, a dtype, head dims and features")
         if not set(named) <= set(FEATURES):
             raise ValueError(f"cell: got {text!r}, expected features of {', '.join(FEATURES)}")
-        return cls(direction, dtype, D, D_v, G, named)  # type: ignore[arg-type]
+        return cls(direction, dtype, D, D_v, G, P, named)  # type: ignore[arg-type]
 
 
 def direction_of(args: AttentionArgs) -> Direction:
@@ -78,7 +94,15 @@ def direction_of(args: AttentionArgs) -> Direction:
 
 def cell_of(args: AttentionArgs, direction: Direction) -> Cell:
     """The cell that a call belongs to."""
-    return Cell(direction, DTYPES[args.q.dtype], args.q.shape[3], args.v.shape[3], args.groups, _features(args))
+    q, v = args.q, args.v
+    return Cell(direction, DTYPES[q.dtype], q.shape[3], v.shape[3], args.groups, _tile(args), _features(args))
+
+
+def _tile(args: AttentionArgs) -> int:
+    tokens = args.num_prefix_tokens
+    if args.q.device.type == "cpu":
+        return ANY
+    return min((tile for tile in TILES if tile >= tokens), default=LARGEST_TILE)
 
 
 def _features(args: AttentionArgs) -> tuple[str, ...]:
@@ -92,6 +116,8 @@ def _features(args: AttentionArgs) -> tuple[str, ...]:
         args.sinks is not None,
         bias is not None and bias.dtype != torch.bool,
         bias is not None and bias.dtype == torch.bool,
+        bias is not None and bias.dtype not in (torch.bool, args.q.dtype),
+        args.sinks is not None and args.sinks.dtype != args.q.dtype,
         args.bias_grad,
         ids is not None and ids.dim() == 1,
         ids is not None and ids.dim() == 2,
@@ -126,7 +152,7 @@ def signature(args: AttentionArgs, direction: str) -> tuple[object, ...]:
         args.segment_ids is None,
         args.window is None,
         args.softcap is None,
-        args.sinks is None,
+        None if args.sinks is None else args.sinks.dtype,
         None if bias is None else bias.dtype,
         args.bias_grad,
         None if ids is None else ids.dim(),

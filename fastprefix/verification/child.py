@@ -12,6 +12,8 @@ import threading
 from contextlib import suppress
 from typing import Any
 
+# How a process ends that the system, a scheduler or a user ends: that says nothing of what it ran.
+KILLED = tuple(-getattr(signal, name, 0) for name in ("SIGKILL", "SIGTERM", "SIGINT"))
 START_PATIENCE = 120.0  # seconds until a child has imported torch and found its device
 
 
@@ -59,8 +61,8 @@ class Child:
 
     def _listen(self) -> None:
         assert self._process.stdout is not None
-        with suppress(ValueError):  # closed
-            for line in self._process.stdout:
+        with self._process.stdout as lines:  # closed here alone: to close it elsewhere would wait for this read
+            for line in lines:
                 self._lines.put(line)
         self._lines.put(b"")
 
@@ -90,7 +92,8 @@ class Child:
             if message and "lost" not in message:
                 return message, "", "", at
             self.end(kill=False)
-            return None, "crashed", f"{message.get('lost') or self._how_it_ended()}{at and f', at {at}'}", at
+            end = "killed" if self._process.returncode in KILLED else "crashed"
+            return None, end, f"{message.get('lost') or self._how_it_ended()}{at and f', at {at}'}", at
 
     def _how_it_ended(self) -> str:
         code = self._process.returncode
@@ -116,10 +119,9 @@ class Child:
             self._process.kill()
         with suppress(subprocess.TimeoutExpired):  # a driver may hold a process for good
             self._process.wait(5)
-        for pipe in (self._process.stdin, self._process.stdout):
-            if pipe is not None:
-                with suppress(OSError):
-                    pipe.close()
+        if self._process.stdin is not None:
+            with suppress(OSError):
+                self._process.stdin.close()
 
 
 def _message(line: bytes) -> dict[str, Any]:

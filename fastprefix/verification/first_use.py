@@ -92,6 +92,11 @@ def is_a_moment(place: torch.device) -> bool:
     return not device.is_capturing(place)
 
 
+def is_held() -> bool:
+    """Whether this thread is in a block of :func:`held`."""
+    return _held.depth > 0
+
+
 def is_traced() -> bool:
     """Whether torch traces what runs, or some mode looks at it; it does not say so inside of an operator."""
     return not torch.compiler.is_compiling() and (torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack() > 0)

@@ -40,27 +40,27 @@ def order(args: AttentionArgs, mode: str) -> tuple[Candidate, ...]:
         unknown = any(proof.verdict is None and backend_of(proof.route) == "aten" for proof in proofs)
         trusted = kind in TRUSTED and unknown and not _is_suspect(table, cell_of(args, "forward").dtype)
         return (VENDOR, REFERENCE) if trusted else (REFERENCE,)
-    own = nearest(table, args, mode).get("reference", math.inf)
+    times = nearest(table, args, mode)
+    own = times.get("reference", math.inf)
     timed = sorted((proof.seconds, proof.route) for proof in right if proof.seconds is not None)
     fast = [candidate(route) for seconds, route in timed if seconds < own]
-    # Interpreted kernels are for tests: where nothing says how slow they are here, they are not taken.
+    # Where others were timed and a route that is right was not, it did not do there. Interpreted kernels are for tests:
+    # where nothing says how slow they are, they are not taken.
     guessed = [
         candidate(proof.route)
         for proof in right
-        if proof.seconds is None and not (kind == "cpu" and backend_of(proof.route) == "triton")
+        if not times and not (kind == "cpu" and backend_of(proof.route) == "triton")
     ]
     guessed.sort(key=lambda chosen: chosen.route != chosen.module.guess(args))
     return (*fast, *guessed, REFERENCE)
 
 
 def _is_suspect(table: Table, dtype: str) -> bool:
-    """Whether the vendor's kernels were not right in some cell of this dtype; a busy machine may look like a hang."""
-    return any(
-        verdict.result in ("wrong", "failed", "crashed") and backend_of(route) == "aten"
-        for cell, found in table.verdicts.items()
-        if cell.dtype == dtype
-        for route, verdict in found.items()
-    )
+    """Whether the vendor's kernels were not right somewhere in this dtype; a busy machine may look like a hang."""
+    found = [*(x for cell, x in table.verdicts.items() if cell.dtype == dtype)]
+    found += [x for bucket, x in table.failures.items() if bucket.dtype == dtype]
+    bad = ("wrong", "failed", "crashed")
+    return any(x.result in bad and backend_of(route) == "aten" for verdicts in found for route, x in verdicts.items())
 
 
 def prove(args: AttentionArgs, mode: str) -> list[Proof]:
@@ -75,10 +75,11 @@ def prove(args: AttentionArgs, mode: str) -> list[Proof]:
 def verdict(table: Table, cell: Cell, route: str) -> Verdict | None:
     """What is known of a route on a cell.
 
-    That of the cell itself. Without one, and with several arguments: if the route was checked without any, with each of
-    them by itself, and with all of them together among others, the worst of these verdicts.
+    How it failed on a larger call, or the verdict on the cell itself. Without one, and with several arguments: if the
+    route was checked without any, with each of them by itself, and with all of them together among others, the worst of
+    these verdicts.
     """
-    found = table.verdict(cell, route)
+    found = table.failure(route, cell) or table.verdict(cell, route)
     if found is not None:
         return found
     wanted = set(cell.features)
@@ -93,7 +94,7 @@ def verdict(table: Table, cell: Cell, route: str) -> Verdict | None:
         if (
             known is None
             or known.result == "refused"
-            or other[:5] != cell[:5]
+            or other[:6] != cell[:6]
             or ("causal" in own) != ("causal" in wanted)
         ):
             continue
@@ -129,20 +130,28 @@ def nearest(table: Table, args: AttentionArgs, mode: str) -> dict[str, float]:
     return table.times[min(fitting, key=distance)] if fitting else {}
 
 
-def describe(args: AttentionArgs, mode: str) -> dict[str, str]:
-    """For each backend of which something is known for a call: its fastest route that is right, and who is wrong."""
+def describe(args: AttentionArgs, mode: str, chosen: Candidate) -> dict[str, str]:
+    """For each backend of which something is known for a call: one route that is right and takes it, and who is wrong.
+
+    Of the chosen backend it is the chosen route, of another its fastest.
+    """
     table = store.table(args.q.device)
-    proofs = prove(args, mode)
     times = nearest(table, args, mode)
-    found: dict[str, str] = {}
-    for backend in dict.fromkeys(backend_of(proof.route) for proof in proofs):
-        own = [proof for proof in proofs if backend_of(proof.route) == backend and proof.verdict is not None]
-        right = [proof for proof in own if proof.verdict is not None and proof.verdict.result == "right"]
-        told = [_proved(min(right, key=lambda x: x.seconds or math.inf), times, table)] if right else []
-        told += [_bad(proof, table) for proof in own if proof.verdict is not None and proof.verdict.result in BAD]
-        if told:
-            found[backend] = "; ".join(told)
-    return found
+    found: dict[str, list[str]] = {}
+    best: dict[str, Proof] = {}
+    for proof in sorted(prove(args, mode), key=lambda x: x.seconds or math.inf):
+        backend, own = backend_of(proof.route), candidate(proof.route)
+        if proof.verdict is None:
+            continue
+        if proof.verdict.result in BAD:
+            found.setdefault(backend, []).append(_bad(proof, table))
+        takes = proof.verdict.result == "right" and not own.module.unsupported(args, own.route)
+        if takes and (own == chosen or backend not in best):
+            best[backend] = proof
+    for name, proof in best.items():
+        if chosen.route is not None or candidate(proof.route).module is not chosen.module:
+            found.setdefault(name, []).insert(0, _proved(proof, times, table))
+    return {backend: "; ".join(told) for backend, told in found.items()}
 
 
 def _proved(proof: Proof, times: dict[str, float], table: Table) -> str:

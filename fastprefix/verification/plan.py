@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 
 from ..types import AttentionArgs
-from .cells import DTYPES, FEATURES, Cell, Direction, cell_of
+from .cells import ANY, DTYPES, FEATURES, LARGEST_TILE, Cell, Direction, cell_of
 from .table import VARIANTS, Bucket, Mode, Variant
 
 DIRECTIONS: tuple[Direction, ...] = ("forward", "backward", "decode")
@@ -20,7 +20,9 @@ ALONE = (
     ("causal", "window"),
     ("causal", "softcap"),
     ("causal", "sinks"),
+    ("causal", "sinks", "sinks-dtype"),
     ("causal", "bias"),
+    ("causal", "bias", "bias-dtype"),
     ("bool-bias",),
     ("causal", "bank"),
     ("causal", "bank", "ragged"),
@@ -41,21 +43,34 @@ PREFIXES, BATCHES, CACHED, LONG = (16, 128, 1024), (1, 8, 32), 512, 8192
 
 def cells(device_type: str) -> list[Cell]:
     """Every cell of a device, in the order in which they are checked."""
-    dtypes = ("fp32", "bf16", "fp16", "fp64") if device_type == "cpu" else ("bf16", "fp16", "fp32")
-    found = [*_cells(dtypes[:2], COMMON, GROUPED, PLAIN), *_cells(dtypes[:2], COMMON, 1, PLAIN)]
-    found += [*_cells(dtypes[:1], COMMON, GROUPED, ALONE), *_cells(dtypes[1:2], COMMON[:1], GROUPED, ALONE)]
-    return [*found, *_cells(dtypes[:2], OTHER, GROUPED, PLAIN[:1]), *_cells(dtypes[2:], COMMON, GROUPED, PLAIN[:2])]
+    cpu = device_type == "cpu"
+    dtypes = ("fp32", "bf16", "fp16", "fp64") if cpu else ("bf16", "fp16", "fp32")
+    # The first tile with everything, then another with what is plain; a model's own is verified when it comes.
+    first, *others = (ANY,) if cpu else (16, LARGEST_TILE)
+    found = [*_cells(dtypes[:2], COMMON, GROUPED, first, PLAIN), *_cells(dtypes[:2], COMMON, 1, first, PLAIN)]
+    for tile in others:
+        found += _cells(dtypes[:1], COMMON, GROUPED, tile, PLAIN)
+    found += [
+        *_cells(dtypes[:1], COMMON, GROUPED, first, ALONE),
+        *_cells(dtypes[1:2], COMMON[:1], GROUPED, first, ALONE),
+    ]
+    found += _cells(dtypes[:2], OTHER, GROUPED, first, PLAIN[:1])
+    return list(dict.fromkeys([*found, *_cells(dtypes[2:], COMMON, GROUPED, first, PLAIN[:2])]))
 
 
 def _cells(
-    dtypes: Sequence[str], dims: Sequence[tuple[int, int]], groups: int, features: Sequence[tuple[str, ...]]
+    dtypes: Sequence[str],
+    dims: Sequence[tuple[int, int]],
+    groups: int,
+    tile: int,
+    features: Sequence[tuple[str, ...]],
 ) -> Iterator[Cell]:
     for dtype in dtypes:
         for D, D_v in dims:
             for own in features:
-                if "prefix-dtype" in own and dtype in ("fp32", "fp64"):
-                    own = tuple(name for name in own if name != "prefix-dtype")  # parameters are fp32 at least
-                yield from (Cell(direction, dtype, D, D_v, groups, own) for direction in DIRECTIONS)
+                if dtype in ("fp32", "fp64"):  # parameters are fp32 at least
+                    own = tuple(name for name in own if not name.endswith("-dtype"))
+                yield from (Cell(direction, dtype, D, D_v, groups, tile, own) for direction in DIRECTIONS)
 
 
 def buckets(device_type: str) -> list[Bucket]:

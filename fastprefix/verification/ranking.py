@@ -30,6 +30,14 @@ def order(args: AttentionArgs, mode: str) -> tuple[Candidate, ...]:
     return _decide(args, mode, key) if found is None else found
 
 
+def known(args: AttentionArgs, mode: str) -> tuple[Candidate, ...]:
+    """As :func:`order`, by what is known now: nothing is verified and nothing decided."""
+    found: tuple[Candidate, ...] | None = store.decisions.get(signature(args, mode))
+    if found is not None:
+        return found
+    return OFF if store.policy() is Policy.OFF else lookup.order(args, mode)
+
+
 def _decide(args: AttentionArgs, mode: str, key: tuple[object, ...]) -> tuple[Candidate, ...]:
     with _lock:
         if store.policy() is Policy.OFF:
@@ -39,7 +47,7 @@ def _decide(args: AttentionArgs, mode: str, key: tuple[object, ...]) -> tuple[Ca
         else:
             last = first_use.verify_call(args, mode)
             found = lookup.order(args, mode)
-        if last:
+        if last and not first_use.is_held():
             if len(store.decisions) >= MOST_KEPT:
                 store.decisions.clear()
             store.decisions[key] = found

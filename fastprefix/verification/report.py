@@ -41,10 +41,10 @@ def _verdicts(table: Table) -> str:
 
 
 def _wrong(table: Table) -> Iterable[str]:
-    for cell, found in table.verdicts.items():
+    for place, found in (*table.verdicts.items(), *table.failures.items()):
         for route, verdict in found.items():
             if verdict.result not in ("right", "refused"):
-                yield f"{route} {verdict.result} on {cell}: {verdict.detail}"
+                yield f"{route} {verdict.result} on {place}: {verdict.detail}"
 
 
 def _times(table: Table) -> str:

@@ -21,7 +21,7 @@ from .cells import Cell
 from .identity import identity
 from .routes import backend_of, routes
 from .supervisor import Outcome, Supervisor, Task
-from .table import BAD, Bucket, Result, Table, Verdict
+from .table import Bucket, Result, Table, Verdict
 
 BUDGET = {"cpu": 60.0}
 GPU_BUDGET = 90.0
@@ -53,7 +53,7 @@ class Report:
     @property
     def wrong(self) -> list[str]:
         """Routes that were wrong, failed, crashed or hung somewhere."""
-        return sorted({r for found in self.table.verdicts.values() for r, v in found.items() if v.result in BAD})
+        return sorted({route for _, route in self.table.bad()})
 
     def __str__(self) -> str:
         lines = [report.text(self.table)]
@@ -99,7 +99,7 @@ def verify(
     if file is not None:  # now, not when the work is done
         file.parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=file.parent).close()
-    store.open_table(chosen, need_file=file is None)
+    store.open_table(chosen, need_file=False)
     start = time.monotonic()
     with store.alone(chosen, patience=2 * seconds):
         pairs = {cell: routes(chosen.type, cell.direction) for cell in plan.cells(chosen.type)}
@@ -153,7 +153,7 @@ def examine(
         def note_times(outcome: Outcome) -> None:
             nonlocal measured
             measured += 1
-            _note_times(found, known, outcome)
+            _note_times(found, outcome)
             progress(f"{measured} of {len(timed)} timings, {time.monotonic() - start:.0f} s")
 
         watch.run(timed, 1, note_times)
@@ -177,8 +177,9 @@ def _workers(place: torch.device, groups: int) -> int:
     for free in (machine.free_memory(place), processor.free_memory()):
         room = room if free is None else min(room, free // MEMORY_OF_A_WORKER)
     cores = processor.cores() - (machine.kind(place) != "cpu")  # one is left to what drives the GPU
-    # A child takes a second or two to start, so few checks are not worth many.
-    return max(1, min(room, cores, groups // 8 + 1))
+    # A child takes seconds to start: on a processor few checks are not worth many; on a GPU each compiles for seconds.
+    wanted = groups // 8 + 1 if machine.kind(place) == "cpu" else groups
+    return max(1, min(room, cores, wanted))
 
 
 def _check(cell: Cell, route: str) -> Task:
@@ -186,13 +187,14 @@ def _check(cell: Cell, route: str) -> Task:
 
 
 def _note_verdict(found: Table, outcome: Outcome) -> None:
-    date = datetime.now(timezone.utc).date().isoformat()
     cell, route = Cell.parse(outcome.task.message["check"]), outcome.task.routes[0]
     answer = outcome.answer or {}
     if "verdict" in answer:
-        found.add(cell, route, replace(Verdict(**answer["verdict"]), date=date))
-    elif "skipped" not in answer:  # out of memory is no verdict: there may be more another time
-        found.add(cell, route, Verdict("hung" if outcome.end == "hung" else "crashed", None, outcome.detail, date))
+        found.add(cell, route, replace(Verdict(**answer["verdict"]), date=_today()))
+    # Out of memory, or killed by the system or a user, is no verdict: another time it may do.
+    elif outcome.end in ("crashed", "hung"):
+        result: Result = "hung" if outcome.end == "hung" else "crashed"
+        found.add(cell, route, Verdict(result, None, outcome.detail, _today()))
 
 
 def _time(known: Table, bucket: Bucket, place: torch.device, few: bool) -> Task | None:
@@ -200,7 +202,7 @@ def _time(known: Table, bucket: Bucket, place: torch.device, few: bool) -> Task 
 
     Interpreted kernels are not timed: they would take seconds, and say nothing.
     """
-    direction = "backward" if bucket.mode == "lowest" else bucket.mode
+    direction = bucket.direction
     names = [route for route in routes(place.type, direction) if _may_be_timed(known, route, bucket.dtype, direction)]
     names = [route for route in names if not (few and backend_of(route) == "triton")]
     if not names:
@@ -218,21 +220,18 @@ def _may_be_timed(known: Table, route: str, dtype: str, direction: str) -> bool:
     return "right" in results and not results & {"crashed", "hung"}
 
 
-def _note_times(found: Table, known: Table, outcome: Outcome) -> None:
+def _note_times(found: Table, outcome: Outcome) -> None:
     bucket = Bucket.parse(outcome.task.message["time"])
     answer = outcome.answer or {}
     if answer.get("times"):
         found.times[bucket] = dict(answer["times"])
-    for route, reason in answer.get("wrong", {}).items():
-        _condemn(found, known, bucket, route, "wrong", reason)
-    if outcome.end and outcome.blamed not in ("", "reference"):
-        _condemn(found, known, bucket, outcome.blamed, "hung" if outcome.end == "hung" else "crashed", outcome.detail)
+    wrong: dict[str, tuple[Result, str]] = {route: ("wrong", told) for route, told in answer.get("wrong", {}).items()}
+    if outcome.end in ("crashed", "hung") and outcome.blamed not in ("", "reference"):
+        wrong[outcome.blamed] = ("hung" if outcome.end == "hung" else "crashed", outcome.detail)
+    for route, (result, told) in wrong.items():
+        verdict = Verdict(result, None, f"while timed on {bucket}: {told}", _today())
+        found.failures.setdefault(bucket, {})[route] = verdict
 
 
-def _condemn(found: Table, known: Table, bucket: Bucket, route: str, result: Result, detail: str) -> None:
-    """A route that was right on small calls and is not on a larger one: it is not used for calls of this dtype."""
-    direction = "backward" if bucket.mode == "lowest" else bucket.mode
-    for cell, verdicts in known.verdicts.items():
-        if (cell.direction, cell.dtype) == (direction, bucket.dtype) and route in verdicts:
-            told = f"while timed on {bucket}: {detail}"
-            found.add(cell, route, replace(verdicts[route], result=result, detail=told))
+def _today() -> str:
+    return datetime.now(timezone.utc).date().isoformat()

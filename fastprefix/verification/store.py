@@ -6,7 +6,7 @@ import os
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -113,9 +113,10 @@ def reload(place: torch.device) -> None:
     found = file and read(file, identity(place))
     if found:
         with _lock:
-            table(place).update(found)
-            if found.has_bad():
+            mine = table(place)
+            if found.bad() - mine.bad():
                 decisions.clear()
+            mine.update(found)
 
 
 def add(place: torch.device, found: Table, out: Path | None = None, decide_again: bool = False) -> Path | None:
@@ -128,9 +129,10 @@ def add(place: torch.device, found: Table, out: Path | None = None, decide_again
         OSError: ``out`` cannot be written.
     """
     with _lock:
-        table(place).update(found)
-        if decide_again or found.has_bad():
+        mine = table(place)
+        if decide_again or found.bad() - mine.bad():
             decisions.clear()
+        mine.update(found)
         file = path(place) if out is None else out
         stored = Table(found.identity)
         if out is None and file is not None and (before := read(file, found.identity)) is not None:
@@ -191,5 +193,6 @@ def tell(text: str) -> None:
 def say(text: str) -> None:
     """Text on stderr, where there is one."""
     if sys.stderr is not None:
-        sys.stderr.write(text)
-        sys.stderr.flush()
+        with suppress(OSError, ValueError):  # closed, or its reader is gone
+            sys.stderr.write(text)
+            sys.stderr.flush()

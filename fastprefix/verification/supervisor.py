@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import queue
 import sys
@@ -36,9 +37,10 @@ class Outcome(NamedTuple):
 
     task: Task
     answer: dict[str, Any] | None
-    end: str  # "crashed" or "hung"; empty with an answer
+    end: str  # "crashed", "hung" or "killed" (by the system or a user); empty with an answer
     blamed: str  # the route that ran; empty where several did in turns
     detail: str
+    tried: bool = True
 
 
 @dataclass
@@ -60,7 +62,7 @@ class Supervisor:
     deadline: float
     threads: int
     environment: dict[str, str] = field(default_factory=dict)
-    ends: dict[str, int] = field(default_factory=dict)  # by route
+    ends: dict[str, list[str]] = field(default_factory=dict)  # by route
     _kept: Child | None = None
 
     def run(
@@ -85,8 +87,8 @@ class Supervisor:
 
         def note(outcome: Outcome) -> None:
             with lock:
-                if outcome.end and outcome.blamed:
-                    self.ends[outcome.blamed] = self.ends.get(outcome.blamed, 0) + 1
+                if outcome.end and outcome.blamed and outcome.tried:
+                    self.ends.setdefault(outcome.blamed, []).append(outcome.end)
                 found.append(outcome)
                 done(outcome)
 
@@ -103,13 +105,20 @@ class Supervisor:
         return found
 
     def command(self) -> list[str]:
-        """The command line of a child: this very package, whatever its name in the parent."""
+        """The command line of a child: this package by its place, other modules where the parent finds them."""
         code = (
-            "import importlib, sys; sys.path.insert(0, sys.argv[1]); "
-            "importlib.import_module(sys.argv[2] + '.verification.checks.worker').main(*sys.argv[3:])"
+            "import sys; sys.path[:1] = [] if sys.path[:1] == [''] else sys.path[:1]\n"
+            "import importlib.util, json\n"
+            "folder, name, paths, *rest = sys.argv[1:]\n"
+            "sys.path[:] = json.loads(paths)\n"
+            "spec = importlib.util.spec_from_file_location(name, folder + '/__init__.py', "
+            "submodule_search_locations=[folder])\n"
+            "sys.modules[name] = package = importlib.util.module_from_spec(spec)\n"
+            "spec.loader.exec_module(package)\n"
+            "importlib.import_module(name + '.verification.checks.worker').main(*rest)\n"
         )
-        names = [str(PACKAGE.parent), PACKAGE.name, str(self.place), str(self.threads), "few" if self.few else "all"]
-        return [sys.executable, "-c", code, *names]
+        own = [str(PACKAGE), PACKAGE.name, json.dumps(sys.path), str(self.place), str(self.threads)]
+        return [sys.executable, "-c", code, *own, "few" if self.few else "all"]
 
     def close(self) -> None:
         """End the child that the last run has left."""
@@ -137,9 +146,15 @@ class Supervisor:
         except BaseException:
             self.deadline = 0.0
             raise
-        # One that could not start leaves its groups to the others; it counts when there was no other.
-        if errors and (len(errors) == workers or not isinstance(errors[0], ChildError)):
+        for error in errors:
+            if not isinstance(error, ChildError):
+                raise error
+        if errors and len(errors) == workers:
             raise errors[0]
+        # One that could not start has left its group, perhaps after the others had gone.
+        child = self._work(waiting, note, None)
+        if child is not None:
+            child.end()
 
     def _work(self, waiting: Groups, note: Callable[[Outcome], None], child: Child | None) -> Child | None:
         """Run groups until there are none, or the deadline; the child is returned, or ended after an error."""
@@ -164,10 +179,11 @@ class Supervisor:
         return child
 
     def _do(self, child: Child, task: Task) -> Outcome:
-        routes = [route for route in task.routes if route == JUDGE or self.ends.get(route, 0) < MOST_ENDS]
+        routes = [route for route in task.routes if route == JUDGE or len(self.ends.get(route, ())) < MOST_ENDS]
         if not set(routes) - {JUDGE}:
-            told = f"not tried: its process had ended {MOST_ENDS} times"
-            return Outcome(task, None, "", task.routes[0], told)
+            end = self.ends[task.routes[0]][-1]
+            told = f"not tried: its process had {end} {MOST_ENDS} times"
+            return Outcome(task, None, end, task.routes[0], told, tried=False)
         message = {**task.message, **({"routes": routes} if "routes" in task.message else {})}
         answer, end, detail, at = child.ask(message)
         # A task of one route says where in it the child was; one of several says which route ran, if one by itself.

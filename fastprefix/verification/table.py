@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, NamedTuple, get_args
 
-from .cells import Cell
+from .cells import Cell, Direction
 from .identity import Identity
 from .routes import backend_of
 
@@ -52,6 +52,11 @@ class Bucket(NamedTuple):
     T: int
     P: int
 
+    @property
+    def direction(self) -> Direction:
+        """Of the cells that its routes must be right in."""
+        return "backward" if self.mode == "lowest" else self.mode
+
     def __str__(self) -> str:
         sizes = " ".join(f"{name}{value}" for name, value in zip(self._fields[4:], self[4:], strict=True))
         return f"{self.mode} {self.dtype} D{self.D} {self.variant} {sizes}"
@@ -76,11 +81,16 @@ class Bucket(NamedTuple):
 
 @dataclass
 class Table:
-    """Verdicts by cell and route, and median seconds by bucket and route, of one identity."""
+    """Verdicts by cell and route, and median seconds by bucket and route, of one identity.
+
+    ``failures`` are verdicts on routes that were right on small calls, and were not on the larger one of a bucket. They
+    hold for all calls of the bucket's dtype and direction, until the route is timed in that bucket.
+    """
 
     identity: Identity
     verdicts: dict[Cell, dict[str, Verdict]] = field(default_factory=dict)
     times: dict[Bucket, dict[str, float]] = field(default_factory=dict)
+    failures: dict[Bucket, dict[str, Verdict]] = field(default_factory=dict)
 
     def verdict(self, cell: Cell, route: str) -> Verdict | None:
         """What is known of a route on a cell."""
@@ -96,10 +106,24 @@ class Table:
             self.verdicts.setdefault(cell, {}).update(found)
         for bucket, times in other.times.items():
             self.times.setdefault(bucket, {}).update(times)
+            for route in times:
+                self.failures.get(bucket, {}).pop(route, None)
+        for bucket, found in other.failures.items():
+            self.failures.setdefault(bucket, {}).update(found)
+            for route in found:
+                self.times.get(bucket, {}).pop(route, None)
 
-    def has_bad(self) -> bool:
-        """Whether some route was wrong, failed, crashed or hung."""
-        return any(verdict.result in BAD for found in self.verdicts.values() for verdict in found.values())
+    def failure(self, route: str, cell: Cell) -> Verdict | None:
+        """How a route was not right on a larger call of a cell's dtype and direction."""
+        for bucket, found in self.failures.items():
+            if route in found and bucket.dtype == cell.dtype and bucket.direction == cell.direction:
+                return found[route]
+        return None
+
+    def bad(self) -> set[tuple[str, str]]:
+        """Names of the cells and buckets, and the routes that were wrong, failed, crashed or hung there."""
+        places = [*self.verdicts.items(), *self.failures.items()]
+        return {(str(place), route) for place, found in places for route, x in found.items() if x.result in BAD}
 
     def to_json(self) -> str:
         """The table as text, with a checksum of its content."""
@@ -111,6 +135,10 @@ class Table:
                 for cell, found in sorted(self.verdicts.items())
             },
             "times": {str(bucket): dict(sorted(found.items())) for bucket, found in sorted(self.times.items())},
+            "failures": {
+                str(bucket): {route: asdict(verdict) for route, verdict in sorted(found.items())}
+                for bucket, found in sorted(self.failures.items())
+            },
         }
         return json.dumps({**content, "checksum": _checksum(content)}, indent=1) + "\n"
 
@@ -128,7 +156,8 @@ class Table:
                 raise ValueError("another format or checksum")
             verdicts = {Cell.parse(name): _verdicts(found) for name, found in content["verdicts"].items()}
             times = {Bucket.parse(name): _times(found) for name, found in content["times"].items()}
-            return cls(dict(content["identity"]), verdicts, times)
+            failures = {Bucket.parse(name): _verdicts(found) for name, found in content["failures"].items()}
+            return cls(dict(content["identity"]), verdicts, times, failures)
         except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
             raise ValueError(f"no table of verdicts ({type(error).__name__}: {error})") from error
 

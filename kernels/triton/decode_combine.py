@@ -35,7 +35,7 @@ def merge(m_i, l_i, acc, partial_acc, partial_m, partial_l, place, rows, prefix_
     return m_i, l_i, acc
 
 
-@triton.jit(do_not_specialize=["S", "rows", "prefix_splits", "splits"])
+@triton.jit(do_not_specialize=["S", "rows", "prefix_splits", "splits", "H"])
 def _prefix_attn_decode_combine_kernel(
     partial_acc,  # fp32 [splits, B * H * S, D_v]
     partial_m, partial_l,  # fp32 [splits, B * H * S]

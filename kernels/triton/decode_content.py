@@ -8,7 +8,7 @@ from .prefix_attn_fwd import attend_content
 from .primitives import key_range, load_rows, packed_rows, query_start, segment_ids, segment_range
 
 
-@triton.jit(do_not_specialize=["q_start", "S", "T", "rows", "splits", "first_split"])
+@triton.jit(do_not_specialize=["q_start", "S", "T", "rows", "splits", "first_split", "H_kv"])
 def _prefix_attn_decode_content_kernel(
     q,  # Strided [B, H, S, D]
     k, v,  # Strided or descriptor [B, H_kv, T, D]

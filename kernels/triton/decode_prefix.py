@@ -32,7 +32,7 @@ def find_tile(order, tile, B, S, N, G: tl.constexpr, UNIT_IS_TOKEN: tl.constexpr
         return tl.where(mine < N, mine, -1), (tile - before) * BLOCK_M
 
 
-@triton.jit(do_not_specialize=["B", "S", "P", "N", "tiles", "rows", "splits"])
+@triton.jit(do_not_specialize=["B", "S", "P", "N", "tiles", "rows", "splits", "H_kv"])
 def _prefix_attn_decode_prefix_kernel(
     q,  # Strided [B, H, S, D]
     prefix_k, prefix_v,  # Strided or descriptor [N, H_kv, P, D]

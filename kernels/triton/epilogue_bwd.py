@@ -13,7 +13,7 @@ from .prefix_attn_bwd_dprefix import store_partial
 from .primitives import dot, load_keys, load_lse, load_rows, logits, store_rows, through_softcap
 
 
-@triton.jit(do_not_specialize=["B", "S", "P", "tiles"])
+@triton.jit(do_not_specialize=["B", "S", "P", "tiles", "H_kv"])
 def _prefix_attn_epilogue_bwd_kernel(
     q,  # Strided [B, H, S, D]
     prefix_k, prefix_v,  # Strided [1, H_kv, P, D], P <= BLOCK_P

@@ -21,7 +21,7 @@ from .primitives import (
 )
 
 
-@triton.jit(do_not_specialize=["B", "S", "P"])
+@triton.jit(do_not_specialize=["B", "S", "P", "H_kv"])
 def _prefix_attn_epilogue_fwd_kernel(
     q,  # Strided [B, H, S, D]
     prefix_k, prefix_v,  # Strided [N, H_kv, P, D]

@@ -6,7 +6,7 @@ import triton.language as tl
 from .primitives import load_rows, packed_rows
 
 
-@triton.jit(do_not_specialize=["S"])
+@triton.jit(do_not_specialize=["S", "H_kv"])
 def _prefix_attn_bwd_delta_kernel(
     do, o,  # Strided [B, H, S, D_v]
     delta,  # fp32 [B, H, S]

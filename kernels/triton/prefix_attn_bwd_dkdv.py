@@ -52,7 +52,7 @@ def add_dkdv(dk, dv, q, k, v, do, delta, raw, x, lse, scale, softcap, NEED_K: tl
     return dk, dv
 
 
-@triton.jit(do_not_specialize=["q_start", "S", "T"])
+@triton.jit(do_not_specialize=["q_start", "S", "T", "H_kv"])
 def _prefix_attn_bwd_dkdv_kernel(
     q, do,  # Strided [B, H, S, D], or descriptors of [B, S, H, D]
     k, v,  # Strided [B, H_kv, T, D]

@@ -49,7 +49,7 @@ def store_partial(out, acc, slot, first, length, P, D: tl.constexpr, BLOCK_P: tl
     tl.store(out + where, value.to(out.dtype.element_ty), mask=(p < P)[:, None] & (d < D)[None, :])
 
 
-@triton.jit(do_not_specialize=["B", "S", "P", "splits"])
+@triton.jit(do_not_specialize=["B", "S", "P", "splits", "H_kv"])
 def _prefix_attn_bwd_dprefix_kernel(
     q, do,  # Strided [B, H, S, D], [B, H, S, D_v]
     o,  # Strided [B, H, S, D_v] where delta is None

@@ -54,7 +54,7 @@ def add_prefix_dq(dq, q, do, lse, delta, prefix_k, prefix_v, n, h_kv, length, id
     return dq
 
 
-@triton.jit(do_not_specialize=["q_start", "S", "T", "P"])
+@triton.jit(do_not_specialize=["q_start", "S", "T", "P", "H_kv"])
 def _prefix_attn_bwd_dq_kernel(
     q, do,  # Strided [B, H, S, D], [B, H, S, D_v]
     k, v,  # Strided or descriptor [B, H_kv, T, D]

@@ -71,7 +71,7 @@ def attend_content(m_i, l_i, acc, q, k, v, b, h_kv, h, s, row, pos, low, full, h
     return m_i, l_i, acc
 
 
-@triton.jit(do_not_specialize=["q_start", "S", "T", "P"])
+@triton.jit(do_not_specialize=["q_start", "S", "T", "P", "H_kv"])
 def _prefix_attn_fwd_kernel(
     q,  # Strided [B, H, S, D]
     k, v,  # Strided or descriptor [B, H_kv, T, D]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -131,6 +132,20 @@ def _wrong_when_large(found: tuple[Any, ...]) -> tuple[Any, ...]:
     return FAULTS["sign"](found) if large else found
 
 
+def _raises_when_large(found: tuple[Any, ...]) -> tuple[Any, ...]:
+    if any(x is not None and x.dim() == 4 and x.shape[2] >= 32 for x in found):
+        raise RuntimeError("out of resource: shared memory")
+    return found
+
+
+def _no_memory(found: Any) -> Any:
+    raise RuntimeError("Triton Error [CUDA]: out of memory")
+
+
+def _killed(found: Any) -> Any:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 def _talk(found: Any) -> Any:
     print("a library prints this")
     print("and this", file=sys.stderr)
@@ -151,4 +166,7 @@ FAULTS: dict[str, Callable[[tuple[Any, ...]], tuple[Any, ...]]] = {
     "talk": _talk,
     "dies late": _dies_late,
     "wrong when large": _wrong_when_large,
+    "raises when large": _raises_when_large,
+    "no memory": _no_memory,
+    "killed": _killed,
 }

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import functools
+import io
+import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,7 @@ from fastprefix import explain, prefix_attention
 from fastprefix.machine import device
 from fastprefix.verification import first_use, run, store
 from fastprefix.verification.cells import Cell, cell_of, signature
+from fastprefix.verification.child import Child
 from fastprefix.verification.identity import identity
 from fastprefix.verification.table import Table, Verdict
 from tests.support.operator_calls import arguments, make_call
@@ -99,6 +103,10 @@ class TestCallsOnAGpu:
         monkeypatch.setattr(Path, "home", home)
         monkeypatch.setattr(sys, "stderr", None)
         prefix_attention(**make_call(S=32).leaves)
+        closed = io.StringIO()
+        closed.close()
+        monkeypatch.setattr(sys, "stderr", closed)
+        store.say("nobody reads this")
         assert len(examined) == 1 and backend_of(arguments(make_call(S=32))) == "aten:folded"
 
     def test_a_longer_cache_is_another_decision(self) -> None:
@@ -181,6 +189,47 @@ class TestCallsOnAGpu:
         torch.testing.assert_close(got, prefix_attention(**call.leaves, backend="reference"))
         assert backend_of(arguments(call)) in ("aten:concatenated", "aten:packed")
         assert store.path(CPU).name.startswith("nvidia-stand-in-") and store.path(CPU).exists()
+
+
+@pytest.mark.slow
+def test_a_child_takes_no_module_from_the_current_folder(tmp_path: Path) -> None:
+    """Which is not on the path of a program that lies elsewhere."""
+    for name in ("statistics", "json", "torch"):
+        (tmp_path / f"{name}.py").write_text("raise RuntimeError('taken from the current folder')")
+    program = tmp_path / "program" / "main.py"
+    program.parent.mkdir()
+    program.write_text(
+        "import torch\n"
+        "from fastprefix.verification import run\n"
+        "from fastprefix.verification.cells import ANY, Cell\n"
+        "cell = Cell('decode', 'fp32', 16, 16, 2, ANY, ('causal',))\n"
+        "found, _ = run.examine(torch.device('cpu'), {cell: ['aten:folded']}, [], 600.0)\n"
+        "print(found.verdicts[cell]['aten:folded'].result)\n"
+    )
+    root = str(Path(__file__).parent.parent.parent)
+    done = subprocess.run(
+        [sys.executable, str(program)],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": root},
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout == "right\n", done.stderr
+
+
+@pytest.mark.slow
+def test_a_child_that_does_not_die_holds_nobody_up() -> None:
+    """Another process keeps its output open, as a process that a driver holds would."""
+    code = (
+        "import subprocess, sys, time\n"
+        "subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(30)'], start_new_session=True)\n"
+        "print('{\"ready\": true}', flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    child = Child([sys.executable, "-c", code], dict(os.environ), patience=0.5)
+    start = time.monotonic()
+    assert child.ask({})[1] == "hung"
+    assert time.monotonic() - start < 20 and not child.alive
 
 
 TWO = """

@@ -27,6 +27,38 @@ def test_a_decision_stands_while_more_becomes_known() -> None:
     assert ranking.order(args, "forward") == (lookup.REFERENCE,)
 
 
+def test_a_failure_on_a_larger_call_outlasts_checks_of_small_ones() -> None:
+    failed = replace(RIGHT, result="failed")
+    found = Table(
+        identity(CPU), {CELL: {"aten:folded": RIGHT}}, {BUCKET: {"aten:packed": 1.0}}, {BUCKET: {"aten:folded": failed}}
+    )
+    assert Table.from_json(found.to_json()) == found
+    found.update(table())  # the small calls are right again; of the bucket nothing is said but by table's own times
+    assert lookup.verdict(found, CELL, "aten:folded") == RIGHT
+    found.update(Table(identity(CPU), failures={BUCKET: {"aten:folded": failed}}))
+    assert "aten:folded" not in found.times[BUCKET]
+    found.update(Table(identity(CPU), {CELL: {"aten:folded": RIGHT}}))
+    for other in (CELL, CELL._replace(features=("causal", "window")), CELL._replace(D=64)):
+        assert lookup.verdict(found, other, "aten:folded") == failed
+    assert lookup.verdict(found, CELL._replace(direction="backward"), "aten:folded") is None
+    assert lookup.verdict(found, CELL._replace(dtype="bf16"), "aten:folded") is None
+
+
+def test_one_that_was_not_timed_where_others_were_is_not_taken() -> None:
+    found = table(packed=RIGHT)
+    store.add(CPU, found)
+    order = lookup.order(arguments(make_call(S=32, P=8)), "forward")
+    assert [chosen.route for chosen in order] == ["folded", None]
+
+
+def test_what_is_read_again_does_not_undo_decisions() -> None:
+    args = arguments(make_call(S=32, P=8))
+    store.add(CPU, table("wrong", packed=RIGHT))
+    before = ranking.order(args, "forward")
+    store.reload(CPU)
+    assert store.decisions and ranking.known(args, "forward") == before
+
+
 class TestLookup:
     """What a table says of calls whose own kind it does not have."""
 
@@ -66,7 +98,7 @@ class TestLookup:
 
     def test_other_groups_and_directions_are_other_kernels(self) -> None:
         found = Table(identity(CPU), {CELL: {"aten:folded": RIGHT}})
-        changes = ({"G": 1}, {"features": ()}, {"direction": "backward"}, {"D": 64})
+        changes = ({"G": 1}, {"P": 16}, {"features": ()}, {"direction": "backward"}, {"D": 64})
         for other in (CELL._replace(**change) for change in changes):  # type: ignore[arg-type]
             assert lookup.verdict(found, other, "aten:folded") is None
 

@@ -52,6 +52,15 @@ class TestModels:
         store.path(CPU).unlink()  # type: ignore[union-attr]
         assert "not proved on" in explain(model) and len(examined) == 1
 
+    def test_explain_of_a_bare_model_verifies_nothing(self, gpu: str, examined: list[list[Cell]]) -> None:
+        with pytest.raises(ValueError, match="without a prefix"):
+            explain(ROWS["llama_gqa"].build())
+        assert not examined
+
+    def test_attach_decides_nothing_for_later_calls(self, examined: list[list[Cell]]) -> None:
+        fastprefix.attach(ROWS["llama_gqa"].build(), PrefixConfig(4))
+        assert not store.decisions
+
     def test_patch(self, examined: list[list[Cell]]) -> None:
         peft = pytest.importorskip("peft")
         config = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)

@@ -17,13 +17,13 @@ import torch
 from fastprefix import dispatch, prefix_attention
 from fastprefix.machine import files
 from fastprefix.verification import lookup, store
-from fastprefix.verification.cells import Cell
+from fastprefix.verification.cells import ANY, Cell
 from fastprefix.verification.identity import identity
 from fastprefix.verification.table import Bucket, Table, Verdict
 from tests.support.operator_calls import arguments, make_call
 from tests.verification.conftest import CPU
 
-CELL = Cell("forward", "fp32", 16, 16, 3, ("causal",))
+CELL = Cell("forward", "fp32", 16, 16, 3, ANY, ("causal",))
 BUCKET = Bucket("forward", "fp32", 16, "plain", 2, 6, 2, 32, 32, 8)
 RIGHT = Verdict("right", 0.5, "o: error 1.00e-07, eager's 1.00e-07", "2026-11-27")
 

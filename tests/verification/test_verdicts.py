@@ -10,7 +10,7 @@ import torch
 from fastprefix import dispatch, explain, prefix_attention
 from fastprefix.types import AttentionArgs
 from fastprefix.verification import lookup, run, store
-from fastprefix.verification.cells import Cell
+from fastprefix.verification.cells import ANY, Cell
 from fastprefix.verification.routes import routes
 from fastprefix.verification.table import Bucket, Table
 from tests.support.operator_calls import arguments, make_call
@@ -19,7 +19,7 @@ from tests.verification.conftest import CPU
 pytestmark = pytest.mark.slow
 
 Faults = Callable[[dict[str, str]], None]
-CELLS = [Cell(direction, "fp32", 16, 16, 3, ("causal",)) for direction in ("forward", "backward", "decode")]
+CELLS = [Cell(direction, "fp32", 16, 16, 3, ANY, ("causal",)) for direction in ("forward", "backward", "decode")]
 TIMED = [Bucket(mode, "fp32", 16, "plain", 2, 6, 2, 32, 32, 8) for mode in ("forward", "backward", "lowest")]
 
 
@@ -106,9 +106,9 @@ def test_a_fault_is_a_verdict(found: dict[str, tuple[str, str, str]], faults: Fa
 
 def test_a_route_that_hangs(faults: Faults) -> None:
     faults({"aten:packed": "hang"})
-    found = examined(CELLS[:1])
-    assert results(found, "aten:packed") == {"forward": "hung"}
-    assert results(found, "aten:folded") == {"forward": "right"}
+    found, _ = run.examine(CPU, {cell: ["aten:packed", "aten:folded"] for cell in CELLS}, [], 600.0)
+    assert set(results(found, "aten:packed").values()) == {"hung"}  # the last was not tried, after two
+    assert set(results(found, "aten:folded").values()) == {"right"}
     assert_caller_lives()
 
 
@@ -143,7 +143,7 @@ def test_one_that_fails_while_it_is_timed(faults: Faults, monkeypatch: pytest.Mo
     monkeypatch.setattr(run.Supervisor, "run", ill_when_timed)
     found = examined(CELLS[:1], TIMED[:1])
     assert healthy is not run.Supervisor.command
-    verdict = found.verdicts[CELLS[0]]["aten:folded"]
+    verdict = found.failures[TIMED[0]]["aten:folded"]
     assert verdict.result == "crashed" and verdict.detail.startswith("while timed on forward fp32 D16")
     assert chosen() in ("aten:concatenated", "aten:packed", "aten:None")
 
@@ -156,12 +156,27 @@ def test_an_end_between_the_rounds_of_a_timing_is_nobodys(faults: Faults) -> Non
     assert_caller_lives()
 
 
-def test_one_that_is_wrong_on_larger_calls(faults: Faults) -> None:
-    faults({"aten:folded": "wrong when large"})
+@pytest.mark.parametrize(
+    ("fault", "result"), [("wrong when large", "wrong"), ("raises when large", "failed: RuntimeError: out of resource")]
+)
+def test_one_that_is_not_right_on_larger_calls(fault: str, result: str, faults: Faults) -> None:
+    faults({"aten:folded": fault})
     found = examined(CELLS[:1], TIMED[:1])
-    verdict = found.verdicts[CELLS[0]]["aten:folded"]
+    verdict = found.failures[TIMED[0]]["aten:folded"]
     assert verdict.result == "wrong" and verdict.detail.startswith("while timed on forward fp32 D16 plain B2 H6 H_kv2")
+    assert result == "wrong" or "out of resource: shared memory" in verdict.detail
     assert chosen() in ("aten:concatenated", "aten:packed")
+    assert_caller_lives()
+    assert "folded, wrong on" in explain(**make_call(S=32, P=8).leaves)
+
+
+@pytest.mark.parametrize("fault", ["no memory", "killed"])
+def test_no_memory_and_a_kill_are_no_verdict(fault: str, faults: Faults) -> None:
+    faults({"aten:folded": fault})
+    pairs = {CELLS[0]: ["aten:folded", "aten:packed"]}
+    found, _ = run.examine(CPU, pairs, [], 600.0)
+    assert found.verdicts[CELLS[0]].keys() == {"aten:packed"}
+    assert not found.bad()
 
 
 def test_what_was_found_before_no_child_starts_any_more(faults: Faults, monkeypatch: pytest.MonkeyPatch) -> None:

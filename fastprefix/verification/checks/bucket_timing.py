@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ... import reference
 from ...machine import device
-from ...machine.device_errors import describe_error, recover
+from ...machine.device_errors import describe_error, is_out_of_memory, recover
 from ...machine.timing import interleaved
 from ...types import AttentionArgs, Needs, lse_dtype
 from ..routes import Candidate, candidate
@@ -63,6 +63,8 @@ def time_routes(
             once[route], ready[route] = time.perf_counter() - start, run
         except Exception as error:
             recover(place, route, describe_error(error))
+            if not is_out_of_memory(error):
+                wrong[route] = describe_error(error)
     if not ready:
         return {}, wrong
     best = min(once.values())
@@ -80,7 +82,9 @@ def _reference(
     try:
         state = reference.fwd(args)
         return state, state if bucket.mode in ("forward", "decode") else reference.bwd(args, *state, do, _needs(bucket))
-    except torch.OutOfMemoryError:
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
         device.empty_cache(args.q.device)
         return (
             torch.zeros_like(do),

@@ -9,14 +9,17 @@ import torch
 from torch import Tensor
 
 from ...types import AttentionArgs
-from ..cells import DTYPES, Cell
+from ..cells import ANY, DTYPES, LARGEST_TILE, Cell
 
 DTYPE = {name: dtype for dtype, name in DTYPES.items()}
 PREFIXES = 3  # in a bank
 
 
 class Shape(NamedTuple):
-    """Sizes of one call; each key/value head has as many query heads as the cell says."""
+    """Sizes of one call; each key/value head has as many query heads as the cell says.
+
+    ``P`` is taken where the cell's prefixes may be of any length; else one that fills the cell's tile.
+    """
 
     B: int
     H_kv: int
@@ -25,8 +28,9 @@ class Shape(NamedTuple):
     P: int
 
 
-# In turn content in [B, S, H, D] storage, in [B, H, S, D] storage with a longer cache, and as slices of one projection.
-# The prefixes fill a tile of 16, of 128 and more, of 64 and of 32 tokens; one is empty.
+# In turn content in [B, S, H, D] storage, in [B, H, S, D] storage with a longer cache, and as slices of one projection;
+# of one, rows begin at no multiple of 16 bytes, as a copy engine wants them.
+UNALIGNED = 3
 ROWS = (
     Shape(3, 2, 67, 67, 7),
     Shape(2, 1, 33, 141, 130),
@@ -34,23 +38,43 @@ ROWS = (
     Shape(2, 1, 21, 26, 20),
     Shape(1, 1, 35, 35, 0),
 )
-STEPS = (Shape(5, 2, 1, 33, 129), Shape(1, 1, 1, 260, 16), Shape(2, 2, 4, 50, 7), Shape(33, 1, 1, 20, 40))
+# Rows of a group, of one sample and of all together, fill tiles of 16 to 128; keys are few, and enough for many splits.
+STEPS = (
+    Shape(5, 2, 1, 33, 129),
+    Shape(1, 1, 1, 900, 16),
+    Shape(2, 2, 4, 50, 7),
+    Shape(3, 1, 1, 20, 20),
+    Shape(4, 2, 1, 24, 20),
+    Shape(16, 1, 1, 20, 40),
+    Shape(70, 1, 1, 9, 30),
+    Shape(3, 2, 8, 40, 17),
+    Shape(2, 1, 1, 9, 0),
+    Shape(2, 1, 16, 40, 66),
+    Shape(20, 8, 4, 16, 9),
+    Shape(10, 1, 4, 16, 300),
+)
 # What an interpreter, at some 12 ms a program, has time for.
 FEW_ROWS = (Shape(2, 1, 19, 19, 5), Shape(1, 2, 5, 21, 17))
 FEW_STEPS = (Shape(2, 1, 1, 19, 17), Shape(1, 1, 3, 9, 0))
 # A gated prefix is a call without content, and the content one without a prefix.
 NO_CONTENT = Shape(2, 1, 19, 0, 9)
 BANKS = {"bank", "bank-by-token"}
+# Lengths that fill a tile: in part, whole, and of the largest more than one.
+LENGTHS = {0: (0,), 16: (7, 16, 1), 32: (20, 32), 64: (40, 64), LARGEST_TILE: (130, 100, 700)}
 
 
 def calls(cell: Cell, place: torch.device, few: bool = False) -> Iterator[tuple[str, AttentionArgs, Tensor]]:
     """Label, arguments and the gradient of the output, of each call of a cell; equal for equal cells."""
     has = set(cell.features)
     shapes = (FEW_STEPS if few else STEPS) if cell.direction == "decode" else (FEW_ROWS if few else ROWS)
-    if not has - {"prefix-dtype", "softcap", "scale"}:
+    if not has - {"prefix-dtype", "softcap", "scale", "bank", "bank-by-token", "ragged", "packed"}:
         shapes = (*shapes, NO_CONTENT._replace(S=2) if cell.direction == "decode" else NO_CONTENT)
     for layout, shape in enumerate(shapes):
-        x = shape._replace(P=max(shape.P, 3)) if has & BANKS else shape
+        x = shape
+        if cell.P != ANY:
+            x = x._replace(P=LENGTHS[cell.P][layout % len(LENGTHS[cell.P])])
+        if has & BANKS and cell.P != 0:
+            x = x._replace(P=max(x.P, 3))
         label = f"B{x.B} H{x.H_kv * cell.G}/{x.H_kv} S{x.S} T{x.T} P{x.P}"
         yield label, *_call(cell, x, layout, place)
 
@@ -85,8 +109,11 @@ def _content(cell: Cell, x: Shape, layout: int, normal: Any) -> tuple[Tensor, Te
     """q ``[B, H, S, D]``, k and v ``[B, H_kv, T, D]``, in one of the layouts of ROWS."""
     heads = x.H_kv * cell.G
     widths = ((heads, x.S, cell.D), (x.H_kv, x.T, cell.D), (x.H_kv, x.T, cell.D_v))
-    if layout % 3 == 0:
+    if layout % 3 == 0 and layout != UNALIGNED:
         q, k, v = (normal(x.B, length, n, dim).transpose(1, 2) for n, length, dim in widths)
+        return q, k, v
+    if layout == UNALIGNED:
+        q, k, v = (normal(x.B, length, n, dim + 1).transpose(1, 2)[..., 1:] for n, length, dim in widths)
         return q, k, v
     if layout % 3 == 1 or x.S != x.T:
         q = normal(x.B, heads, x.S, cell.D)
@@ -122,12 +149,13 @@ def _options(cell: Cell, x: Shape, layout: int, normal: Any, generator: torch.Ge
     if "softcap" in has:
         found["softcap"] = 2.0
     if "sinks" in has:
-        found["sinks"] = normal(heads)
+        found["sinks"] = normal(heads, dtype=torch.float32 if "sinks-dtype" in has else DTYPE[cell.dtype])
     if "bias" in has:
         bias = normal(heads, x.S, x.T) if layout % 2 else normal(x.B, 1, 1, x.T)
         hidden = torch.rand(bias.shape[-2:], generator=generator) < 1 / 16
         lowest = float("-inf") if bias.dtype == torch.float16 else torch.finfo(bias.dtype).min
-        found["bias"] = bias.masked_fill(hidden.to(bias.device), lowest)
+        bias = bias.masked_fill(hidden.to(bias.device), lowest)
+        found["bias"] = bias.float() if "bias-dtype" in has else bias
     if "bool-bias" in has:
         found["bias"] = torch.rand(x.B, 1, x.S, x.T, generator=generator) > 0.3
     if "bank" in has or "bank-by-token" in has:

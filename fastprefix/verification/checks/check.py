@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ... import reference
-from ...machine.device_errors import describe_error, recover
+from ...machine.device_errors import describe_error, is_out_of_memory, recover
 from ...types import AttentionArgs, Needs
 from ..cells import Cell
 from ..routes import Candidate, candidate
@@ -19,12 +19,14 @@ from ..table import Verdict
 from .calls import calls
 from .error_rule import ALL, INPUTS, TINY, Results, eager, truth, worst_error
 
-# All; the prefix's alone, as in the lowest layer; what passes through a frozen prefix; a trained query projection.
+# All; the prefix's alone, as in the lowest layer; what passes through a frozen prefix; projections of q, or of q and v,
+# that are trained in the lowest layer.
 NEEDS = (
     ALL,
     Needs(False, False, False, True, True),
     Needs(True, True, True, False, False),
     Needs(True, False, False, True, True),
+    Needs(True, False, True, True, True),
 )
 # Cells without one of the rarer arguments, which are checked with all of NEEDS; the others with the first two.
 USUAL = {"causal", "padding", "prefix-dtype"}
@@ -63,9 +65,9 @@ def check(route: str, cell: Cell, place: torch.device, few: bool, beat: Callable
                 continue
             taken += 1
             share, about = _judge(chosen, cell, case, beat)
-        except torch.OutOfMemoryError:
-            raise
         except Exception as error:
+            if is_out_of_memory(error):
+                raise
             told = describe_error(error)
             recover(place, route, told)
             return Verdict("failed", None, f"{told} ({case.label})")

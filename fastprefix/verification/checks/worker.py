@@ -18,7 +18,7 @@ from typing import Any, TextIO
 import torch
 
 from ...machine import device as machine
-from ...machine.device_errors import DeviceLostError, describe_error
+from ...machine.device_errors import DeviceLostError, describe_error, is_out_of_memory
 from ..cells import Cell
 from ..table import Bucket
 from .bucket_timing import time_routes
@@ -46,7 +46,9 @@ def main(device: str, threads: str, few: str) -> None:
             _send(out, {"lost": lost.reason})
             out.flush()
             os._exit(1)
-        except torch.OutOfMemoryError as error:
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
             _send(out, {"skipped": describe_error(error)})
 
 
