@@ -47,7 +47,7 @@ def cells(device_type: str) -> list[Cell]:
     dtypes = ("fp32", "bf16", "fp16", "fp64") if cpu else ("bf16", "fp16", "fp32")
     # The first tile with everything, then another with what is plain; a model's own is verified when it comes.
     first, *others = (ANY,) if cpu else (16, LARGEST_TILE)
-    found = [*_cells(dtypes[:2], COMMON, GROUPED, first, PLAIN), *_cells(dtypes[:2], COMMON, 1, first, PLAIN)]
+    found = [*_cells(dtypes[:2], COMMON, GROUPED, first, PLAIN), *_cells(dtypes[:1], COMMON, 1, first, PLAIN)]
     for tile in others:
         found += _cells(dtypes[:1], COMMON, GROUPED, tile, PLAIN)
     found += [
@@ -55,7 +55,7 @@ def cells(device_type: str) -> list[Cell]:
         *_cells(dtypes[1:2], COMMON[:1], GROUPED, first, ALONE),
     ]
     found += _cells(dtypes[:2], OTHER, GROUPED, first, PLAIN[:1])
-    return list(dict.fromkeys([*found, *_cells(dtypes[2:], COMMON, GROUPED, first, PLAIN[:2])]))
+    return list(dict.fromkeys([*found, *_cells(dtypes[2:], COMMON[:1], GROUPED, first, PLAIN[:2])]))
 
 
 def _cells(
