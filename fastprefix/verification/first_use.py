@@ -15,7 +15,7 @@ from . import plan, store
 from .cells import Cell, direction_of
 from .lookup import verdict
 from .routes import candidate, routes
-from .run import examine
+from .run import examine, is_timed
 from .store import Policy
 from .table import Bucket
 
@@ -139,7 +139,7 @@ def _verify(place: torch.device, cells: Iterable[Cell], buckets: Sequence[Bucket
             table = store.table(place)
             name = table.identity["device"]
             store.say(f"fastprefix: checking which backends are right and fast on {name} for {what}, once ...")
-            found, _ = examine(place, missing, [x for x in buckets if x not in table.times], BUDGET)
+            found, _ = examine(place, missing, [x for x in buckets if not is_timed(table, x, place)], BUDGET)
             _tried.update((place, cell) for cell in missing)
             store.say(f" {time.monotonic() - start:.1f} s\n")
             store.add(place, found)

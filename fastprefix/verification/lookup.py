@@ -40,16 +40,15 @@ def order(args: AttentionArgs, mode: str) -> tuple[Candidate, ...]:
         unknown = any(proof.verdict is None and backend_of(proof.route) == "aten" for proof in proofs)
         trusted = kind in TRUSTED and unknown and not _is_suspect(table, cell_of(args, "forward").dtype)
         return (VENDOR, REFERENCE) if trusted else (REFERENCE,)
-    times = nearest(table, args, mode)
-    own = times.get("reference", math.inf)
+    own = nearest(table, args, mode).get("reference", math.inf)
     timed = sorted((proof.seconds, proof.route) for proof in right if proof.seconds is not None)
     fast = [candidate(route) for seconds, route in timed if seconds < own]
-    # Where others were timed and a route that is right was not, it did not do there. Interpreted kernels are for tests:
-    # where nothing says how slow they are, they are not taken.
+    # Those of which no time is known come after those of which one is. Interpreted kernels are for tests: where nothing
+    # says how slow they are, they are not taken.
     guessed = [
         candidate(proof.route)
         for proof in right
-        if not times and not (kind == "cpu" and backend_of(proof.route) == "triton")
+        if proof.seconds is None and not (kind == "cpu" and backend_of(proof.route) == "triton")
     ]
     guessed.sort(key=lambda chosen: chosen.route != chosen.module.guess(args))
     return (*fast, *guessed, REFERENCE)

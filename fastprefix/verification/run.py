@@ -211,6 +211,12 @@ def _time(known: Table, bucket: Bucket, place: torch.device, few: bool) -> Task 
     return Task({"time": str(bucket), "routes": names}, tuple(names))
 
 
+def is_timed(known: Table, bucket: Bucket, place: torch.device) -> bool:
+    """Whether every route that may be timed in a bucket was, or failed there."""
+    names = [x for x in routes(place.type, bucket.direction) if _may_be_timed(known, x, bucket.dtype, bucket.direction)]
+    return {*known.times.get(bucket, {}), *known.failures.get(bucket, {})} >= {*names, "reference"}
+
+
 def _may_be_timed(known: Table, route: str, dtype: str, direction: str) -> bool:
     results = {
         verdicts[route].result

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 
-from fastprefix.verification import lookup, ranking, store
+from fastprefix.verification import lookup, ranking, run, store
 from fastprefix.verification.cells import Cell, cell_of
 from fastprefix.verification.identity import identity
 from fastprefix.verification.table import Bucket, Table, Verdict
@@ -44,11 +44,14 @@ def test_a_failure_on_a_larger_call_outlasts_checks_of_small_ones() -> None:
     assert lookup.verdict(found, CELL._replace(dtype="bf16"), "aten:folded") is None
 
 
-def test_one_that_was_not_timed_where_others_were_is_not_taken() -> None:
+def test_one_that_was_not_timed_comes_after_those_that_were() -> None:
     found = table(packed=RIGHT)
     store.add(CPU, found)
     order = lookup.order(arguments(make_call(S=32, P=8)), "forward")
-    assert [chosen.route for chosen in order] == ["folded", None]
+    assert [chosen.route for chosen in order] == ["folded", "packed", None]
+    assert not run.is_timed(found, BUCKET, CPU)
+    found.times[BUCKET].update({"aten:packed": 1.0, "reference": 1.0})
+    assert run.is_timed(found, BUCKET, CPU)
 
 
 def test_what_is_read_again_does_not_undo_decisions() -> None:
