@@ -7,6 +7,7 @@ q, k and v lie in [B, S, H, D] storage, as models hold them; ``lse`` and the gra
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -62,8 +63,16 @@ def _fwd(*values: Any) -> tuple[Tensor, Tensor]:
 
 def _chosen_fwd(args: AttentionArgs, backend: str) -> tuple[Tensor, Tensor]:
     backend_module, route = dispatch.choose(args, backend)
-    o, lse = backend_module.fwd(args, route)
-    return to_bshd(o), lse.contiguous()
+    with _without_autocast(args):
+        o, lse = backend_module.fwd(args, route)
+        return to_bshd(o), lse.contiguous()
+
+
+def _without_autocast(args: AttentionArgs) -> AbstractContextManager[object]:
+    """Autocast has been applied to the inputs; inside, it would turn a backend's fp32 products into bf16 ones."""
+    if torch._C._is_any_autocast_enabled():
+        return torch.autocast(args.q.device.type, enabled=False)
+    return nullcontext()
 
 
 def needs_no_operator(args: AttentionArgs) -> bool:
@@ -71,13 +80,16 @@ def needs_no_operator(args: AttentionArgs) -> bool:
 
     An operator written in Python costs 10 us a call, a tenth of a step of decoding.
     """
-    tensors = (args.q, args.k, args.v, args.prefix_k, args.prefix_v, args.sinks, args.bias)
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
+    trained = (args.q, args.k, args.v, args.prefix_k, args.prefix_v, args.sinks, args.bias)
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in trained):
+        return False
+    if args.q.device.type == "meta":  # only the operator's fake knows how to run there
         return False
     watched = torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack() or fwad._current_level >= 0
     if watched or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active():
         return False
-    return all(x is None or type(x) in (Tensor, Parameter) for x in tensors)
+    others = (args.key_padding_mask, args.segment_ids, args.q_start, args.prefix_ids, args.prefix_lens)
+    return all(x is None or type(x) in (Tensor, Parameter, int) for x in (*trained, *others))
 
 
 def forward(args: AttentionArgs, backend: str) -> tuple[Tensor, Tensor]:
@@ -94,7 +106,8 @@ def _bwd(*values: Any) -> list[Tensor]:
     if any(needs):
         asked = Needs(*needs)
         backend_module, route = dispatch.choose(args, backend, "backward" if asked.content else "lowest")
-        grads: Grads = backend_module.bwd(args, o, lse, do, asked, route)
+        with _without_autocast(args):
+            grads: Grads = backend_module.bwd(args, o, lse, do, asked, route)
         found = [grad for grad, need in zip(grads, needs, strict=True) if need and grad is not None]
     content = sum(needs[:3])  # q, k and v come first
     found = [to_bshd(grad) if i < content else grad.contiguous() for i, grad in enumerate(found)]

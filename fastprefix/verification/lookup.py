@@ -36,10 +36,9 @@ def order(args: AttentionArgs, mode: str) -> tuple[Candidate, ...]:
     table, kind = store.table(args.q.device), device.kind(args.q.device)
     proofs = prove(args, mode)
     right = [proof for proof in proofs if proof.verdict is not None and proof.verdict.result == "right"]
-    if not right:
-        unknown = any(proof.verdict is None and backend_of(proof.route) == "aten" for proof in proofs)
-        trusted = kind in TRUSTED and unknown and not _is_suspect(table, cell_of(args, "forward").dtype)
-        return (VENDOR, REFERENCE) if trusted else (REFERENCE,)
+    unknown = any(proof.verdict is None and backend_of(proof.route) == "aten" for proof in proofs)
+    trusted = kind in TRUSTED and unknown and not _is_suspect(table, cell_of(args, "forward").dtype)
+    last = (VENDOR, REFERENCE) if trusted else (REFERENCE,)
     own = nearest(table, args, mode).get("reference", math.inf)
     timed = sorted((proof.seconds, proof.route) for proof in right if proof.seconds is not None)
     fast = [candidate(route) for seconds, route in timed if seconds < own]
@@ -51,7 +50,7 @@ def order(args: AttentionArgs, mode: str) -> tuple[Candidate, ...]:
         if proof.seconds is None and not (kind == "cpu" and backend_of(proof.route) == "triton")
     ]
     guessed.sort(key=lambda chosen: chosen.route != chosen.module.guess(args))
-    return (*fast, *guessed, REFERENCE)
+    return (*fast, *guessed, *last)
 
 
 def _is_suspect(table: Table, dtype: str) -> bool:

@@ -6,7 +6,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -18,6 +18,7 @@ from ..machine import device as machine
 from ..machine import processor
 from . import plan, report, store
 from .cells import Cell
+from .child import ChildError
 from .identity import identity
 from .routes import backend_of, routes
 from .supervisor import Outcome, Supervisor, Task
@@ -103,7 +104,10 @@ def verify(
     start = time.monotonic()
     with store.alone(chosen, patience=2 * seconds):
         pairs = {cell: routes(chosen.type, cell.direction) for cell in plan.cells(chosen.type)}
-        found, left = examine(chosen, pairs, plan.buckets(chosen.type), seconds, progress)
+        # What failed on a larger call is tried there again: nothing else would take that back.
+        failed = [bucket for bucket, found in store.table(chosen).failures.items() if found]
+        buckets = list(dict.fromkeys([*failed, *plan.buckets(chosen.type)]))
+        found, left = examine(chosen, pairs, buckets, seconds, progress)
         file = store.add(chosen, found, file, decide_again=True)
     return Report(found, file, time.monotonic() - start, left)
 
@@ -156,7 +160,8 @@ def examine(
             _note_times(found, outcome)
             progress(f"{measured} of {len(timed)} timings, {time.monotonic() - start:.0f} s")
 
-        watch.run(timed, 1, note_times)
+        with suppress(ChildError):  # what was checked before counts
+            watch.run(timed, 1, note_times)
     return found, total - done + len(timed) - measured
 
 

@@ -181,7 +181,8 @@ class Supervisor:
     def _do(self, child: Child, task: Task) -> Outcome:
         routes = [route for route in task.routes if route == JUDGE or len(self.ends.get(route, ())) < MOST_ENDS]
         if not set(routes) - {JUDGE}:
-            end = self.ends[task.routes[0]][-1]
+            own = self.ends[task.routes[0]]
+            end = "killed" if "killed" in own else own[-1]  # then it says nothing of the route
             told = f"not tried: its process had {end} {MOST_ENDS} times"
             return Outcome(task, None, end, task.routes[0], told, tried=False)
         message = {**task.message, **({"routes": routes} if "routes" in task.message else {})}

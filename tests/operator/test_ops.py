@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastprefix import ops, prefix_attention
 from fastprefix.backends import aten_ops
@@ -212,3 +213,67 @@ def test_saved_bytes_do_not_grow_with_padding(backend: str) -> None:
             exclude=[call.leaves["prefix_k"], call.leaves["prefix_v"]],
         )
     assert saved["unequal"] == saved["equal"] == saved["none"] > 0
+
+
+class TestWithoutTheOperator:
+    """Without gradients the backend is called at once, unless the operator would be seen."""
+
+    def seen(self, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+        calls: list[str] = []
+        forward = ops.forward
+
+        def noted(*args: Any) -> Any:
+            calls.append("direct")
+            return forward(*args)
+
+        monkeypatch.setattr(ops, "forward", noted)
+        return calls
+
+    def test_a_plain_call(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        calls, call = self.seen(monkeypatch), make_call()
+        with torch.no_grad():
+            direct = prefix_attention(**call.leaves)
+        assert calls == ["direct"]
+        trained = prefix_attention(**call.leaves)
+        assert calls == ["direct"] and torch.equal(direct, trained)
+        assert direct.stride() == trained.stride() and not direct._is_view()
+        direct.add_(1.0)
+
+    def test_whoever_looks_sees_the_operator(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        calls = self.seen(monkeypatch)
+        leaves = {name: x.detach() for name, x in make_call().leaves.items()}
+        mask = torch.ones(2, 5, dtype=torch.bool)
+
+        class Mine(torch.Tensor):
+            pass
+
+        class Watching(TorchDispatchMode):
+            def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+                return func(*args, **(kwargs or {}))
+
+        with Watching():
+            prefix_attention(**leaves)
+        with torch.device("cpu"):
+            prefix_attention(**leaves)
+        prefix_attention(**{**leaves, "q": leaves["q"].as_subclass(Mine)})
+        prefix_attention(**leaves, key_padding_mask=mask.as_subclass(Mine))
+        torch.func.vmap(lambda q: prefix_attention(**{**leaves, "q": q}))(leaves["q"][None])
+        torch.compile(prefix_attention, backend="eager", fullgraph=True)(**leaves)
+        with torch.autograd.forward_ad.dual_level():
+            prefix_attention(**leaves)
+        meta = {name: x.to("meta") for name, x in leaves.items()}
+        assert prefix_attention(**meta, backend="aten").shape == leaves["q"].shape
+        assert not calls
+
+    @pytest.mark.parametrize("grad", [False, True])
+    def test_autocast_reaches_no_backend(self, grad: bool) -> None:
+        """It is applied to the inputs; the reference's own products stay fp32, and so does lse."""
+        call = make_call(S=40, P=16, D=64)
+        half = {name: x.detach().bfloat16().requires_grad_(grad) for name, x in call.leaves.items()}
+        want = prefix_attention(**half, softcap=3.0, backend="reference", return_lse=True)
+        with torch.autocast("cpu", torch.bfloat16):
+            got = prefix_attention(**half, softcap=3.0, backend="reference", return_lse=True)
+            assert got[1].dtype == torch.float32 and torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
+            if grad:
+                grads = (torch.autograd.grad(o.float().sum(), list(half.values())) for o in (got[0], want[0]))
+                assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))

@@ -9,6 +9,7 @@ import torch
 from fastprefix.verification import lookup, ranking, run, store
 from fastprefix.verification.cells import Cell, cell_of
 from fastprefix.verification.identity import identity
+from fastprefix.verification.routes import Candidate
 from fastprefix.verification.table import Bucket, Table, Verdict
 from tests.support.operator_calls import arguments, make_call
 from tests.verification.conftest import CPU
@@ -44,11 +45,18 @@ def test_a_failure_on_a_larger_call_outlasts_checks_of_small_ones() -> None:
     assert lookup.verdict(found, CELL._replace(dtype="bf16"), "aten:folded") is None
 
 
+def test_a_call_that_the_only_known_route_refuses_is_not_the_references() -> None:
+    """A budget may end between the routes of a cell."""
+    store.add(CPU, Table(identity(CPU), {CELL: {"aten:concatenated": RIGHT}}))
+    order = lookup.order(arguments(make_call(S=32, P=0)), "forward")
+    assert order == (Candidate(lookup.VENDOR.module, "concatenated"), lookup.VENDOR, lookup.REFERENCE)
+
+
 def test_one_that_was_not_timed_comes_after_those_that_were() -> None:
     found = table(packed=RIGHT)
     store.add(CPU, found)
     order = lookup.order(arguments(make_call(S=32, P=8)), "forward")
-    assert [chosen.route for chosen in order] == ["folded", "packed", None]
+    assert [chosen.route for chosen in order[:2]] == ["folded", "packed"]
     assert not run.is_timed(found, BUCKET, CPU)
     found.times[BUCKET].update({"aten:packed": 1.0, "reference": 1.0})
     assert run.is_timed(found, BUCKET, CPU)
@@ -132,7 +140,8 @@ class TestLookup:
         assert lookup.nearest(found, arguments(make_call(S=40)), "backward") == {}
 
     def test_no_slower_than_the_reference(self) -> None:
-        found = table()
+        refused = replace(RIGHT, result="refused")
+        found = table(concatenated=refused, packed=refused)
         found.times[BUCKET]["reference"] = 1e-4
         store.add(CPU, found)
         assert lookup.order(arguments(make_call(S=32, P=8)), "forward") == (lookup.REFERENCE,)

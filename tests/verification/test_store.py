@@ -114,6 +114,10 @@ def test_two_hundred_damaged_files() -> None:
     assert none > 180
     o = prefix_attention(**make_call(S=32, P=8).leaves)
     assert o.isfinite().all()
+    file = store.path(CPU)
+    assert file is not None
+    file.unlink()
+    store.forget()
     store.add(CPU, table())
     store.forget()
     assert store.table(CPU).verdicts == table().verdicts

@@ -11,7 +11,8 @@ import fastprefix
 from fastprefix import cli
 from fastprefix.verification import plan, run, store
 from fastprefix.verification.cells import ANY, FEATURES, Cell
-from fastprefix.verification.table import Bucket, Table
+from fastprefix.verification.identity import identity
+from fastprefix.verification.table import Bucket, Table, Verdict
 from tests.verification.conftest import CPU
 from tests.verification.test_verdicts import Faults
 
@@ -91,6 +92,20 @@ def test_no_child_can_start(faults: Faults, capsys: pytest.CaptureFixture[str]) 
     faults({"aten:folded": "no start"})
     assert cli.main(["verify", "--device", "cpu"]) == 2
     assert "no child process could start: exit status 1: no device is left" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("small")
+def test_a_failure_is_taken_back() -> None:
+    """Of a bucket that is none of the plan's, as a model's own are."""
+    own = TIMED[0]._replace(P=10, H=6)
+    failed = Verdict("hung", None, "while timed", "2026-11-27")
+    store.add(CPU, Table(identity(CPU), failures={own: {"aten:folded": failed}}))
+    assert store.table(CPU).failure("aten:folded", CELLS[0]) == failed
+    fastprefix.verify("cpu")
+    store.forget()
+    assert store.table(CPU).failure("aten:folded", CELLS[0]) is None
+    assert "aten:folded" in store.table(CPU).times[own]
 
 
 def test_the_plan_covers_what_it_promises() -> None:
