@@ -15,7 +15,7 @@ from .types import AttentionArgs
 from .verification import first_use
 
 
-def _default_backend(backend: str) -> str:
+def default_backend(backend: str) -> str:
     """``auto`` may be overruled for a whole program by FASTPREFIX_BACKEND."""
     return os.environ.get("FASTPREFIX_BACKEND", "auto") if backend == "auto" else backend
 
@@ -118,7 +118,7 @@ def prefix_attention(  # type: ignore[misc]  # the overloads tell the return typ
         prefix_lens=prefix_lens,
         dropout_p=dropout_p,
     )
-    backend = _default_backend(backend)
+    backend = default_backend(backend)
     dispatch.check_name(backend)
     if gate is None:
         o, lse = _call(args, backend)

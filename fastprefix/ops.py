@@ -18,6 +18,7 @@ from torch.nn import Parameter
 from . import dispatch, reference
 from ._ops import add_op_namespace_prefix, ops
 from .types import AttentionArgs, Grads, Needs, lse_dtype, to_bshd
+from .verification import first_use
 
 # The inputs of both operators; no other line of the package gives their order. ``q_start`` is a number or a tensor and
 # has an input for each; neither means T - S.
@@ -85,8 +86,8 @@ def needs_no_operator(args: AttentionArgs) -> bool:
         return False
     if args.q.device.type == "meta":  # only the operator's fake knows how to run there
         return False
-    watched = torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack() or fwad._current_level >= 0
-    if watched or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active():
+    watched = first_use.is_traced() or torch._C._len_torch_function_stack() or fwad._current_level >= 0
+    if watched or torch._C._are_functorch_transforms_active():
         return False
     others = (args.key_padding_mask, args.segment_ids, args.q_start, args.prefix_ids, args.prefix_lens)
     return all(x is None or type(x) in (Tensor, Parameter, int) for x in (*trained, *others))

@@ -12,6 +12,17 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
+# The modes in which a call is measured. "lowest" is a backward in the lowest layer of a frozen model: nothing below the
+# attention is trained there, so only the prefix gets gradients.
+Mode = Literal["forward", "backward", "lowest", "decode"]
+INPUTS = ("q", "k", "v", "prefix_k", "prefix_v")
+DTYPES: dict[str, torch.dtype] = {
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+    "fp32": torch.float32,
+    "fp64": torch.float64,
+}
+
 BackendName = Literal["reference", "aten", "triton"]
 BACKENDS: tuple[BackendName, ...] = get_args(BackendName)
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..machine.device import compute_capability
+
 aten = torch.ops.aten
 
 # Where cuDNN is expected to beat flash attention, and from which version on. An estimate: not run on a GPU.
-CUDNN_ON = ((9, 0), (10, 0))
+CUDNN_ON = (90, 100)  # compute capabilities
 CUDNN_SINCE = 91500
 CUDNN_HEAD_DIM = 128
 
@@ -77,7 +79,7 @@ def prefers_cudnn(device: torch.device) -> bool:
     if device.type != "cuda" or not _has_cudnn():
         return False
     version = torch.backends.cudnn.version() or 0
-    return version >= CUDNN_SINCE and torch.cuda.get_device_capability(device) in CUDNN_ON
+    return version >= CUDNN_SINCE and compute_capability(device) in CUDNN_ON
 
 
 def _has_cudnn() -> bool:

@@ -9,6 +9,7 @@ import torch
 from fastprefix.cli import bench_kernels
 from fastprefix.cli.options import whole_number
 from fastprefix.machine import device
+from fastprefix.machine.text_table import text_table
 from fastprefix.machine.timing import ratio
 from fastprefix.measure import report_tables
 from fastprefix.measure.operator.candidates import OURS, candidates_for
@@ -81,7 +82,7 @@ def _table(found: Measured, least: Cost, markdown: bool) -> str:
         against = str(ratio(found.timings, name, OURS)) if OURS in found.timings else "-"
         speed = f"{least.bandwidth(timing.median):.1f}", f"{1e3 * least.rate(timing.median):.1f}"
         rows.append((name, *times, against, *speed, about[name]))
-    draw = report_tables.markdown_table if markdown else report_tables.text_table
+    draw = report_tables.markdown_table if markdown else text_table
     return draw(("peer", "median", "best", "time / ours", "GB/s", "GFLOP/s", "what it is"), rows)
 
 

@@ -12,6 +12,7 @@ import torch
 
 from fastprefix.backends.launch import tile_config
 from fastprefix.machine import device
+from fastprefix.machine.text_table import text_table
 from fastprefix.measure import report_tables
 from fastprefix.measure.operator.problem import DTYPES, Problem
 
@@ -64,7 +65,7 @@ def resources_main(target: str | None, quick: bool, markdown: bool) -> int:
     jobs, missing = plan_compilation([TARGETS[target]] if target else list(TARGETS.values()), quick)
     print(f"compiling {len(jobs)} kernels, about a second each on each processor", file=sys.stderr)
     results = list(compile_all(jobs))
-    draw = report_tables.markdown_table if markdown else report_tables.text_table
+    draw = report_tables.markdown_table if markdown else text_table
     print(draw(HEADERS, [_row(result) for result in results]))
     for line in missing:
         print(f"  {line}")

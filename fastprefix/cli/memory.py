@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from fastprefix.cli.options import whole_number
-from fastprefix.measure.report_tables import mebibytes, text_table
+from fastprefix.machine.text_table import text_table
+from fastprefix.measure.report_tables import mebibytes
 
 if TYPE_CHECKING:
     from torch import nn

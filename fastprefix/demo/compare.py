@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fastprefix.machine.text_table import text_table
 from fastprefix.machine.timing import ratio
-from fastprefix.measure.report_tables import text_table
 from fastprefix.measure.training.compare_steps import FROZEN, OURS, PEFT, build_steps, measure_steps
 
 LENGTHS, ROWS, TOKENS = (16, 512), 8, 64

@@ -1,4 +1,4 @@
-"""What is asked of a device's driver: every question to ``torch.cuda``, ``torch.xpu`` and the processor stands here.
+"""What the operator asks of a device's driver, and of the processor, and no other module of it asks.
 
 Tests replace functions of this module to stand in for a device that is not there.
 """

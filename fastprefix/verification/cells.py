@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 
-from ..types import AttentionArgs
+from ..types import DTYPES, AttentionArgs
 
 Direction = Literal["forward", "backward", "decode"]
+DIRECTIONS: tuple[Direction, ...] = get_args(Direction)
 
 # Query tokens up to which a forward is a step of decoding, for which backends have routes of their own.
 DECODE_UP_TO = 16
 
-DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64"}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 ANY = -1
 LARGEST_TILE = 128
@@ -75,12 +76,8 @@ class Cell(NamedTuple):
         D, D_v, G = (int(x) for x in (*dims.split("x"), groups.removeprefix("G")))
         P = ANY if tile == "Pany" else int(tile.removeprefix("P"))
         named = () if features == "plain" else tuple(features.split("+"))
-        if (
-            direction not in ("forward", "backward", "decode")
-            or dtype not in DTYPES.values()
-            or min(D, D_v, G) < 1
-            or P not in TILES
-        ):
+        known = direction in DIRECTIONS and dtype in DTYPES and P in TILES
+        if not known or min(D, D_v, G) < 1:
             raise ValueError(f"cell: got {text!r}, expected a direction, a dtype, head dims and features")
         if not set(named) <= set(FEATURES):
             raise ValueError(f"cell: got {text!r}, expected features of {', '.join(FEATURES)}")
@@ -95,7 +92,7 @@ def direction_of(args: AttentionArgs) -> Direction:
 def cell_of(args: AttentionArgs, direction: Direction) -> Cell:
     """The cell that a call belongs to."""
     q, v = args.q, args.v
-    return Cell(direction, DTYPES[q.dtype], q.shape[3], v.shape[3], args.groups, _tile(args), _features(args))
+    return Cell(direction, DTYPE_NAMES[q.dtype], q.shape[3], v.shape[3], args.groups, _tile(args), _features(args))
 
 
 def _tile(args: AttentionArgs) -> int:

@@ -13,7 +13,7 @@ from contextlib import suppress
 from typing import Any
 
 # How a process ends that the system, a scheduler or a user ends: that says nothing of what it ran.
-KILLED = tuple(-getattr(signal, name, 0) for name in ("SIGKILL", "SIGTERM", "SIGINT"))
+KILLED = tuple(-getattr(signal, name) for name in ("SIGKILL", "SIGTERM", "SIGINT") if hasattr(signal, name))
 START_PATIENCE = 120.0  # seconds until a child has imported torch and found its device
 
 

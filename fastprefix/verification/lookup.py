@@ -6,11 +6,11 @@ import math
 from typing import NamedTuple
 
 from ..machine import device
-from ..types import AttentionArgs
+from ..types import AttentionArgs, Mode
 from . import store
 from .cells import Cell, cell_of, direction_of
 from .routes import Candidate, backend_of, candidate, module, routes
-from .table import BAD, Bucket, Mode, Table, Verdict
+from .table import BAD, Bucket, Table, Verdict
 
 REFERENCE = Candidate(module("reference"), None)
 VENDOR = Candidate(module("aten"), None)

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 
-from ..types import AttentionArgs
-from .cells import ANY, DTYPES, FEATURES, LARGEST_TILE, Cell, Direction, cell_of
-from .table import VARIANTS, Bucket, Mode, Variant
-
-DIRECTIONS: tuple[Direction, ...] = ("forward", "backward", "decode")
+from ..types import AttentionArgs, Mode
+from .cells import ANY, DIRECTIONS, DTYPE_NAMES, FEATURES, LARGEST_TILE, Cell, Direction, cell_of
+from .table import VARIANTS, Bucket, Variant
 
 # What is checked at every head dim: causal models, bidirectional ones, and models in half precision.
 PLAIN = (("causal",), (), ("causal", "prefix-dtype"), ("causal", "padding"))
@@ -131,7 +129,7 @@ def buckets_of_calls(calls: Iterable[AttentionArgs], device_type: str) -> list[B
     """The buckets nearest to what models with these calls do: their heads and prefix, a few lengths and batches."""
     found: dict[Bucket, None] = {}
     for args in calls:
-        H_kv, dtype = args.prefix_k.shape[-3], DTYPES[args.q.dtype]
+        H_kv, dtype = args.prefix_k.shape[-3], DTYPE_NAMES[args.q.dtype]
         heads, D, P = (args.q.shape[1], H_kv), max(args.q.shape[3], args.v.shape[3]), args.num_prefix_tokens
         rows, lengths = _sizes(device_type)
         if P == 0 or args.prefix_ids is not None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
+from ..machine.text_table import text_table
 from .cells import Cell
 from .table import Table, Verdict
 
@@ -37,7 +38,7 @@ def _verdicts(table: Table) -> str:
         worst = f"{max(verdict.worst or 0.0 for verdict in right):.2f}" if right else "-"
         dtypes = sorted({cell.dtype for cell, verdict in members if verdict.result == "right"})
         rows.append((route, direction, len(right), *(n or "-" for n in counts), worst, " ".join(dtypes) or "-"))
-    return aligned(("route", "direction", "right", *ORDER, "worst error", "right in"), rows)
+    return text_table(("route", "direction", "right", *ORDER, "worst error", "right in"), rows)
 
 
 def _wrong(table: Table) -> Iterable[str]:
@@ -55,11 +56,4 @@ def _times(table: Table) -> str:
         following = f"{others[0][1] / seconds:.2f}x {others[0][0]}" if others else "-"
         reference = f"{times['reference'] / seconds:.1f}x" if "reference" in times else "-"
         rows.append((str(bucket), best, f"{seconds * 1e3:.3g} ms", following, reference))
-    return aligned(("timed call", "fastest", "median", "the next", "reference"), rows)
-
-
-def aligned(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """A table with columns aligned by spaces."""
-    cells = [[str(x) for x in row] for row in (headers, *rows)]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(headers))]
-    return "\n".join("  ".join(x.ljust(w) for x, w in zip(row, widths, strict=True)).rstrip() for row in cells)
+    return text_table(("timed call", "fastest", "median", "the next", "reference"), rows)

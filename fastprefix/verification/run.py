@@ -126,10 +126,9 @@ def examine(
     """
     start = time.monotonic()
     kind = machine.kind(place)
-    few = place.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
     watch = Supervisor(
         place,
-        few,
+        _is_interpreted(place),
         PATIENCE.get(kind, GPU_PATIENCE),
         start + budget * (1 - TIMING_SHARE if buckets else 1),
         torch.get_num_threads(),
@@ -151,7 +150,7 @@ def examine(
         known = Table(found.identity)  # a route may have been checked in another process
         for table in (store.table(place), found):
             known.update(table)
-        timed = [[task] for bucket in buckets if (task := _time(known, bucket, place, few)) is not None]
+        timed = [[task] for bucket in buckets if (task := _time(known, bucket, place)) is not None]
         measured = 0
 
         def note_times(outcome: Outcome) -> None:
@@ -202,14 +201,9 @@ def _note_verdict(found: Table, outcome: Outcome) -> None:
         found.add(cell, route, Verdict(result, None, outcome.detail, _today()))
 
 
-def _time(known: Table, bucket: Bucket, place: torch.device, few: bool) -> Task | None:
-    """The task that times a bucket: routes that are right somewhere and never ended a child, and the reference.
-
-    Interpreted kernels are not timed: they would take seconds, and say nothing.
-    """
-    direction = bucket.direction
-    names = [route for route in routes(place.type, direction) if _may_be_timed(known, route, bucket.dtype, direction)]
-    names = [route for route in names if not (few and backend_of(route) == "triton")]
+def _time(known: Table, bucket: Bucket, place: torch.device) -> Task | None:
+    """The task that times a bucket; None where there is nothing to compare the reference with."""
+    names = _routes_to_time(known, bucket, place)
     if not names:
         return None
     names.append("reference")
@@ -218,8 +212,22 @@ def _time(known: Table, bucket: Bucket, place: torch.device, few: bool) -> Task 
 
 def is_timed(known: Table, bucket: Bucket, place: torch.device) -> bool:
     """Whether every route that may be timed in a bucket was, or failed there."""
-    names = [x for x in routes(place.type, bucket.direction) if _may_be_timed(known, x, bucket.dtype, bucket.direction)]
-    return {*known.times.get(bucket, {}), *known.failures.get(bucket, {})} >= {*names, "reference"}
+    done = {*known.times.get(bucket, {}), *known.failures.get(bucket, {})}
+    return done >= {*_routes_to_time(known, bucket, place), "reference"}
+
+
+def _routes_to_time(known: Table, bucket: Bucket, place: torch.device) -> list[str]:
+    """Routes that are right somewhere and never ended a child; interpreted ones would take seconds and say nothing."""
+    return [
+        route
+        for route in routes(place.type, bucket.direction)
+        if _may_be_timed(known, route, bucket.dtype, bucket.direction)
+        and not (_is_interpreted(place) and backend_of(route) == "triton")
+    ]
+
+
+def _is_interpreted(place: torch.device) -> bool:
+    return place.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def _may_be_timed(known: Table, route: str, dtype: str, direction: str) -> bool:
@@ -236,10 +244,10 @@ def _note_times(found: Table, outcome: Outcome) -> None:
     answer = outcome.answer or {}
     if answer.get("times"):
         found.times[bucket] = dict(answer["times"])
-    wrong: dict[str, tuple[Result, str]] = {route: ("wrong", told) for route, told in answer.get("wrong", {}).items()}
+    bad: dict[str, tuple[Result, str]] = dict(answer.get("bad", {}))
     if outcome.end in ("crashed", "hung") and outcome.blamed not in ("", "reference"):
-        wrong[outcome.blamed] = ("hung" if outcome.end == "hung" else "crashed", outcome.detail)
-    for route, (result, told) in wrong.items():
+        bad[outcome.blamed] = ("hung" if outcome.end == "hung" else "crashed", outcome.detail)
+    for route, (result, told) in bad.items():
         verdict = Verdict(result, None, f"while timed on {bucket}: {told}", _today())
         found.failures.setdefault(bucket, {})[route] = verdict
 

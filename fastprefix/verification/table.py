@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, NamedTuple, get_args
 
+from ..types import Mode
 from .cells import Cell, Direction
 from .identity import Identity
 from .routes import backend_of
@@ -16,7 +17,6 @@ from .routes import backend_of
 FORMAT = 1
 Result = Literal["right", "wrong", "failed", "crashed", "hung", "refused"]
 BAD: tuple[Result, ...] = ("wrong", "failed", "crashed", "hung")
-Mode = Literal["forward", "backward", "lowest", "decode"]
 Variant = Literal["plain", "masked", "bank"]
 VARIANTS: tuple[Variant, ...] = get_args(Variant)
 

@@ -16,7 +16,8 @@ from benches.device_suite.model_correctness import MODELS
 from benches.device_suite.plan import jobs
 from fastprefix.machine.device_errors import DeviceLostError
 from fastprefix.machine.files import slug
-from fastprefix.measure.report_tables import ResultFile, markdown_table, seconds, text_table
+from fastprefix.machine.text_table import text_table
+from fastprefix.measure.report_tables import ResultFile, markdown_table, seconds
 from fastprefix.types import BACKENDS
 
 ROOT = Path(__file__).parents[2]

@@ -48,7 +48,7 @@ ROOMS = {
         ("api", "trainer"),
         ("explain",),
     ),
-    "machine": (("device", "files", "processor", "timing"), ("device_errors",)),
+    "machine": (("device", "files", "processor", "text_table", "timing"), ("device_errors",)),
     "verification": (
         ("cells",),
         ("routes", "identity", "child"),

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..._triton.kernel_structs import Order
+from ...machine.device import is_capturing
 from ...masks import prefix_owner
 from ...types import AttentionArgs
 
@@ -74,6 +75,6 @@ def _longest(args: AttentionArgs) -> int:
         case "cpu":
             return int(lens.max())
         case "cuda" if lens.shape[0] * tokens * bytes_a_token > ROOM_WITHOUT_ASKING:
-            return tokens if torch.cuda.is_current_stream_capturing() else int(lens.max())
+            return tokens if is_capturing(lens.device) else int(lens.max())
         case _:
             return tokens

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from contextlib import ExitStack
 
@@ -17,7 +16,7 @@ from fastprefix.verification.cells import signature
 
 def verify_calls(calls: Iterable[AttentionCall]) -> None:
     """Verify what training and generating need whose layers make these calls, unless that is known or switched off."""
-    if store.policy() is not store.Policy.FIRST_USE or os.environ.get("FASTPREFIX_BACKEND", "auto") != "auto":
+    if store.policy() is not store.Policy.FIRST_USE or functional.default_backend("auto") != "auto":
         return
     found = (functional.to_args(**call.tensors, **call.options) for call in calls)
     first_use.verify_model(list({signature(args, "forward"): args for args in found}.values()))

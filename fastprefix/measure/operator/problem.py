@@ -5,23 +5,16 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
-# "backward" is forward and backward together. "lowest" is the same in the lowest layer of a frozen model: nothing below
-# the attention is trained there, so only the prefix gets gradients.
-Mode = Literal["forward", "backward", "lowest", "decode"]
+from fastprefix.types import DTYPES, INPUTS, Mode
+
+# Here "backward" and "lowest" are forward and backward together.
 MODES: tuple[Mode, ...] = get_args(Mode)
-INPUTS = ("q", "k", "v", "prefix_k", "prefix_v")
 TRAINED: dict[Mode, tuple[str, ...]] = {"forward": (), "backward": INPUTS, "lowest": INPUTS[3:], "decode": ()}
-DTYPES: dict[str, torch.dtype] = {
-    "fp16": torch.float16,
-    "bf16": torch.bfloat16,
-    "fp32": torch.float32,
-    "fp64": torch.float64,
-}
 
 
 @dataclass(frozen=True, kw_only=True)

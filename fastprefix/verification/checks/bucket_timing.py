@@ -13,10 +13,10 @@ from ... import reference
 from ...machine import device
 from ...machine.device_errors import describe_error, is_out_of_memory, recover
 from ...machine.timing import interleaved
-from ...types import AttentionArgs, Needs, lse_dtype
+from ...types import DTYPES, AttentionArgs, Needs, lse_dtype
 from ..routes import Candidate, candidate
-from ..table import Bucket
-from .calls import DTYPE, PREFIXES
+from ..table import Bucket, Result
+from .calls import PREFIXES
 from .error_rule import ALL
 
 LOWEST = Needs(False, False, False, True, True)
@@ -30,8 +30,8 @@ MAY_DIFFER = {torch.float64: 1e-10, torch.float32: 2e-4, torch.float16: 1e-2, to
 
 def time_routes(
     bucket: Bucket, routes: Sequence[str], place: torch.device, beat: Callable[[str], None]
-) -> tuple[dict[str, float], dict[str, str]]:
-    """Median seconds of each route that takes the bucket's call, and what is wrong with those whose result is.
+) -> tuple[dict[str, float], dict[str, tuple[Result, str]]]:
+    """Median seconds of each route that takes the bucket's call, and what became of those that are not right.
 
     Args:
         beat: called with a route's name before it runs for the first time, and with none before they run in turns.
@@ -44,7 +44,7 @@ def time_routes(
     state, want = _reference(bucket, args, do)
     ready: dict[str, Callable[[], Any]] = {}
     once: dict[str, float] = {}
-    wrong: dict[str, str] = {}
+    bad: dict[str, tuple[Result, str]] = {}
     for route in routes:
         beat(route)
         chosen = candidate(route)
@@ -55,7 +55,7 @@ def time_routes(
             got = run()  # compiles
             device.synchronize(place)
             if want is not None and (reason := _difference(got, want, args.q.dtype)):
-                wrong[route] = reason
+                bad[route] = ("wrong", reason)
                 continue
             start = time.perf_counter()
             run()
@@ -64,15 +64,15 @@ def time_routes(
         except Exception as error:
             recover(place, route, describe_error(error))
             if not is_out_of_memory(error):
-                wrong[route] = describe_error(error)
+                bad[route] = ("failed", describe_error(error))
     if not ready:
-        return {}, wrong
+        return {}, bad
     best = min(once.values())
     close = {route: run for route, run in ready.items() if once[route] <= HOPELESS * best}
     rounds = int(ROUNDS_FOR / sum(once[route] for route in close))
     beat("")
     timings = interleaved(close, min(MOST, max(FEWEST, rounds)), 0, place)
-    return {**once, **{route: timing.median for route, timing in timings.items()}}, wrong
+    return {**once, **{route: timing.median for route, timing in timings.items()}}, bad
 
 
 def _reference(
@@ -118,7 +118,7 @@ def _run(
 
 
 def _call(x: Bucket, place: torch.device) -> tuple[AttentionArgs, Tensor]:
-    dtype = DTYPE[x.dtype]
+    dtype = DTYPES[x.dtype]
 
     def content(heads: int, length: int) -> Tensor:
         return torch.randn(x.B, length, heads, x.D, device=place, dtype=dtype).transpose(1, 2)

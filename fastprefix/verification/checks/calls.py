@@ -8,10 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...types import AttentionArgs
-from ..cells import ANY, DTYPES, LARGEST_TILE, Cell
+from ...types import DTYPES, AttentionArgs
+from ..cells import ANY, LARGEST_TILE, Cell
 
-DTYPE = {name: dtype for dtype, name in DTYPES.items()}
 PREFIXES = 3  # in a bank
 
 
@@ -81,7 +80,7 @@ def calls(cell: Cell, place: torch.device, few: bool = False) -> Iterator[tuple[
 
 def _call(cell: Cell, x: Shape, layout: int, place: torch.device) -> tuple[AttentionArgs, Tensor]:
     generator = torch.Generator().manual_seed(layout + 1)
-    dtype = DTYPE[cell.dtype]
+    dtype = DTYPES[cell.dtype]
 
     def normal(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
         return torch.randn(*shape, generator=generator).to(place, dtype)
@@ -149,7 +148,7 @@ def _options(cell: Cell, x: Shape, layout: int, normal: Any, generator: torch.Ge
     if "softcap" in has:
         found["softcap"] = 2.0
     if "sinks" in has:
-        found["sinks"] = normal(heads, dtype=torch.float32 if "sinks-dtype" in has else DTYPE[cell.dtype])
+        found["sinks"] = normal(heads, dtype=torch.float32 if "sinks-dtype" in has else DTYPES[cell.dtype])
     if "bias" in has:
         bias = normal(heads, x.S, x.T) if layout % 2 else normal(x.B, 1, 1, x.T)
         hidden = torch.rand(bias.shape[-2:], generator=generator) < 1 / 16

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from ... import reference
 from ...machine.device_errors import describe_error, is_out_of_memory, recover
-from ...types import AttentionArgs, Needs
+from ...types import INPUTS, AttentionArgs, Needs
 from ..cells import Cell
 from ..routes import Candidate, candidate
 from ..table import Verdict
 from .calls import calls
-from .error_rule import ALL, INPUTS, TINY, Results, eager, truth, worst_error
+from .error_rule import ALL, TINY, Results, eager, truth, worst_error
 
 # All; the prefix's alone, as in the lowest layer; what passes through a frozen prefix; projections of q, or of q and v,
 # that are trained in the lowest layer.

@@ -11,9 +11,8 @@ from torch import Tensor
 
 from ... import reference
 from ...masks import additive_bias, prefix_owner, visible_keys
-from ...types import AttentionArgs, Needs
+from ...types import INPUTS, AttentionArgs, Needs
 
-INPUTS = ("q", "k", "v", "prefix_k", "prefix_v")
 ALL = Needs(True, True, True, True, True)
 TINY = 1e-6  # an error that is always allowed, relative to the largest entry above 1
 

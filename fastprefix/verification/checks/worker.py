@@ -57,8 +57,8 @@ def _answer(task: dict[str, Any], place: torch.device, few: bool, beat: Any) -> 
         with torch.no_grad():
             return {"verdict": asdict(check(task["route"], Cell.parse(task["check"]), place, few, beat))}
     with torch.no_grad():
-        times, wrong = time_routes(Bucket.parse(task["time"]), task["routes"], place, beat)
-    return {"times": times, "wrong": wrong}
+        times, bad = time_routes(Bucket.parse(task["time"]), task["routes"], place, beat)
+    return {"times": times, "bad": bad}
 
 
 def _own_output() -> TextIO:
