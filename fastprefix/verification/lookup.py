@@ -36,7 +36,8 @@ def order(args: AttentionArgs, mode: str) -> tuple[Candidate, ...]:
     table, kind = store.table(args.q.device), device.kind(args.q.device)
     proofs = prove(args, mode)
     right = [proof for proof in proofs if proof.verdict is not None and proof.verdict.result == "right"]
-    unknown = any(proof.verdict is None and backend_of(proof.route) == "aten" for proof in proofs)
+    vendor = [proof.verdict for proof in proofs if backend_of(proof.route) == "aten"]
+    unknown = None in vendor and not any(found is not None and found.result in BAD for found in vendor)
     trusted = kind in TRUSTED and unknown and not _is_suspect(table, cell_of(args, "forward").dtype)
     last = (VENDOR, REFERENCE) if trusted else (REFERENCE,)
     own = nearest(table, args, mode).get("reference", math.inf)

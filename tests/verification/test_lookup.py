@@ -52,6 +52,14 @@ def test_a_call_that_the_only_known_route_refuses_is_not_the_references() -> Non
     assert order == (Candidate(lookup.VENDOR.module, "concatenated"), lookup.VENDOR, lookup.REFERENCE)
 
 
+def test_a_guess_is_not_taken_where_one_of_its_routes_has_hung() -> None:
+    """Elsewhere a hang may have been a busy machine; in this cell it would be the caller's."""
+    hung = replace(RIGHT, result="hung")
+    store.add(CPU, Table(identity(CPU), {CELL: {"aten:concatenated": hung}}))
+    assert lookup.order(arguments(make_call(S=32, P=8)), "forward") == (lookup.REFERENCE,)
+    assert lookup.order(arguments(make_call(S=32, P=8, D=24)), "forward") == (lookup.VENDOR, lookup.REFERENCE)
+
+
 def test_one_that_was_not_timed_comes_after_those_that_were() -> None:
     found = table(packed=RIGHT)
     store.add(CPU, found)
