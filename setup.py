@@ -1,0 +1,120 @@
+"""The compiled part of the package, ``fastprefix._C``. The rest of the project's description is in pyproject.toml.
+
+The package works without it, so an install goes on where it cannot be built: the reason is printed and written to
+``fastprefix/_C_absent.txt``, from which ``fastprefix._extension`` tells it. Environment variables:
+
+- ``FASTPREFIX_BUILD_NATIVE``: 0 leaves it out; 1 makes an install without it an error;
+- ``FASTPREFIX_SANITIZE``: names of sanitizers, as in ``address,undefined``, with which it is built for debugging;
+- ``CXX`` and ``MAX_JOBS``: the compiler and how many of it may run at once, as for every extension of torch.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+import platform
+import shlex
+import shutil
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+NAME = "fastprefix._C"
+REASON = "_C_absent.txt"
+REQUEST = os.environ.get("FASTPREFIX_BUILD_NATIVE", "")
+SANITIZERS = os.environ.get("FASTPREFIX_SANITIZE", "")
+# setuptools wants paths relative to this file's folder, which is the working folder of every build.
+SOURCES = sorted(glob.glob("csrc/ops/*.cpp") + glob.glob("csrc/cpu/*.cpp"))
+HEADERS = sorted(glob.glob("csrc/ops/*.h") + glob.glob("csrc/cpu/*.h"))
+
+# at::parallel_for is a template over OpenMP. It is compiled with OpenMP but not linked with a runtime of OpenMP: torch
+# brings one, and a second in the process would have threads of its own.
+COMPILE = ["-std=c++20", "-fopenmp", "-fno-math-errno", "-fvisibility=hidden", "-Wno-psabi"]
+OPTIMIZE = ["-O3", "-g0"]
+SANITIZE = [f"-fsanitize={SANITIZERS}", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g", "-O1"]
+
+
+def obstacle() -> str:
+    """Why a build cannot be tried here, or nothing."""
+    if REQUEST == "0":
+        return "it was left out by FASTPREFIX_BUILD_NATIVE=0"
+    if not sys.platform.startswith("linux") or platform.machine() != "x86_64":
+        return f"its kernels are for Linux on x86_64, and this is {platform.system()} on {platform.machine()}"
+    if not SOURCES:
+        return "its sources, the folder csrc, were not there"
+    compiler = shlex.split(os.environ.get("CXX") or "c++")[0]
+    if shutil.which(compiler) is None:
+        return f"there was no C++ compiler: {compiler} was not found, and the environment variable CXX can name another"
+    if not Path(sysconfig.get_path("include"), "Python.h").is_file():
+        return "Python's headers were not there, which a system's package such as python3-dev brings"
+    try:
+        import torch.utils.cpp_extension  # noqa: F401
+    except (ImportError, OSError) as error:
+        return (
+            f"torch could not be imported during the build ({error}). pip builds in an empty environment, unless torch"
+            " and setuptools are installed first and the package with pip install --no-build-isolation"
+        )
+    return ""
+
+
+OBSTACLE = obstacle()
+if OBSTACLE:
+    Base, extension = build_ext, Extension(NAME, SOURCES)
+else:
+    import torch
+    from torch.utils.cpp_extension import BuildExtension as Base
+    from torch.utils.cpp_extension import CppExtension
+
+    # ninja, as a package, lies next to the interpreter, which PATH does not name when nothing is activated.
+    os.environ["PATH"] = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")])
+    os.environ.setdefault("MAX_JOBS", str(len(os.sched_getaffinity(0))))
+    extension = CppExtension(
+        NAME,
+        SOURCES,
+        depends=HEADERS,
+        include_dirs=[os.path.abspath("csrc")],  # ninja runs in another folder
+        # Part of the command line, so that another torch compiles every file again.
+        define_macros=[("FASTPREFIX_TORCH_VERSION", f'"{torch.__version__}"')],
+        extra_compile_args=COMPILE + (SANITIZE if SANITIZERS else OPTIMIZE),
+        extra_link_args=[f"-fsanitize={SANITIZERS}"] if SANITIZERS else [],
+    )
+
+
+class BuildNative(Base):
+    """Builds the extension, or leaves the reason where it would lie. It never leaves an older build there."""
+
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        if self.editable_mode:
+            # An editable install would compile into a new temporary folder each time.
+            self.build_temp = os.path.join("build", f"temp.{self.plat_name}-{sys.implementation.cache_tag}")
+
+    def run(self) -> None:
+        library = Path(self.get_ext_fullpath(NAME))
+        record = library.with_name(REASON)
+        reason = OBSTACLE or self._failure()
+        if not reason:
+            record.unlink(missing_ok=True)
+            return
+        print(f"fastprefix: its compiled extension is not built: {reason}", file=sys.stderr)
+        if REQUEST == "1":
+            raise SystemExit("fastprefix: FASTPREFIX_BUILD_NATIVE=1 asks for the compiled extension")
+        library.unlink(missing_ok=True)
+        record.parent.mkdir(parents=True, exist_ok=True)
+        record.write_text(f"{reason}\n")
+        self.extensions = []  # what is asked afterwards for the files that were built
+
+    def _failure(self) -> str:
+        """Build it; why that failed, in one line, or nothing."""
+        try:
+            super().run()
+        except Exception as error:  # a compiler, its wrapper, ninja and the linker each raise errors of their own
+            words = " ".join(str(error).split())
+            return f"the build failed ({type(error).__name__}: {words}); pip install -v shows what the compiler said"
+        return ""
+
+
+setup(ext_modules=[extension], cmdclass={"build_ext": BuildNative})
