@@ -21,6 +21,7 @@ HUB = ROOT / "hub"
 NAME = "fastprefix"
 # The operator, of the package's modules. ``_ops.py`` is written for each build, the kernels get their own folder.
 MODULES = (
+    "_extension",
     "errors",
     "types",
     "masks",

@@ -19,6 +19,7 @@ ROOT = Path(fastprefix.__file__).parent
 # Each line may import itself and the lines above it.
 LAYERS = (
     ("_ops", "_triton", "errors", "machine"),
+    ("_extension",),
     ("types",),
     ("masks", "validation"),
     ("reference", "backends"),
