@@ -100,11 +100,11 @@ class BuildNative(Base):
             record.unlink(missing_ok=True)
             return
         print(f"fastprefix: its compiled extension is not built: {reason}", file=sys.stderr)
-        if REQUEST == "1":
-            raise SystemExit("fastprefix: FASTPREFIX_BUILD_NATIVE=1 asks for the compiled extension")
         library.unlink(missing_ok=True)
         record.parent.mkdir(parents=True, exist_ok=True)
         record.write_text(f"{reason}\n")
+        if REQUEST == "1":
+            raise SystemExit("fastprefix: FASTPREFIX_BUILD_NATIVE=1 asks for the compiled extension")
         self.extensions = []  # what is asked afterwards for the files that were built
 
     def _failure(self) -> str:
