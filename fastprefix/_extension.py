@@ -42,7 +42,7 @@ def load() -> Extension:
     setting = os.environ.get("FASTPREFIX_NATIVE", "")
     if setting == "0":
         return Extension(None, "the compiled extension is switched off by FASTPREFIX_NATIVE=0")
-    if setting not in ("", "1"):
+    if setting:
         return Extension(_load_file(Path(setting)), "")
     try:
         return Extension(importlib.import_module("._C", __package__), "")
@@ -56,7 +56,7 @@ def load() -> Extension:
 def _load_file(path: Path) -> ModuleType:
     """The extension from a file that the user names. It is asked for by name, so it loads or raises."""
     if not path.is_file():
-        raise fail("FASTPREFIX_NATIVE", path, "0, 1 or the file of a compiled extension")
+        raise fail("FASTPREFIX_NATIVE", path, "0 or the file of a compiled extension")
     spec = importlib.util.spec_from_file_location(_NAME, path)
     assert spec is not None and spec.loader is not None, path
     module = importlib.util.module_from_spec(spec)
