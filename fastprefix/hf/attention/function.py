@@ -11,7 +11,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from fastprefix.errors import fail
 from fastprefix.functional import prefix_attention
 from fastprefix.hf.attention import masks
-from fastprefix.hf.attention.recording import AttentionCall, record
+from fastprefix.hf.attention.recording import AttentionCall, is_recording, record
 from fastprefix.prefixes.prefix import LayerKV, LayerSlot
 
 NAME = "fastprefix"
@@ -44,24 +44,52 @@ def attention_forward(
             "cache: got a paged cache, expected none: continuous batching cannot run with a prefix attached"
         )
     slot = module._modules.get(SLOT)
-    if isinstance(slot, LayerSlot) and slot.query_factor is not None:
-        query = query * slot.query_factor.to(query.dtype)
-    gated = masks.requested.implementation is not None
-    if gated and isinstance(slot, LayerSlot) and slot.fallback_attention is not None:
-        return _gated(slot, module, query, key, value, attention_mask, scaling, dropout, is_causal, kwargs)
-    prefix_k, prefix_v, *choice = _prefix(module, query, key, value)
+    kv = None
+    if isinstance(slot, LayerSlot):
+        if slot.query_factor is not None:
+            query = query * slot.query_factor.to(query.dtype)
+        if slot.fallback_attention is not None and masks.requested.implementation is not None:
+            return _gated(slot, module, query, key, value, attention_mask, scaling, dropout, is_causal, kwargs)
+        _note(slot, query, key, value)
+        kv = slot()
+    if kv is None:
+        kv = _no_prefix(query, key, value)
+    prefix_k, prefix_v, ids, lens, gate = kv
+    if prefix_k.device != query.device:
+        device = query.device
+        prefix_k, prefix_v = prefix_k.to(device), prefix_v.to(device)
+        ids, lens, gate = (x if x is None else x.to(device) for x in (ids, lens, gate))
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
-    options: dict[str, Any] = {"scale": scaling, "dropout_p": dropout, "sinks": kwargs.get("s_aux")}
+    options: dict[str, Any] = {"causal": causal, "scale": scaling, "dropout_p": dropout}
+    if attention_mask is not None:
+        options.update(_mask_options(attention_mask, causal, query.shape[2], key.shape[2]))
     if kwargs.get("softcap") is not None:
         options["softcap"] = float(kwargs["softcap"])
-    options.update(_mask_options(attention_mask, causal, query.shape[2], key.shape[2]))
-    _add_position_bias(options, kwargs.get("position_bias"))
-    options.update((n, x) for n, x in zip(("prefix_ids", "prefix_lens", "gate"), choice, strict=True) if x is not None)
-    tensors = {"q": query, "k": key, "v": value, "prefix_k": prefix_k, "prefix_v": prefix_v}
-    if not torch.compiler.is_compiling():
+    if kwargs.get("s_aux") is not None:
+        options["sinks"] = kwargs["s_aux"]
+    if kwargs.get("position_bias") is not None:
+        options["bias"] = _add_mask(kwargs["position_bias"], options.get("bias"))
+    if ids is not None:
+        options["prefix_ids"] = ids
+    if lens is not None:
+        options["prefix_lens"] = lens
+    if gate is not None:
+        options["gate"] = gate
+    if is_recording():
+        tensors = {"q": query, "k": key, "v": value, "prefix_k": prefix_k, "prefix_v": prefix_v}
         record(AttentionCall(module, tensors, options))
     o = prefix_attention(query, key, value, prefix_k, prefix_v, **options)
     return o.transpose(1, 2), None
+
+
+def _note(slot: LayerSlot, query: Tensor, key: Tensor, value: Tensor) -> None:
+    """Keep in a layer's slot that the layer ran, and its query, keys and values where they are asked for."""
+    if not slot.ran:  # a read costs a tenth of setting a module's attribute
+        slot.ran = True
+    if slot.capturing:
+        slot.captured = key, value
+    if slot.keeps_query:
+        slot.query = query
 
 
 def _gated(
@@ -77,9 +105,7 @@ def _gated(
     kwargs: dict[str, Any],
 ) -> tuple[Tensor, None]:
     """The model's own attention of one layer over its content, plus the gate times attention over a gated prompt."""
-    slot.ran = True
-    if slot.keeps_query:
-        slot.query = query
+    _note(slot, query, key, value)
     own = {**kwargs, "scaling": scaling, "dropout": dropout}
     if is_causal is not None:
         own["is_causal"] = is_causal
@@ -93,30 +119,13 @@ def _gated(
     return output + (kv.gate.to(o.dtype)[:, None, None] * o).transpose(1, 2), None
 
 
-def _prefix(module: nn.Module, query: Tensor, key: Tensor, value: Tensor) -> LayerKV:
-    slot = module._modules.get(SLOT)
-    if isinstance(slot, LayerSlot):
-        slot.ran = True
-        if slot.capturing:
-            slot.captured = key, value
-        if slot.keeps_query:
-            slot.query = query
-        kv = slot()
-        if kv is not None:
-            device = query.device
-            return LayerKV(
-                kv.k.to(device),
-                kv.v.to(device),
-                *(x if x is None else x.to(device) for x in (kv.ids, kv.lens, kv.gate)),
-            )
+def _no_prefix(query: Tensor, key: Tensor, value: Tensor) -> LayerKV:
     heads = key.shape[1]
     return LayerKV(query.new_empty(heads, 0, query.shape[3]), query.new_empty(heads, 0, value.shape[3]))
 
 
-def _mask_options(mask: Tensor | None, causal: bool, rows: int, keys: int) -> dict[str, Any]:
-    """The operator's arguments for one of the mask's four forms (see ``masks.py``)."""
-    if mask is None:
-        return {"causal": causal}
+def _mask_options(mask: Tensor, causal: bool, rows: int, keys: int) -> dict[str, Any]:
+    """The operator's arguments for a mask in one of its forms (see ``masks.py``)."""
     if mask.dim() == 4 and not causal and rows == mask.shape[-1] < keys:
         got = f"a cache of {keys - rows} tokens in a bidirectional model: they have not seen what follows them"
         raise fail("past_key_values", got, "use_cache=False, or a causal model (is_decoder=True in its configuration)")
@@ -135,13 +144,9 @@ def _mask_options(mask: Tensor | None, causal: bool, rows: int, keys: int) -> di
     return {"causal": False, "bias": mask}
 
 
-def _add_position_bias(options: dict[str, Any], position_bias: Tensor | None) -> None:
-    if position_bias is None:
-        return
-    mask = options.get("bias")
+def _add_mask(position_bias: Tensor, mask: Tensor | None) -> Tensor:
     if mask is None:
-        options["bias"] = position_bias
-    elif mask.dtype == torch.bool:
-        options["bias"] = position_bias.masked_fill(~mask, float("-inf"))
-    else:
-        options["bias"] = position_bias + mask
+        return position_bias
+    if mask.dtype == torch.bool:
+        return position_bias.masked_fill(~mask, float("-inf"))
+    return position_bias + mask

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 
@@ -39,7 +40,11 @@ def recording() -> Iterator[list[AttentionCall]]:
         _recorders.open.pop()
 
 
+def is_recording() -> bool:
+    """Whether this thread has a recording open; never inside a compiled graph."""
+    return bool(_recorders.open) and not torch.compiler.is_compiling()
+
+
 def record(call: AttentionCall) -> None:
-    """Add a call to the innermost open recording of this thread, if there is one."""
-    if _recorders.open:
-        _recorders.open[-1].append(call)
+    """Add a call to the innermost open recording of this thread; call only while :func:`is_recording`."""
+    _recorders.open[-1].append(call)
