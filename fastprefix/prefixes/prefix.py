@@ -125,16 +125,26 @@ class LayerSlot(nn.Module):
 
     def set_override(self, kv: LayerKV | None) -> None:
         """Read these keys and values (None: no prefix) instead of the active prefix."""
-        self.override, self.is_overridden = kv, True
+        self._set_override(kv, True)
 
     def clear_override(self) -> None:
         """Read the active prefix again."""
-        self.override, self.is_overridden = None, False
+        self._set_override(None, False)
+
+    def _set_override(self, kv: LayerKV | None, is_overridden: bool) -> None:
+        # Every layer's is set in every forward, and a module's own way looks for parameters and modules first.
+        object.__setattr__(self, "override", kv)
+        object.__setattr__(self, "is_overridden", is_overridden)
 
     def forward(self) -> LayerKV | None:
         """The keys and values that this layer reads; None where it has no prefix."""
         if self.is_overridden:
             return self.override
-        if self.active is None or self.active not in self.prefixes:
+        if self.active is None:
             return None
-        return LayerKV(*self.prefixes[self.active]())
+        # This runs in every layer for every token, and a module's own attributes are found faster than its children.
+        layer = self._modules["prefixes"]._modules.get(self.active)  # type: ignore[union-attr]
+        if layer is None:
+            return None
+        k, v = layer()
+        return LayerKV(k, v)

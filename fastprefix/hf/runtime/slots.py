@@ -25,7 +25,7 @@ class AttentionSlots:
 
     def __getitem__(self, layer: int) -> LayerSlot:
         # Looked up each time, as copying or wrapping the model may have replaced the slot's object.
-        slot = getattr(self.modules[layer], SLOT)
+        slot = self.modules[layer]._modules[SLOT]
         assert isinstance(slot, LayerSlot)
         return slot
 
@@ -49,7 +49,8 @@ class AttentionSlots:
     def clear_overrides(self) -> None:
         """Let every layer read the active prefix again."""
         for slot in self:
-            slot.clear_override()
+            if slot.is_overridden:
+                slot.clear_override()
 
     def remove(self) -> None:
         """Take the slots out of the model."""
