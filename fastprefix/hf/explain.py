@@ -36,7 +36,7 @@ def explain_model(model: Any) -> str:
     lines = []
     for name in installation.selection.provider.resident():
         entry = installation.selection.provider.resolve(name)
-        count = sum(p.numel() for p in entry.parameters if p.requires_grad)
+        count = sum(p.numel() for p in entry.parameters() if p.requires_grad)
         mark = "active" if name in active else "attached"
         where = _where(installation, entry)
         lines.append(f"{entry.kind} {name!r}: {mark}, P={entry.tokens}, {where}, {count:,} trainable")

@@ -89,7 +89,7 @@ class AttachedPrefixes:
 
 def resolve(prefix: Prefix | SoftPrompt, num_layers: int) -> ResolvedPrefix:
     """A :class:`ResolvedPrefix` of a prefix or soft prompt, for a model with ``num_layers`` attention layers."""
-    tokens, parameters = prefix.num_virtual_tokens, tuple(prefix.parameters())
+    tokens, parameters = prefix.num_virtual_tokens, prefix.parameters
     if isinstance(prefix, SoftPrompt):
         return ResolvedPrefix("soft prompt", tokens, tokens, parameters, prompt=prefix)
 

@@ -117,7 +117,7 @@ class Adapters:
             raise fail("names", repr(name), f"None or one of {sorted(self.names())}")
         config = self.peft_model.peft_config[name]
         encoder = self.peft_model.prompt_encoder[name]
-        tokens, parameters, what = config.num_virtual_tokens, tuple(encoder.parameters()), kind(config)
+        tokens, parameters, what = config.num_virtual_tokens, encoder.parameters, kind(config)
         if what in PREFIX_TYPES:
 
             def key_values() -> KeyValues:

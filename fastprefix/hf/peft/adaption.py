@@ -111,7 +111,9 @@ class Gated:
         if name not in self.names():
             raise fail("names", repr(name), f"the active adapter, {self.names()}")
         modules = self.modules()
-        parameters = tuple(x for m in modules for x in (m.adaption_prompt, m.adaption_gate))
+
+        def parameters() -> list[Tensor]:
+            return [x for m in modules for x in (m.adaption_prompt, m.adaption_gate)]
 
         def key_values() -> KeyValues:
             index = {id(module): i for i, module in enumerate(self.installation.facts.layers.modules)}

@@ -62,18 +62,18 @@ class CacheOrigins:
         rows = next((len(x) for x in inputs if isinstance(x, Tensor)), 0)  # without an input the model raises
         return Origin(self.number, names, None if shared is None else shared.number, rows)
 
-    def check(self, kwargs: dict[str, Any]) -> None:
-        """Compare a forward's origin with that of its cache; an empty cache gets the forward's origin.
+    def check(self, kwargs: dict[str, Any]) -> Origin:
+        """The forward's origin, compared with that of its cache; an empty cache gets the forward's origin.
 
         Raises:
             ValueError: the cache was made with another prefix or shared prompt; both origins are named.
         """
-        cache = kwargs.get("past_key_values")
+        here, cache = self.of(kwargs), kwargs.get("past_key_values")
         if cache is None:
-            return
-        here, made = self.of(kwargs), getattr(cache, _ATTRIBUTE, None)
+            return here
+        made = getattr(cache, _ATTRIBUTE, None)
         if made == here:  # first, as a static cache's length is on its device and would have to be waited for
-            return
+            return here
         if not int(cache.get_seq_length()):
             remember(cache, here)
         elif isinstance(made, Origin):
@@ -89,6 +89,7 @@ class CacheOrigins:
                 "was made with another prefix, or with none, start a new one",
             )
             remember(cache, here)
+        return here
 
 
 def remember(cache: Any, origin: Origin) -> None:

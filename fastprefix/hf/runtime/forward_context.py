@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
@@ -43,7 +43,7 @@ class ResolvedPrefix(NamedTuple):
     kind: str  # in words, for messages
     tokens: int  # P
     offset: int  # number of positions by which the content after the prefix is shifted
-    parameters: tuple[Tensor, ...]  # parameters that the prefix is computed from
+    parameters: Callable[[], Iterable[Tensor]]  # that the prefix is computed from
     key_values: Callable[[], KeyValues] | None = None
     prompt: Callable[[], Tensor] | None = None  # [P, d]
     layers: int | None = None  # how many layers have a prefix

@@ -96,8 +96,7 @@ class ForwardHooks:
         if forward.nested is None and not torch.compiler.is_compiling():
             self.reset()  # an interrupt may have stopped the last forward before its own reset
             if "past_key_values" in self.stack.owner_arguments:
-                self.origins.check(kwargs)
-                self.origin = self.origins.of(kwargs)
+                self.origin = self.origins.check(kwargs)
         if self.is_idle():
             return None
         if not torch.compiler.is_compiling():

@@ -64,7 +64,7 @@ class PrefixReader:
             return self.choose(self.forward.prepared, selected, kwargs)
         if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
             return self.choose(self.make_bank(names, resolved)[0], selected, kwargs)
-        version = tuple((prefix.offset, *map(_version, prefix.parameters)) for prefix in resolved)
+        version = tuple((prefix.offset, *map(_version, prefix.parameters())) for prefix in resolved)
         bank = self.cache.get(kwargs, tuple(names), version)
         if not isinstance(bank, PrefixBank):
             bank, _ = self.make_bank(names, resolved)
@@ -91,7 +91,7 @@ class PrefixReader:
         """
         embeddings = [prefix.prompt() for prefix in resolved if prefix.prompt is not None]
         output = None
-        dtensor.refuse_bank(p for prefix in resolved if prefix.prompt is None for p in prefix.parameters)
+        dtensor.refuse_bank(p for prefix in resolved if prefix.prompt is None for p in prefix.parameters())
         prefilled: Iterator[tuple[KeyValues, Tensor]] = iter([])
         if embeddings:
             result = self.prefill.run(embeddings, module=module, options=options)
