@@ -161,7 +161,6 @@ class AttachedParameters:
 
     def bring_back(self, model: nn.Module) -> None:
         """Bring back prefix parameters that accelerate offloaded; ValueError where a whole layer's hook holds them."""
-        # Every forward asks, for every parameter of every prefix.
         away = [each for known in self.known.values() for each in known if _is_away(each[0], each[1])]
         if not away:
             return

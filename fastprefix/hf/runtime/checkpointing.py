@@ -137,8 +137,9 @@ class Checkpointing:
 
     def detach_prompt(self, context: ForwardContext) -> ForwardContext:
         """Replace tensors with a graph by leaves, where reentrant checkpointing would run that graph twice."""
-        reentrant = gradient_checkpointing.is_reentrant(self.modules)
-        if context.layers is None or not context.tensors() or not torch.is_grad_enabled() or not reentrant:
+        if context.layers is None or not torch.is_grad_enabled() or not context.tensors():
+            return context
+        if not gradient_checkpointing.is_reentrant(self.modules):
             return context
         leaves: dict[int, tuple[Tensor, Tensor]] = {}
 

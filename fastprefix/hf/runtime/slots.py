@@ -30,7 +30,7 @@ class AttentionSlots:
         return slot
 
     def __iter__(self) -> Iterator[LayerSlot]:
-        return iter([self[i] for i in range(len(self.modules))])
+        return iter([module._modules[SLOT] for module in self.modules])  # type: ignore[misc]
 
     def present(self) -> bool:
         """Whether all slots are still in the model."""
@@ -43,8 +43,9 @@ class AttentionSlots:
 
     def set_overrides(self, layers: KeyValues, stack: AttentionStack) -> None:
         """Let the layers of one stack read these keys and values instead of the active prefix."""
+        slots = list(self)
         for i in stack.layers:
-            self[i].set_override(layers[i])
+            slots[i].set_override(layers[i])
 
     def clear_overrides(self) -> None:
         """Let every layer read the active prefix again."""
