@@ -146,5 +146,12 @@ class LayerSlot(nn.Module):
         layer = self._modules["prefixes"]._modules.get(self.active)  # type: ignore[union-attr]
         if layer is None:
             return None
-        k, v = layer()
+        k, v = layer() if is_hooked(layer) else layer.forward()
         return LayerKV(k, v)
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether a module has hooks, as FSDP's and pruning's. Without any its ``forward`` is called, which is faster."""
+    return bool(
+        module._forward_pre_hooks or module._forward_hooks or module._backward_hooks or module._backward_pre_hooks
+    )

@@ -12,7 +12,7 @@ from fastprefix.errors import fail
 from fastprefix.functional import prefix_attention
 from fastprefix.hf.attention import masks
 from fastprefix.hf.attention.recording import AttentionCall, is_recording, record
-from fastprefix.prefixes.prefix import LayerKV, LayerSlot
+from fastprefix.prefixes.prefix import LayerKV, LayerSlot, is_hooked
 
 NAME = "fastprefix"
 SLOT = "fastprefix"  # the child of an attention module that holds its prefixes
@@ -50,8 +50,9 @@ def attention_forward(
             query = query * slot.query_factor.to(query.dtype)
         if slot.fallback_attention is not None and masks.requested.implementation is not None:
             return _gated(slot, module, query, key, value, attention_mask, scaling, dropout, is_causal, kwargs)
-        _note(slot, query, key, value)
-        kv = slot()
+        if not slot.ran or slot.capturing or slot.keeps_query:
+            _note(slot, query, key, value)
+        kv = slot() if is_hooked(slot) else slot.forward()
     if kv is None:
         kv = _no_prefix(query, key, value)
     prefix_k, prefix_v, ids, lens, gate = kv
@@ -84,8 +85,7 @@ def attention_forward(
 
 def _note(slot: LayerSlot, query: Tensor, key: Tensor, value: Tensor) -> None:
     """Keep in a layer's slot that the layer ran, and its query, keys and values where they are asked for."""
-    if not slot.ran:  # a read costs a tenth of setting a module's attribute
-        slot.ran = True
+    slot.ran = True
     if slot.capturing:
         slot.captured = key, value
     if slot.keeps_query:

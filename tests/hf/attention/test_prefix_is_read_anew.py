@@ -76,6 +76,33 @@ def test_a_change_of_the_prefix_is_seen(change: str) -> None:
     torch.testing.assert_close(got, want)
 
 
+@pytest.mark.parametrize("hooked", ["layer", "slot"])
+def test_a_hook_on_what_holds_the_prefix_runs(hooked: str) -> None:
+    """Pruning and sharding set parameters in such hooks."""
+    model, prefix = attached()
+    ids = torch.randint(3, VOCAB, (2, 7))
+    with torch.no_grad():
+        model(ids)
+        ran: list[nn.Module] = []
+        slots = [layer.self_attn.fastprefix for layer in model.model.layers]
+        modules = slots if hooked == "slot" else list(prefix.layers)
+        handles = [m.register_forward_pre_hook(lambda m, args: ran.append(m)) for m in modules]
+        model(ids)
+        assert ran == modules
+        for handle in handles:
+            handle.remove()
+        want = model(ids).logits
+        handles = [
+            m.register_forward_hook(lambda m, args, kv: kv._replace(k=-kv.k) if hooked == "slot" else (-kv[0], kv[1]))
+            for m in modules
+        ]
+        hidden = model(ids).logits
+        for handle in handles:
+            handle.remove()
+        assert not torch.allclose(hidden, want, atol=1e-3)
+        torch.testing.assert_close(model(ids).logits, want)
+
+
 def _copy_of(prefix: Any) -> Callable[[Any], None]:
     def fill(fresh: Any) -> None:
         fresh.load_state_dict({n: x.detach().clone() for n, x in prefix.state_dict().items()})
