@@ -32,7 +32,7 @@ HEADERS = sorted(glob.glob("csrc/ops/*.h") + glob.glob("csrc/cpu/*.h"))
 
 # at::parallel_for is a template over OpenMP. It is compiled with OpenMP but not linked with a runtime of OpenMP: torch
 # brings one, and a second in the process would have threads of its own.
-COMPILE = ["-std=c++20", "-fopenmp", "-fno-math-errno", "-fvisibility=hidden", "-Wno-psabi"]
+COMPILE = ["-std=c++20", "-ffp-contract=fast", "-fopenmp", "-fno-math-errno", "-fvisibility=hidden", "-Wno-psabi"]
 OPTIMIZE = ["-O3", "-g0"]
 SANITIZE = [f"-fsanitize={SANITIZERS}", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g", "-O1"]
 
@@ -41,8 +41,8 @@ def obstacle() -> str:
     """Why a build cannot be tried here, or nothing."""
     if REQUEST == "0":
         return "it was left out by FASTPREFIX_BUILD_NATIVE=0"
-    if not sys.platform.startswith("linux") or platform.machine() != "x86_64":
-        return f"its kernels are for Linux on x86_64, and this is {platform.system()} on {platform.machine()}"
+    if not sys.platform.startswith("linux"):
+        return f"its kernels are for Linux, and this is {platform.system()}"
     if not SOURCES:
         return "its sources, the folder csrc, were not there"
     compiler = shlex.split(os.environ.get("CXX") or "c++")[0]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from . import dispatch, ops, transforms, validation
+from .backends import native
 from .types import AttentionArgs
 from .verification import first_use
 
@@ -97,6 +98,12 @@ def prefix_attention(  # type: ignore[misc]  # the overloads tell the return typ
         ValueError: an argument does not fit; the message names it, what came and what was expected.
         UnsupportedError: the backend asked for by name has reasons against the call.
     """
+    plain = gate is None and type(dropout_p) is float and dropout_p == 0.0
+    if native.attend is not None and plain and not torch.compiler.is_compiling():
+        options = (causal, scale, key_padding_mask, segment_ids, q_start, window, softcap, sinks, bias)
+        found = native.attend(q, k, v, prefix_k, prefix_v, *options, prefix_ids, prefix_lens, backend, return_lse)
+        if found is not None:
+            return found
     validation.check_flag("return_lse", return_lse)
     args = _checked_args(
         q,
@@ -152,12 +159,8 @@ def _checked_args(
     compiling = torch.compiler.is_compiling()
     if compiling or torch._C._is_any_autocast_enabled():
         q, k, v = _autocast(q), _autocast(k), _autocast(v)
-    if (
-        compiling
-        or prefix_ids is not None
-        or prefix_lens is not None
-        or not validation.fits(q, k, v, prefix_k, prefix_v)
-    ):
+    bank = prefix_ids is not None or prefix_lens is not None
+    if compiling or bank or not validation.fits(q, k, v, prefix_k, prefix_v):
         validation.check_content(q, k, v)
         validation.check_prefix(q, v, prefix_k, prefix_v, prefix_ids, prefix_lens)
     validation.check_masks(q, k, causal, key_padding_mask, segment_ids, q_start, window)

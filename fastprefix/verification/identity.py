@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from .._extension import load
 from ..machine import device
 
 PACKAGE = Path(__file__).resolve().parent.parent
@@ -61,6 +62,9 @@ def _files(tiles: str | None) -> Iterator[Path]:
             yield place
     if tiles and Path(tiles).is_file():
         yield Path(tiles)
+    extension, _ = load()
+    if extension is not None and extension.__file__:
+        yield Path(extension.__file__)
 
 
 @functools.cache

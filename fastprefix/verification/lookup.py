@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+from ..backends import native
 from ..machine import device
-from ..types import AttentionArgs, Mode
+from ..types import BACKENDS, AttentionArgs, BackendName, Mode
 from . import store
 from .cells import Cell, cell_of, direction_of
 from .routes import Candidate, backend_of, candidate, module, routes
@@ -14,8 +15,9 @@ from .table import BAD, Bucket, Table, Verdict
 
 REFERENCE = Candidate(module("reference"), None)
 VENDOR = Candidate(module("aten"), None)
-# Devices on which the vendor's kernels are taken although nothing was checked: the package's own tests run them on
-# processors, and a call of the operator there is not kept waiting. No kernel has run on a GPU in these tests.
+NATIVE = Candidate(native, None)
+# Devices on which kernels are taken although nothing was checked: the package's own tests run them on processors, and a
+# call of the operator there is not kept waiting. No kernel has run on a GPU in these tests.
 TRUSTED = ("cpu",)
 
 
@@ -36,10 +38,7 @@ def order(args: AttentionArgs, mode: str) -> tuple[Candidate, ...]:
     table, kind = store.table(args.q.device), device.kind(args.q.device)
     proofs = prove(args, mode)
     right = [proof for proof in proofs if proof.verdict is not None and proof.verdict.result == "right"]
-    vendor = [proof.verdict for proof in proofs if backend_of(proof.route) == "aten"]
-    unknown = None in vendor and not any(found is not None and found.result in BAD for found in vendor)
-    trusted = kind in TRUSTED and unknown and not _is_suspect(table, cell_of(args, "forward").dtype)
-    last = (VENDOR, REFERENCE) if trusted else (REFERENCE,)
+    last = [guess for guess in unproved(args, mode) if guess is REFERENCE or _is_trusted(guess, table, args, proofs)]
     own = nearest(table, args, mode).get("reference", math.inf)
     timed = sorted((proof.seconds, proof.route) for proof in right if proof.seconds is not None)
     fast = [candidate(route) for seconds, route in timed if seconds < own]
@@ -54,12 +53,29 @@ def order(args: AttentionArgs, mode: str) -> tuple[Candidate, ...]:
     return (*fast, *guessed, *last)
 
 
-def _is_suspect(table: Table, dtype: str) -> bool:
-    """Whether the vendor's kernels were not right somewhere in this dtype; a busy machine may look like a hang."""
+def unproved(args: AttentionArgs, mode: str) -> tuple[Candidate, ...]:
+    """What ``auto`` tries where nothing was checked, if it may, first to last; the reference ends it."""
+    own = args.q.device.type == "cpu" and native.preferred(args, mode)
+    return (NATIVE, VENDOR, REFERENCE) if own else (VENDOR, REFERENCE)
+
+
+def _is_trusted(guess: Candidate, table: Table, args: AttentionArgs, proofs: list[Proof]) -> bool:
+    """Whether a backend may be taken for a call of which nothing is known, or not of all its routes."""
+    if device.kind(args.q.device) not in TRUSTED:
+        return False
+    name = next(name for name in BACKENDS if module(name) is guess.module)
+    own = [proof.verdict for proof in proofs if backend_of(proof.route) == name]
+    if None not in own or any(found is not None and found.result in BAD for found in own):
+        return False
+    return not _is_suspect(table, cell_of(args, "forward").dtype, name)
+
+
+def _is_suspect(table: Table, dtype: str, backend: BackendName) -> bool:
+    """Whether a backend was not right somewhere in this dtype; a busy machine may look like a hang."""
     found = [*(x for cell, x in table.verdicts.items() if cell.dtype == dtype)]
     found += [x for bucket, x in table.failures.items() if bucket.dtype == dtype]
     bad = ("wrong", "failed", "crashed")
-    return any(x.result in bad and backend_of(route) == "aten" for verdicts in found for route, x in verdicts.items())
+    return any(x.result in bad and backend_of(route) == backend for verdicts in found for route, x in verdicts.items())
 
 
 def prove(args: AttentionArgs, mode: str) -> list[Proof]:

@@ -11,7 +11,6 @@ from .routes import Candidate
 from .store import Policy
 
 MOST_KEPT = 4096
-OFF: tuple[Candidate, ...] = (lookup.VENDOR, lookup.REFERENCE)
 ONE: tuple[Candidate, ...] = (lookup.REFERENCE,)
 _lock = threading.RLock()
 
@@ -35,13 +34,13 @@ def known(args: AttentionArgs, mode: str) -> tuple[Candidate, ...]:
     found: tuple[Candidate, ...] | None = store.decisions.get(signature(args, mode))
     if found is not None:
         return found
-    return OFF if store.policy() is Policy.OFF else lookup.order(args, mode)
+    return lookup.unproved(args, mode) if store.policy() is Policy.OFF else lookup.order(args, mode)
 
 
 def _decide(args: AttentionArgs, mode: str, key: tuple[object, ...]) -> tuple[Candidate, ...]:
     with _lock:
         if store.policy() is Policy.OFF:
-            last, found = True, OFF
+            last, found = True, lookup.unproved(args, mode)
         elif args.dropout_p > 0.0 or args.bias_grad:  # no other backend takes them
             last, found = True, ONE
         else:

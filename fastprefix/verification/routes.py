@@ -6,7 +6,7 @@ from types import ModuleType
 from typing import NamedTuple
 
 from .. import reference
-from ..backends import aten, triton
+from ..backends import aten, native, triton
 from ..types import BACKENDS, BackendName
 from .cells import Direction
 
@@ -23,6 +23,8 @@ def module(name: BackendName) -> ModuleType:
     match name:
         case "reference":
             return reference
+        case "native":
+            return native
         case "aten":
             return aten
         case "triton":

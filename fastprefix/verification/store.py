@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from ..backends import native
 from ..errors import fail
 from ..machine.files import cache_dir, slug, write_atomically
 from .identity import digest, identity
@@ -74,7 +75,13 @@ def forget() -> None:
     """Drop what this process knows, so that files are read again."""
     with _lock:
         _tables.clear()
-        decisions.clear()
+        forget_decisions()
+
+
+def forget_decisions() -> None:
+    """Drop what was drawn from tables."""
+    decisions.clear()
+    native.forget()
 
 
 def path(place: torch.device) -> Path | None:
@@ -115,7 +122,7 @@ def reload(place: torch.device) -> None:
         with _lock:
             mine = table(place)
             if found.bad() - mine.bad():
-                decisions.clear()
+                forget_decisions()
             mine.update(found)
 
 
@@ -131,7 +138,7 @@ def add(place: torch.device, found: Table, out: Path | None = None, decide_again
     with _lock:
         mine = table(place)
         if decide_again or found.bad() - mine.bad():
-            decisions.clear()
+            forget_decisions()
         mine.update(found)
         file = path(place) if out is None else out
         stored = Table(found.identity)

@@ -19,7 +19,7 @@ PACKAGE = Path(_extension.__file__).parent
 # In AT&T's spelling. Registers and masks that came with AVX-512, and the tiles of AMX; then everything that came after
 # SSE2: the mnemonics of AVX and its extensions begin with v, those of BMI do not.
 AFTER_AVX2 = re.compile(r"%[zt]mm\d|%k[0-7]|%[xy]mm(1[6-9]|2\d|3[01])")
-AFTER_SSE2 = re.compile(r"v|(andn|bextr|bls|bzhi|mulx|pdep|pext|popcnt|lzcnt|rorx|sarx|shlx|shrx)")
+AFTER_SSE2 = re.compile(r"v|(andn|bextr|bls(i|r|msk)|bzhi|mulx|pdep|pext|popcnt|lzcnt|rorx|sarx|shlx|shrx)[lq]?\b")
 
 
 def test_what_can_be_built_is_there() -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastprefix import dispatch, explain, prefix_attention
-from fastprefix.backends import aten
+from fastprefix.backends import aten, native
 from fastprefix.types import AttentionArgs, Needs
 from tests.support.operator_calls import make_call
 
@@ -25,10 +25,16 @@ def test_auto_finds_one_that_can() -> None:
 def test_explain_says_who_and_why_not() -> None:
     lines = dict(line.split(maxsplit=1) for line in explain(**make_call().leaves).splitlines())
     unproved = "not proved: FASTPREFIX_VERIFY=off"
+    last = {"aten": f"chosen by auto: {unproved}", "triton": f"can, by name only: {unproved}"}
     assert lines == {
+        "reference": "can, but auto prefers native",
+        "native": f"chosen by auto: {unproved}",
+        **last,
+        "aten": f"can, but auto prefers native: {unproved}",
+    } or lines == {
         "reference": "can, but auto prefers aten",
-        "aten": f"chosen by auto: {unproved}",
-        "triton": f"can, by name only: {unproved}",
+        "native": f"cannot: {native.ABSENCE}",
+        **last,
     }
     lines = dict(line.split(maxsplit=1) for line in explain(**make_call().leaves, dropout_p=0.1).splitlines())
     assert lines["reference"] == "chosen by auto" and lines["aten"].startswith("cannot: dropout_p")

@@ -9,7 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastprefix import ops, prefix_attention
-from fastprefix.backends import aten_ops
+from fastprefix.backends import aten_ops, native
 from fastprefix.measure.training.saved_bytes import saved_bytes
 from fastprefix.types import BACKENDS
 from tests.support.operator_calls import Call, interpreted, make_call, run
@@ -227,6 +227,7 @@ class TestWithoutTheOperator:
             return forward(*args)
 
         monkeypatch.setattr(ops, "forward", noted)
+        monkeypatch.setattr(native, "attend", None)  # it needs neither; see tests/native/test_direct.py
         return calls
 
     def test_a_plain_call(self, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from fastprefix import dispatch
+from fastprefix.backends import native
 from fastprefix.machine import device
 from fastprefix.types import AttentionArgs
 from fastprefix.verification import first_use, run, store
@@ -32,6 +33,14 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     store.forget()
     yield tmp_path / "cache"
     store.forget()
+
+
+@pytest.fixture(autouse=True)
+def without_native(monkeypatch: pytest.MonkeyPatch) -> None:
+    """These tests tell routes apart by name, whether the extension was built or not; tests/native has its own."""
+    monkeypatch.setattr(native, "attend", None)
+    monkeypatch.setattr(native, "routes", lambda device_type: ())
+    monkeypatch.setattr(native, "preferred", lambda args, mode: False)
 
 
 @pytest.fixture

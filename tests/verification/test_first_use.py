@@ -255,7 +255,8 @@ def test_two_processes_write_one_table(cache: Path) -> None:
     start = functools.partial(
         subprocess.Popen, line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
-    both = [start(cwd=Path(__file__).parent.parent.parent) for _ in range(2)]
+    environment = {**os.environ, "FASTPREFIX_NATIVE": "0"}  # as the fixture of all these tests
+    both = [start(cwd=Path(__file__).parent.parent.parent, env=environment) for _ in range(2)]
     for process in both:
         assert process.stdout is not None and process.stdout.readline() == "ready\n"
     for process in both:

@@ -30,7 +30,7 @@ class AttentionSlots:
         return slot
 
     def __iter__(self) -> Iterator[LayerSlot]:
-        return iter([module._modules[SLOT] for module in self.modules])  # type: ignore[misc]
+        return map(self.__getitem__, range(len(self.modules)))
 
     def present(self) -> bool:
         """Whether all slots are still in the model."""

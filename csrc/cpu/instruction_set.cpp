@@ -1,0 +1,70 @@
+// Which kernels this processor runs, and the memory that they work in.
+#include <cstdlib>
+#include <cstring>
+#include <new>
+
+#include "kernels.h"
+
+namespace fastprefix {
+namespace {
+
+// torch's own variable, which takes its kernels down to AVX2 or plain ones as well.
+bool allows(const char* name) {
+  const char* wanted = std::getenv("ATEN_CPU_CAPABILITY");
+  if (!wanted) return true;
+  if (std::strcmp(wanted, "default") == 0) return false;
+  return std::strcmp(wanted, "avx2") != 0 || std::strcmp(name, "avx2") == 0;
+}
+
+const Kernels& find() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  if (avx2 && avx512 && allows("avx512")) return avx512::kernels;
+  if (avx2 && allows("avx2")) return avx2::kernels;
+#endif
+  return baseline::kernels;
+}
+
+struct Memory {
+  float* data = nullptr;
+  int64_t size = 0;
+
+  ~Memory() { std::free(data); }
+
+  float* of(int64_t floats) {
+    if (size < floats) {
+      std::free(data);
+      size = (floats + 15) / 16 * 16;
+      data = static_cast<float*>(std::aligned_alloc(64, size * sizeof(float)));
+      if (!data) {
+        size = 0;
+        throw std::bad_alloc();
+      }
+    }
+    return data;
+  }
+};
+
+}  // namespace
+
+const Kernels& kernels() {
+  static const Kernels& found = find();
+  return found;
+}
+
+const char* instruction_set() { return kernels().name; }
+
+float* scratch(int64_t floats) {
+  thread_local Memory memory;
+  return memory.of(floats);
+}
+
+float* workspace(int64_t floats) {
+  thread_local Memory memory;
+  return memory.of(floats);
+}
+
+}  // namespace fastprefix

@@ -1,0 +1,17 @@
+// Calls that need nothing but the kernels: neither Python's checks nor torch's dispatcher would do anything for them.
+#pragma once
+
+#include "ops/inputs.h"
+
+namespace fastprefix {
+
+// Whether a call fits (the checks of validation.py, and of backends/native.py), gets no gradient, and no mode, transform,
+// autocast, tracer or subclass would see it. False says only that Python has to look.
+bool is_direct(const Inputs& inputs);
+
+// For which calls `auto` has decided for these kernels, by what decides it (`signature` in verification/cells.py).
+void remember(const Inputs& inputs);
+void forget();
+bool is_remembered(const Inputs& inputs);
+
+}  // namespace fastprefix

@@ -1,0 +1,47 @@
+#include <ATen/EmptyTensor.h>
+
+#include "ops/inputs.h"
+
+namespace fastprefix {
+namespace {
+
+// The gradient of q, k or v in fp32, in [B, S, H, D] storage.
+Heads gradient_like(const at::Tensor& x, at::Tensor& to) {
+  to = empty_heads(x, x.size(1), x.size(2), x.size(3), at::kFloat);
+  return heads_of(to);
+}
+
+}  // namespace
+
+std::vector<at::Tensor> gradients(const Inputs& inputs, const at::Tensor& o, const at::Tensor& lse, const at::Tensor& dout,
+                                  const bool* needs) {
+  Prepared prepared;
+  prepare(inputs, prepared);
+  Call& call = prepared.call;
+  const auto dense = [&](const at::Tensor& x) {
+    return heads_of(x.size(-1) == 1 || x.stride(-1) == 1 ? x : prepared.owned.emplace_back(x.contiguous()));
+  };
+  call.o = dense(o);
+  call.lse = prepared.owned.emplace_back(lse.to(at::kFloat).contiguous()).mutable_data_ptr<float>();
+  Gradients g;
+  g.dout = dense(dout.scalar_type() == o.scalar_type() ? dout : prepared.owned.emplace_back(dout.to(o.scalar_type())));
+  std::vector<at::Tensor> found(5);
+  if (needs[0]) g.q = gradient_like(inputs.q, found[0]);
+  if (needs[1]) g.k = gradient_like(inputs.k, found[1]);
+  if (needs[2]) g.v = gradient_like(inputs.v, found[2]);
+  const bool bank = inputs.prefix_ids.defined();
+  const auto prefix = [&](const at::Tensor& x, at::Tensor& to) {
+    to = at::detail::empty_cpu(x.sizes(), at::kFloat);
+    if (bank) to.zero_();  // tokens that nobody sees
+    return to.mutable_data_ptr<float>();
+  };
+  if (needs[3]) g.prefix_k = prefix(inputs.prefix_k, found[3]);
+  if (needs[4]) g.prefix_v = prefix(inputs.prefix_v, found[4]);
+  backward(call, g);
+  const at::Tensor like[] = {inputs.q, inputs.k, inputs.v, inputs.prefix_k, inputs.prefix_v};
+  for (int i = 0; i < 5; i++)
+    if (needs[i]) found[i] = found[i].to(like[i].scalar_type());
+  return found;
+}
+
+}  // namespace fastprefix

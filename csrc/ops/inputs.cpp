@@ -1,0 +1,195 @@
+#include "ops/inputs.h"
+
+#include <ATen/EmptyTensor.h>
+#include <torch/csrc/autograd/python_variable.h>
+
+#include <cmath>
+
+namespace fastprefix {
+namespace {
+
+bool read_tensor(PyObject* x, bool exact, at::Tensor& to) {
+  if (x == Py_None) return true;
+  if (exact ? !THPVariable_CheckExact(x) : !THPVariable_Check(x)) return false;
+  to = THPVariable_Unpack(x);
+  return true;
+}
+
+bool read_number(PyObject* x, std::optional<int64_t>& to) {
+  if (x == Py_None) return true;
+  if (!PyLong_CheckExact(x)) return false;
+  int overflow = 0;
+  to = PyLong_AsLongLongAndOverflow(x, &overflow);
+  return !overflow;
+}
+
+bool read_number(PyObject* x, std::optional<double>& to) {
+  if (x == Py_None) return true;
+  if (PyFloat_CheckExact(x)) {
+    to = PyFloat_AS_DOUBLE(x);
+    return true;
+  }
+  std::optional<int64_t> whole;
+  if (!read_number(x, whole)) return false;
+  to = static_cast<double>(*whole);
+  return true;
+}
+
+Type type_of(at::ScalarType type) {
+  switch (type) {
+    case at::kBFloat16: return Type::BF16;
+    case at::kHalf: return Type::F16;
+    case at::kBool: return Type::BOOL;
+    default: return Type::F32;
+  }
+}
+
+struct Preparation {
+  Prepared& to;
+
+  at::Tensor own(at::Tensor x) { return to.owned.emplace_back(std::move(x)); }
+
+  // With a unit stride in the last dimension.
+  at::Tensor dense(const at::Tensor& x) {
+    return x.size(-1) == 1 || x.stride(-1) == 1 ? x : own(x.contiguous());
+  }
+
+  // Tensors of the prefix are read in q's type, and come in any.
+  at::Tensor of_prefix(const at::Tensor& x, at::ScalarType type) {
+    return x.scalar_type() == at::kDouble ? own(x.to(type).contiguous()) : dense(x);
+  }
+
+  at::Tensor whole_numbers(const at::Tensor& x) { return x.scalar_type() == at::kLong ? x : own(x.to(at::kLong)); }
+};
+
+// [N, H_kv, P, :], [H_kv, P, :] or, packed, [H_kv, P of all, :].
+Heads prefix_heads(const at::Tensor& x) {
+  const int64_t bank = x.dim() - 3;
+  Heads found;
+  found.data = static_cast<char*>(x.data_ptr());
+  found.batch = bank ? x.stride(0) : 0;
+  found.head = x.stride(bank);
+  found.row = x.stride(bank + 1);
+  found.type = type_of(x.scalar_type());
+  return found;
+}
+
+void prepare_prefix(const Inputs& x, Preparation& preparation) {
+  Call& c = preparation.to.call;
+  Prepared& to = preparation.to;
+  Prefixes& prefix = c.prefix;
+  prefix.k = prefix_heads(preparation.of_prefix(x.prefix_k, x.q.scalar_type()));
+  prefix.v = prefix_heads(preparation.of_prefix(x.prefix_v, x.q.scalar_type()));
+  prefix.tokens = x.prefix_k.size(-2);
+  if (!x.prefix_ids.defined()) {
+    to.first.push_back(0);
+    to.length.push_back(prefix.tokens);
+  } else {
+    const at::Tensor ids = preparation.whole_numbers(x.prefix_ids);
+    prefix.ids = ids.const_data_ptr<int64_t>();
+    prefix.ids_batch = ids.stride(0);
+    prefix.ids_row = ids.dim() == 2 ? ids.stride(1) : 0;
+    // A stride of 0 would read as "by sample".
+    if (ids.dim() == 2 && prefix.ids_row == 0) {
+      const at::Tensor copy = preparation.own(ids.contiguous());
+      prefix.ids = copy.const_data_ptr<int64_t>();
+      prefix.ids_batch = copy.stride(0);
+      prefix.ids_row = 1;
+    }
+    prefix.packed = x.prefix_k.dim() == 3;
+    prefix.number = prefix.packed ? x.prefix_lens.size(0) : x.prefix_k.size(0);
+    const int64_t* lens = nullptr;
+    if (x.prefix_lens.defined())
+      lens = preparation.own(x.prefix_lens.to(at::kLong).contiguous()).const_data_ptr<int64_t>();
+    int64_t first = 0;
+    for (int64_t n = 0; n < prefix.number; n++) {
+      to.first.push_back(prefix.packed ? first : 0);
+      to.length.push_back(lens ? lens[n] : prefix.tokens);
+      first += to.length.back();
+    }
+  }
+  prefix.first = to.first.data();
+  prefix.length = to.length.data();
+}
+
+}  // namespace
+
+bool read_inputs(PyObject* const* arguments, bool exact, Inputs& x) {
+  PyObject *causal = arguments[CAUSAL], *start = arguments[Q_START];
+  if (causal != Py_True && causal != Py_False) return false;
+  x.causal = causal == Py_True;
+  if (!(THPVariable_Check(start) ? read_tensor(start, exact, x.q_start_tensor) : read_number(start, x.q_start))) return false;
+  const auto tensor = [&](Argument i, at::Tensor& to) { return read_tensor(arguments[i], exact, to); };
+  return tensor(Q, x.q) && tensor(K, x.k) && tensor(V, x.v) && tensor(PREFIX_K, x.prefix_k) &&
+         tensor(PREFIX_V, x.prefix_v) && tensor(KEY_PADDING_MASK, x.key_padding_mask) &&
+         tensor(SEGMENT_IDS, x.segment_ids) && tensor(SINKS, x.sinks) && tensor(BIAS, x.bias) &&
+         tensor(PREFIX_IDS, x.prefix_ids) && tensor(PREFIX_LENS, x.prefix_lens) && read_number(arguments[SCALE], x.scale) &&
+         read_number(arguments[WINDOW], x.window) && read_number(arguments[SOFTCAP], x.softcap);
+}
+
+Heads heads_of(const at::Tensor& x) {
+  Heads found;
+  found.data = static_cast<char*>(x.data_ptr());
+  found.batch = x.stride(0);
+  found.head = x.stride(1);
+  found.row = x.stride(2);
+  found.type = type_of(x.scalar_type());
+  return found;
+}
+
+at::Tensor empty_heads(const at::Tensor& like, int64_t heads, int64_t rows, int64_t width, at::ScalarType type) {
+  const int64_t sizes[] = {like.size(0), heads, rows, width};
+  const int64_t strides[] = {rows * heads * width, width, heads * width, 1};
+  return at::detail::empty_strided_cpu(sizes, strides, type);
+}
+
+void prepare(const Inputs& x, Prepared& to) {
+  Preparation preparation{to};
+  Call& c = to.call;
+  c.B = x.q.size(0);
+  c.H = x.q.size(1);
+  c.S = x.q.size(2);
+  c.D = x.q.size(3);
+  c.K = x.k.size(1);
+  c.T = x.k.size(2);
+  c.E = x.v.size(3);
+  c.q = heads_of(preparation.dense(x.q));
+  c.k = heads_of(preparation.dense(x.k));
+  c.v = heads_of(preparation.dense(x.v));
+  c.causal = x.causal;
+  c.scale = static_cast<float>(x.scale ? *x.scale : 1.0 / std::sqrt(static_cast<double>(c.D)));
+  c.softcap = static_cast<float>(x.softcap.value_or(0.0));
+  c.window = x.window.value_or(0);
+  prepare_prefix(x, preparation);
+  if (x.q_start) to.start.assign(c.B, *x.q_start);
+  if (x.q_start_tensor.defined()) {
+    const at::Tensor start = preparation.whole_numbers(x.q_start_tensor);
+    const int64_t* data = start.const_data_ptr<int64_t>();
+    for (int64_t b = 0; b < c.B; b++) to.start.push_back(data[start.dim() ? b * start.stride(0) : 0]);
+  }
+  if (!to.start.empty()) c.start = to.start.data();
+  if (x.key_padding_mask.defined()) {
+    c.padding = reinterpret_cast<const uint8_t*>(x.key_padding_mask.const_data_ptr<bool>());
+    c.padding_batch = x.key_padding_mask.stride(0);
+    c.padding_key = x.key_padding_mask.stride(1);
+  }
+  if (x.segment_ids.defined()) {
+    const at::Tensor segments = preparation.whole_numbers(x.segment_ids);
+    c.segments = segments.const_data_ptr<int64_t>();
+    c.segments_batch = segments.stride(0);
+    c.segments_key = segments.stride(1);
+  }
+  if (x.sinks.defined()) c.sinks = preparation.own(x.sinks.to(at::kFloat).contiguous()).const_data_ptr<float>();
+  if (x.bias.defined()) {
+    const at::Tensor bias = x.bias.scalar_type() == at::kDouble ? preparation.own(x.bias.to(at::kFloat)) : x.bias;
+    c.bias = bias.const_data_ptr();
+    c.bias_type = type_of(bias.scalar_type());
+    int64_t* strides[] = {&c.bias_key, &c.bias_row, &c.bias_head, &c.bias_batch};
+    for (int64_t i = 0; i < bias.dim(); i++) {
+      const int64_t dim = bias.dim() - 1 - i;
+      *strides[i] = bias.size(dim) == 1 ? 0 : bias.stride(dim);
+    }
+  }
+}
+
+}  // namespace fastprefix
