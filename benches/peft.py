@@ -45,6 +45,15 @@ CASES: tuple[tuple[str, Make, tuple[tuple[str, str], ...], bool], ...] = (
         ((PEFT, PATCHED), (PATCHED, FROZEN)),
         False,
     ),
+    *(
+        (
+            f"32 tokens generated, PREFIX_TUNING B{B} S16 P{P}",
+            lambda m, B=B, P=P: peft_vs_patched.generations(m, _ids(B, 16), P, 32),  # type: ignore[misc]
+            ((PEFT, PATCHED), (PEFT, ATTACHED), (ATTACHED, FROZEN)),
+            False,
+        )
+        for B, P in ((1, 16), (1, 1024), (8, 1024))
+    ),
     (
         "step, 8 prefixes of P128 mixed, B8 S64",
         lambda m: peft_vs_patched.mixed_steps(m, _ids(8, 64), 128),

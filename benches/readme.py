@@ -37,14 +37,20 @@ _NAMES = {
     "cache_sdpa": "SDPA, prefix in every sample's cache",
     "cache_packed": "the same, heads of a group packed as rows",
     "content_only": "no prefix at all",
+    "ours:aten": "this package by vendor kernels (`aten`)",
 }
+_MODES = {"backward": "forward + backward", "lowest": "the same in the lowest layer", "decode": "decode"}
 _STEPS = ("ours", "peft", "frozen")
 _OPERATOR: tuple[tuple[Mode, Problem], ...] = (
     ("backward", Problem.train(16, 12, 12, 128, 512, 64)),
     ("backward", Problem.train(8, 9, 3, 64, 512, 64)),
     ("backward", Problem.train(8, 9, 3, 64, 16, 64)),
+    ("backward", Problem.train(2, 9, 3, 1024, 16, 64)),
+    ("lowest", Problem.train(8, 9, 3, 64, 16, 64)),
     ("decode", Problem.decode(32, 9, 3, 16, 2048, 64)),
     ("decode", Problem.decode(32, 32, 8, 16, 8192, 128)),
+    ("decode", Problem.decode(1, 9, 3, 16, 16, 64)),
+    ("decode", Problem.decode(1, 9, 3, 16, 128, 64)),
     ("decode", Problem.decode(1, 9, 3, 16, 2048, 64)),
 )
 
@@ -131,7 +137,11 @@ def summary(found: dict[str, Any]) -> str:
     """The README's few rows: what is gained, and what is lost."""
     step = {row["P"]: row for row in found["step"]}[512]
     patched = {row["title"]: row["ratio"][0] for row in found["peft"] if row["names"] == ["peft", "patched"]}
-    decode = {row["label"].removesuffix(" fp32"): row["slower"]["cache_sdpa"][0] for row in found["operator"][3:]}
+    decode = {
+        row["label"].removesuffix(" fp32"): row["slower"]["cache_sdpa"][0]
+        for row in found["operator"]
+        if row["mode"] == "decode"
+    }
     saved = {name: f"{count / 2**20:.0f} MiB" for name, count in step["saved"].items()}
     training = "training step of SmolLM2-135M, B = 8, S = 64, P = 512"
     cache = "prefix in every row's cache / fastprefix"
@@ -164,7 +174,7 @@ def section(found: dict[str, Any]) -> str:
     """Everything that was measured, for ``docs/benchmarks.md``."""
     rows = []
     for row in found["operator"]:
-        what = "forward + backward" if row["mode"] == "backward" else row["mode"]
+        what = _MODES[row["mode"]]
         for name, (median, low, high) in row["slower"].items():
             rows.append(
                 (

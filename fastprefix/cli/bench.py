@@ -18,6 +18,12 @@ from fastprefix.measure.operator.roofline import Cost, cost, measure_peaks
 from fastprefix.measure.operator.runner import Measured, measure
 
 TRAIN_SHAPES = ((8, 12, 12, 128, 16, 64), (8, 12, 12, 128, 512, 64), (8, 9, 3, 128, 512, 64))
+TITLES: dict[Mode, str] = {
+    "forward": "forward",
+    "backward": "forward and backward",
+    "lowest": "forward and backward of the lowest layer (the prefix's gradients alone)",
+    "decode": "decode",
+}
 DECODE_SHAPES = ((1, 9, 3, 16, 2048, 64), (32, 9, 3, 16, 2048, 64))
 
 
@@ -30,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default=device, help="(%(default)s)")
     parser.add_argument("--repeats", type=whole_number(), default=7, metavar="N", help="timed rounds (%(default)s)")
     parser.add_argument("--decode", action="store_true", help="one new token instead of training")
+    parser.add_argument("--lowest", action="store_true", help="training, and where the prefix alone is trained")
     parser.add_argument("--peer", action="append", metavar="NAME", help="only these peers; repeatable")
     parser.add_argument("--markdown", action="store_true", help="print Markdown tables")
     bench_kernels.add_kernel_arguments(parser)
@@ -45,6 +52,8 @@ def run(args: argparse.Namespace) -> int:
         ValueError: a shape, candidate or device does not exist, or options contradict each other.
     """
     bench_kernels.check_options(args)
+    if args.decode and args.lowest:
+        raise ValueError("--decode and --lowest: expected one of the two")
     if args.resources:
         return bench_kernels.resources_main(args.target, args.quick, args.markdown)
     _check_device(args.device)
@@ -53,6 +62,8 @@ def run(args: argparse.Namespace) -> int:
     dtype_name, wrong = args.dtype or "fp32", False
     dtype = DTYPES[dtype_name]
     modes: tuple[Mode, ...] = ("decode",) if args.decode else ("forward", "backward")
+    if args.lowest:
+        modes = (*modes, "lowest")
     build = Problem.decode if args.decode else Problem.train
     shapes = args.shape or (DECODE_SHAPES if args.decode else TRAIN_SHAPES)
     problems = [build(*shape, dtype=dtype, device=args.device) for shape in shapes]
@@ -65,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
             found = measure(problem, mode, args.repeats, only=args.peer)
             wrong = wrong or bool(found.wrong)
             least = cost(problem, mode)
-            title = "forward and backward" if mode == "backward" else mode
+            title = TITLES[mode]
             floor = f"{report_tables.seconds(peaks.seconds(least))} ({peaks.bound(least)})"
             print(f"\n{problem.label}, {title}; floor {floor}")
             print(_table(found, least, args.markdown))

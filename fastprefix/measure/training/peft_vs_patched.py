@@ -69,7 +69,7 @@ def prompt_steps(model: nn.Module, ids: Tensor, num_virtual_tokens: int) -> dict
 
 
 def generations(model: nn.Module, ids: Tensor, num_virtual_tokens: int, new_tokens: int) -> dict[str, Workload]:
-    """Greedy generation of ``new_tokens`` after ``ids`` ``[B, S]``, with a PREFIX_TUNING prefix and without one."""
+    """Greedy generation of ``new_tokens`` after ``ids`` ``[B, S]``: a PREFIX_TUNING prefix, ours, and none."""
     from peft import PrefixTuningConfig
 
     models = peft_models(model, PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=num_virtual_tokens))
@@ -80,7 +80,9 @@ def generations(model: nn.Module, ids: Tensor, num_virtual_tokens: int, new_toke
         mask = torch.ones_like(ids)
         return Workload(mine, lambda: mine.generate(input_ids=ids, attention_mask=mask, **options))
 
-    runs = {name: run(mine) for name, mine in {**models, FROZEN: share_weights(model)}.items()}
+    attached: Any = share_weights(model)
+    fastprefix.attach(attached, fastprefix.PrefixConfig(num_virtual_tokens))
+    runs = {name: run(mine) for name, mine in {**models, ATTACHED: attached, FROZEN: share_weights(model)}.items()}
     first, second = (runs[name].forward() for name in (PEFT, PATCHED))
     if not torch.equal(first, second):
         raise AssertionError("a patched model generates something else")
