@@ -32,7 +32,9 @@ HEADERS = sorted(glob.glob("csrc/ops/*.h") + glob.glob("csrc/cpu/*.h"))
 
 # at::parallel_for is a template over OpenMP. It is compiled with OpenMP but not linked with a runtime of OpenMP: torch
 # brings one, and a second in the process would have threads of its own.
-COMPILE = ["-std=c++20", "-ffp-contract=fast", "-fopenmp", "-fno-math-errno", "-fvisibility=hidden", "-Wno-psabi"]
+# GCC 12 takes arguments of its own AVX-512 intrinsics for uninitialized.
+COMPILE = ["-std=c++20", "-ffp-contract=fast", "-fopenmp", "-fno-math-errno", "-fwrapv", "-fvisibility=hidden"]
+COMPILE += ["-Wno-psabi", "-Wno-maybe-uninitialized"]
 OPTIMIZE = ["-O3", "-g0"]
 SANITIZE = [f"-fsanitize={SANITIZERS}", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g", "-O1"]
 

@@ -17,7 +17,6 @@ from torch.nn import Parameter
 
 from . import dispatch, reference
 from ._ops import add_op_namespace_prefix, ops
-from .backends import native
 from .types import AttentionArgs, Grads, Needs, lse_dtype, to_bshd
 from .verification import first_use
 
@@ -67,8 +66,6 @@ def _chosen_fwd(args: AttentionArgs, backend: str) -> tuple[Tensor, Tensor]:
     backend_module, route = dispatch.choose(args, backend)
     with _without_autocast(args):
         o, lse = backend_module.fwd(args, route)
-        if backend == "auto" and backend_module is native:
-            native.remember(args)
         return to_bshd(o), lse.contiguous()
 
 

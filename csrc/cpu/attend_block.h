@@ -47,18 +47,18 @@ static void online_softmax(BlockState& x, int64_t count) {
     const vf base = top == HIDDEN ? vf{} : top;
     vf even = vf{}, odd = vf{};
     for (i = 0; i + 2 <= count; i += 2) {
-      const vf a = exp2(load(s + i * ROWS) - base), b = exp2(load(s + (i + 1) * ROWS) - base);
+      const vf a = exp(load(s + i * ROWS) - base), b = exp(load(s + (i + 1) * ROWS) - base);
       store(s + i * ROWS, a);
       store(s + (i + 1) * ROWS, b);
       even += a;
       odd += b;
     }
     for (; i < count; i++) {
-      const vf a = exp2(load(s + i * ROWS) - base);
+      const vf a = exp(load(s + i * ROWS) - base);
       store(s + i * ROWS, a);
       even += a;
     }
-    const vf alpha = exp2(before - base);
+    const vf alpha = exp(before - base);
     store(x.m + j, top);
     store(x.l + j, load(x.l + j) * alpha + even + odd);
     store(x.alpha + j, alpha);
@@ -89,7 +89,7 @@ static void attend_block(const Shape& shape, const RowBlock& rows, const KeyRang
   BlockState x = block_state(shape, rows.n, scratch);
   for (int64_t i = 0; i < rows.n; i++) {
     if (i + AHEAD < rows.n) prefetch_row(rows.q[i + AHEAD], shape.D * size_of(shape.type));
-    read_row(shape.type, x.rows + i * x.d, rows.q[i], shape.D, x.d, query_scale(shape));
+    read_row(shape.type, x.rows + i * x.d, rows.q[i], shape.D, x.d, shape.scale);
   }
   for (int64_t i = rows.n * x.d; i < x.N * x.d; i += L) store(x.rows + i, vf{});
   transpose(x.N, x.d, x.rows, x.d, x.qt, ROWS);
@@ -141,7 +141,7 @@ static void combine(const Shape& shape, const RowBlock& rows, const Partial* par
     for (int64_t p = 0; p < count; p++) {
       // A part without a key for the row has written nothing that could be read.
       if (parts[p].l[i] == 0.f) continue;
-      const float weight = exp2(parts[p].m[i] - base);
+      const float weight = exp(parts[p].m[i] - base);
       const float* o = parts[p].o + i * shape.E;
       l += parts[p].l[i] * weight;
       int64_t e = 0;

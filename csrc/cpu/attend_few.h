@@ -124,12 +124,12 @@ static void few_tile(const Shape& shape, const RowBlock& rows, const KeyRange& r
     const float m = largest(top), base = m == HIDDEN ? 0.f : m;
     vf total = vf{};
     for (int64_t i = 0; i < padded; i += L) {
-      const vf weights = exp2(load(p + i) - base);
+      const vf weights = exp(load(p + i) - base);
       store(p + i, weights);
       total += weights;
     }
     if (m != state.m[h]) {
-      const float alpha = exp2(state.m[h] - base);
+      const float alpha = exp(state.m[h] - base);
       state.l[h] *= alpha;
       for (int64_t e = 0; e < shape.E; e += L) store(state.o + h * shape.E + e, load(state.o + h * shape.E + e) * alpha);
       state.m[h] = m;
@@ -187,7 +187,7 @@ static void attend_few(const Shape& shape, const RowBlock& rows, const KeyRange*
   state.scores = state.o + FEW * shape.E;
   state.copy = state.scores + FEW * KEYS;
   for (int64_t i = 0; i < rows.n; i++) {
-    read_row(shape.type, state.q + i * shape.D, rows.q[i], shape.D, shape.D, query_scale(shape));
+    read_row(shape.type, state.q + i * shape.D, rows.q[i], shape.D, shape.D, shape.scale);
     state.m[i] = HIDDEN;
     state.l[i] = 0.f;
   }

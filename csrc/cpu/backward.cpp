@@ -11,7 +11,7 @@ namespace {
 constexpr int64_t TASKS = 16;
 constexpr int64_t MANY_ROWS = 48;  // of a sample, from which one pass over prefix and content beats two
 constexpr int64_t SERIAL = 100'000;  // multiplications
-// Bytes of partial sums of the prefix's gradients. A longer prefix is cut less.
+// Bytes of partial sums of gradients. A longer prefix, or content, is cut less.
 constexpr int64_t MOST_PARTIAL_BYTES = 1 << 26;
 
 struct Backward {
@@ -83,6 +83,7 @@ struct OnePass : Backward {
       splits = std::min(splits, std::max<int64_t>(most / chunks, 1));
     }
     content_size = (g.k.data ? c.B * c.T * c.K * c.D : 0) + (g.v.data ? c.B * c.T * c.K * c.E : 0);
+    splits = std::clamp<int64_t>(MOST_PARTIAL_BYTES / 4 / std::max<int64_t>(content_size, 1) + 1, 1, splits);
     const int64_t prefix_number = need_prefix ? chunks * splits - 1 : 0;
     prefix_parts = workspace(prefix_number * prefix_size + (splits - 1) * content_size);
     content_parts = prefix_parts + prefix_number * prefix_size;
@@ -276,6 +277,7 @@ void backward(const Call& call, const Gradients& gradients) {
     OnePass(call, gradients).compute();
   else
     TwoPasses(call, gradients).compute();
+  release_workspace();
 }
 
 }  // namespace fastprefix

@@ -9,7 +9,7 @@ struct BackState {
   float *q, *dout;          // [N, d] and [N, e]
   float *qt, *dot, *dqt;    // [d, ROWS], [e, ROWS], [d, ROWS]: transposed, q times the scale
   float *weights, *ds, *slopes;  // [KEYS, ROWS]
-  float *lse, *delta;       // [ROWS], lse in base 2
+  float *lse, *delta;       // [ROWS]
   float *copy;              // a tile
   bool fresh = true;        // dqt holds nothing yet
 };
@@ -33,13 +33,15 @@ static BackState back_state(const Shape& shape, int64_t rows, float* scratch) {
   return x;
 }
 
-// weights = exp2(scores - lse) and ds = weights * (scale * dp - scale * delta), in place of scores and dp.
+// weights = exp(scores - lse) and ds = weights * (scale * dp - scale * delta), in place of scores and dp.
 static void weights_and_ds(BackState& x, float scale, int64_t count, bool need_ds, bool capped) {
   for (int64_t j = 0; j < x.N; j += L) {
     const vf lse = load(x.lse + j), delta = load(x.delta + j), factor = splat(scale);
     for (int64_t i = 0; i < count; i++) {
       float* p = x.weights + i * ROWS + j;
-      const vf weights = exp2(load(p) - lse);
+      // No weight is above 1, and so it stays where large scores are not recomputed to the last bit.
+      const vf exponent = load(p) - lse;
+      const vf weights = exp(exponent > 0.f ? vf{} : exponent);
       store(p, weights);
       if (!need_ds) continue;
       float* s = x.ds + i * ROWS + j;
@@ -115,7 +117,7 @@ static void backward(const Shape& shape, const RowBlock& rows, const KeyRange* r
     x.delta[i] = -sum(delta) * shape.scale;
     // A row that saw nothing has the weight 0 everywhere.
     const float lse = *rows.lse[i];
-    x.lse[i] = lse == HIDDEN ? -HIDDEN : lse * LOG2E;
+    x.lse[i] = lse == HIDDEN ? -HIDDEN : lse;
   }
   for (int64_t i = rows.n; i < x.N; i++) {
     x.delta[i] = 0.f;
@@ -125,9 +127,8 @@ static void backward(const Shape& shape, const RowBlock& rows, const KeyRange* r
   for (int64_t i = rows.n * x.e; i < x.N * x.e; i += L) store(x.dout + i, vf{});
   transpose(x.N, x.d, x.q, x.d, x.qt, ROWS);
   transpose(x.N, x.e, x.dout, x.e, x.dot, ROWS);
-  const float factor = query_scale(shape);
   for (int64_t d = 0; d < x.d; d++)
-    for (int64_t j = 0; j < x.N; j += L) store(x.qt + d * ROWS + j, load(x.qt + d * ROWS + j) * factor);
+    for (int64_t j = 0; j < x.N; j += L) store(x.qt + d * ROWS + j, load(x.qt + d * ROWS + j) * shape.scale);
   const bool need_dq = rows.dq[0] != nullptr;
   for (int r = 0; r < count; r++) backward_keys(shape, rows, ranges[r], need_dq, x);
   if (!need_dq) return;

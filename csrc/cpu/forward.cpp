@@ -183,6 +183,7 @@ void forward(const Call& call) {
     plan.in_wholes();
   else
     Parts(plan).compute();
+  release_workspace();
 }
 
 }  // namespace fastprefix

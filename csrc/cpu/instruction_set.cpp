@@ -34,6 +34,12 @@ struct Memory {
 
   ~Memory() { std::free(data); }
 
+  void release() {
+    std::free(data);
+    data = nullptr;
+    size = 0;
+  }
+
   float* of(int64_t floats) {
     if (size < floats) {
       std::free(data);
@@ -47,6 +53,10 @@ struct Memory {
     return data;
   }
 };
+
+// Bytes of what tasks leave each other that a thread keeps for its next call.
+constexpr size_t MOST_KEPT = size_t{1} << 24;
+thread_local Memory left;
 
 }  // namespace
 
@@ -62,9 +72,10 @@ float* scratch(int64_t floats) {
   return memory.of(floats);
 }
 
-float* workspace(int64_t floats) {
-  thread_local Memory memory;
-  return memory.of(floats);
+float* workspace(int64_t floats) { return left.of(floats); }
+
+void release_workspace() {
+  if (left.size * sizeof(float) > MOST_KEPT) left.release();
 }
 
 }  // namespace fastprefix

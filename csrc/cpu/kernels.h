@@ -48,7 +48,7 @@ struct Shape {
   Type bias_type;
 };
 
-// An unfinished softmax of a block's rows: o [n, E] is not divided by l, m is in base 2.
+// An unfinished softmax of a block's rows: o [n, E] is not divided by l.
 struct Partial {
   float *o, *m, *l;
 };
@@ -71,9 +71,11 @@ constexpr int64_t scratch_size(int64_t D, int64_t E) {
 
 const Kernels& kernels();
 
-// Memory of this thread, 64-byte aligned: for a task, and for what a call's tasks leave each other.
+// Memory of this thread, 64-byte aligned: for a task, and for what a call's tasks leave each other, of which much is
+// given back when the call ends.
 float* scratch(int64_t floats);
 float* workspace(int64_t floats);
+void release_workspace();
 
 namespace avx512 { extern const Kernels kernels; }
 namespace avx2 { extern const Kernels kernels; }

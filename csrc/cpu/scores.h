@@ -1,26 +1,20 @@
-// From products of q and k to scores in base 2: softcap, bias and everything that hides a key.
+// From products of q and k to scores: softcap, bias and everything that hides a key.
 #pragma once
 
 namespace fastprefix::FASTPREFIX_ISA {
 namespace {
 
-constexpr float LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f;
 constexpr float HIDDEN = -__builtin_huge_valf();
 constexpr float MASKED_BIAS = -1e37f;  // a bias at or below it means "not visible"; as in types.py
 
-// What q is multiplied with: with a softcap the scores must first be in base e.
-FASTPREFIX_INLINE float query_scale(const Shape& shape) {
-  return shape.softcap > 0.f ? shape.scale : shape.scale * LOG2E;
-}
-
-// Cap `count` lines of `width` scores, and bring them to base 2; the derivative of the cap goes to `slopes` if wanted.
+// Cap `count` lines of `width` scores; the derivative of the cap goes to `slopes` if wanted.
 static void cap_scores(float cap, float* scores, int64_t count, int64_t line, int64_t width, float* slopes) {
   const float inverse = 1.f / cap;
   for (int64_t i = 0; i < count; i++)
     for (int64_t j = 0; j < width; j += L) {
       float* p = scores + i * line + j;
       const vf capped = tanh(load(p) * inverse);
-      store(p, capped * (cap * LOG2E));
+      store(p, capped * cap);
       if (slopes) store(slopes + i * line + j, 1.f - capped * capped);
     }
 }
@@ -34,7 +28,7 @@ FASTPREFIX_INLINE float bias_at(const Shape& shape, const char* row, int64_t key
     case Type::F16: x = read<Type::F16>(row, i); break;
     default: x = read<Type::F32>(row, i);
   }
-  return x <= MASKED_BIAS ? HIDDEN : x * LOG2E;
+  return x > MASKED_BIAS ? x : HIDDEN;  // a nan hides, too, as in masks.py
 }
 
 // What is the same for all tiles of a run of content keys.
@@ -162,11 +156,13 @@ struct Finished {
 
 FASTPREFIX_INLINE Finished finish_row(float m, float l, float sink) {
   if (m == HIDDEN && l == 0.f) return {0.f, sink};  // l is a nan where a score was one
-  const float other = sink * LOG2E;
-  const float top = m > other ? m : other;
-  const float own = exp2(m - top);
-  l = l * own + exp2(other - top);
-  return {own / l, top * LN2 + __builtin_logf(l)};
+  if (sink > m) {
+    const float own = exp(m - sink);
+    l = l * own + 1.f;
+    return {own / l, sink + __builtin_logf(l)};
+  }
+  l += exp(sink - m);
+  return {1.f / l, m + __builtin_logf(l)};
 }
 
 }  // namespace

@@ -119,7 +119,9 @@ FASTPREFIX_INLINE vf exp2(vf x) {
 #endif
 }
 
-FASTPREFIX_INLINE float exp2(float x) { return exp2(splat(x))[0]; }
+// e to the power of x, for differences of scores, whose logarithms stay in base e: in base 2 the largest would overflow.
+FASTPREFIX_INLINE vf exp(vf x) { return exp2(x * 1.4426950408889634f); }
+FASTPREFIX_INLINE float exp(float x) { return exp(splat(x))[0]; }
 
 // tanh to a few ulp: a polynomial near 0 (Cephes' tanhf), where the other form cancels.
 FASTPREFIX_INLINE vf tanh(vf x) {

@@ -161,6 +161,7 @@ bool is_direct(const Inputs& x) {
 }
 
 void remember(const Inputs& x) {
+  if (!content_fits(x) || !prefix_fits(x) || !x.q.is_cpu()) return;
   const std::lock_guard<std::mutex> lock(mutex);
   if (remembered.size() >= 4096) remembered.clear();
   remembered.insert(signature(x));

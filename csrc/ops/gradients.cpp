@@ -15,6 +15,12 @@ Heads gradient_like(const at::Tensor& x, at::Tensor& to) {
 
 std::vector<at::Tensor> gradients(const Inputs& inputs, const at::Tensor& o, const at::Tensor& lse, const at::Tensor& dout,
                                   const bool* needs) {
+  const int64_t B = inputs.q.size(0), H = inputs.q.size(1), S = inputs.q.size(2), E = inputs.v.size(3);
+  for (const auto& [name, x] : {std::pair("o", o), std::pair("do", dout)})
+    TORCH_CHECK_VALUE(x.defined() && x.sizes() == at::IntArrayRef({B, H, S, E}), name, ": expected a tensor [B, H, S, D_v] = ",
+                      at::IntArrayRef({B, H, S, E}));
+  TORCH_CHECK_VALUE(lse.defined() && lse.sizes() == at::IntArrayRef({B, H, S}), "lse: expected a tensor [B, H, S] = ",
+                    at::IntArrayRef({B, H, S}));
   Prepared prepared;
   prepare(inputs, prepared);
   Call& call = prepared.call;

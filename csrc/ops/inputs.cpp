@@ -2,37 +2,46 @@
 
 #include <ATen/EmptyTensor.h>
 #include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/utils/object_ptr.h>
 
 #include <cmath>
+#include <limits>
 
 namespace fastprefix {
+
+at::Tensor with_values(const at::Tensor& x) {
+  if (x.is_neg()) return x.resolve_neg();
+  if (x._is_zerotensor()) return at::zeros(x.sizes(), x.options());
+  return x.is_cpu() && x.has_storage() ? x : at::Tensor();
+}
+
 namespace {
 
 bool read_tensor(PyObject* x, bool exact, at::Tensor& to) {
   if (x == Py_None) return true;
   if (exact ? !THPVariable_CheckExact(x) : !THPVariable_Check(x)) return false;
-  to = THPVariable_Unpack(x);
-  return true;
+  to = exact ? THPVariable_Unpack(x) : with_values(THPVariable_Unpack(x));
+  return to.defined();
 }
 
-bool read_number(PyObject* x, std::optional<int64_t>& to) {
+// Of numbers, too, Python knows subclasses, and numpy more.
+bool read_number(PyObject* x, bool exact, std::optional<int64_t>& to) {
   if (x == Py_None) return true;
-  if (!PyLong_CheckExact(x)) return false;
+  if (PyBool_Check(x) || !(exact ? PyLong_CheckExact(x) : PyIndex_Check(x))) return false;
+  THPObjectPtr whole(PyNumber_Index(x));
   int overflow = 0;
-  to = PyLong_AsLongLongAndOverflow(x, &overflow);
-  return !overflow;
+  if (whole) to = PyLong_AsLongLongAndOverflow(whole.get(), &overflow);
+  PyErr_Clear();
+  return whole && !overflow;
 }
 
-bool read_number(PyObject* x, std::optional<double>& to) {
+bool read_number(PyObject* x, bool exact, std::optional<double>& to) {
   if (x == Py_None) return true;
-  if (PyFloat_CheckExact(x)) {
-    to = PyFloat_AS_DOUBLE(x);
-    return true;
-  }
-  std::optional<int64_t> whole;
-  if (!read_number(x, whole)) return false;
-  to = static_cast<double>(*whole);
-  return true;
+  if (PyBool_Check(x) || (exact && !PyFloat_CheckExact(x) && !PyLong_CheckExact(x))) return false;
+  to = PyFloat_AsDouble(x);
+  const bool failed = *to == -1.0 && PyErr_Occurred();
+  PyErr_Clear();
+  return !failed;
 }
 
 Type type_of(at::ScalarType type) {
@@ -59,8 +68,14 @@ struct Preparation {
     return x.scalar_type() == at::kDouble ? own(x.to(type).contiguous()) : dense(x);
   }
 
-  at::Tensor whole_numbers(const at::Tensor& x) { return x.scalar_type() == at::kLong ? x : own(x.to(at::kLong)); }
+  at::Tensor as_long(const at::Tensor& x) { return x.scalar_type() == at::kLong ? x : own(x.to(at::kLong)); }
 };
+
+std::vector<int64_t> whole_numbers(const at::Tensor& x) {
+  const at::Tensor dense = x.to(at::kLong).contiguous();
+  const int64_t* data = dense.const_data_ptr<int64_t>();
+  return {data, data + dense.numel()};
+}
 
 // [N, H_kv, P, :], [H_kv, P, :] or, packed, [H_kv, P of all, :].
 Heads prefix_heads(const at::Tensor& x) {
@@ -85,27 +100,23 @@ void prepare_prefix(const Inputs& x, Preparation& preparation) {
     to.first.push_back(0);
     to.length.push_back(prefix.tokens);
   } else {
-    const at::Tensor ids = preparation.whole_numbers(x.prefix_ids);
-    prefix.ids = ids.const_data_ptr<int64_t>();
-    prefix.ids_batch = ids.stride(0);
-    prefix.ids_row = ids.dim() == 2 ? ids.stride(1) : 0;
-    // A stride of 0 would read as "by sample".
-    if (ids.dim() == 2 && prefix.ids_row == 0) {
-      const at::Tensor copy = preparation.own(ids.contiguous());
-      prefix.ids = copy.const_data_ptr<int64_t>();
-      prefix.ids_batch = copy.stride(0);
-      prefix.ids_row = 1;
-    }
     prefix.packed = x.prefix_k.dim() == 3;
     prefix.number = prefix.packed ? x.prefix_lens.size(0) : x.prefix_k.size(0);
-    const int64_t* lens = nullptr;
-    if (x.prefix_lens.defined())
-      lens = preparation.own(x.prefix_lens.to(at::kLong).contiguous()).const_data_ptr<int64_t>();
+    to.ids = whole_numbers(x.prefix_ids);
+    prefix.ids = to.ids.data();
+    prefix.ids_row = x.prefix_ids.dim() == 2 ? 1 : 0;
+    prefix.ids_batch = prefix.ids_row ? x.prefix_ids.size(1) : 1;
+    // Checked here as well: in a compiled call nobody has seen the values.
+    for (int64_t id : to.ids)
+      TORCH_CHECK_VALUE(-1 <= id && id < prefix.number, "prefix_ids: got ", id, ", expected -1..", prefix.number - 1);
+    to.length.assign(prefix.number, prefix.tokens);
+    if (x.prefix_lens.defined()) to.length = whole_numbers(x.prefix_lens);
     int64_t first = 0;
-    for (int64_t n = 0; n < prefix.number; n++) {
+    for (int64_t length : to.length) {
+      TORCH_CHECK_VALUE(0 <= length && length <= prefix.tokens - (prefix.packed ? first : 0), "prefix_lens: got ", length,
+                        ", expected lengths within ", prefix.tokens, " tokens");
       to.first.push_back(prefix.packed ? first : 0);
-      to.length.push_back(lens ? lens[n] : prefix.tokens);
-      first += to.length.back();
+      first += length;
     }
   }
   prefix.first = to.first.data();
@@ -118,13 +129,13 @@ bool read_inputs(PyObject* const* arguments, bool exact, Inputs& x) {
   PyObject *causal = arguments[CAUSAL], *start = arguments[Q_START];
   if (causal != Py_True && causal != Py_False) return false;
   x.causal = causal == Py_True;
-  if (!(THPVariable_Check(start) ? read_tensor(start, exact, x.q_start_tensor) : read_number(start, x.q_start))) return false;
+  if (!(THPVariable_Check(start) ? read_tensor(start, exact, x.q_start_tensor) : read_number(start, exact, x.q_start))) return false;
   const auto tensor = [&](Argument i, at::Tensor& to) { return read_tensor(arguments[i], exact, to); };
   return tensor(Q, x.q) && tensor(K, x.k) && tensor(V, x.v) && tensor(PREFIX_K, x.prefix_k) &&
          tensor(PREFIX_V, x.prefix_v) && tensor(KEY_PADDING_MASK, x.key_padding_mask) &&
          tensor(SEGMENT_IDS, x.segment_ids) && tensor(SINKS, x.sinks) && tensor(BIAS, x.bias) &&
-         tensor(PREFIX_IDS, x.prefix_ids) && tensor(PREFIX_LENS, x.prefix_lens) && read_number(arguments[SCALE], x.scale) &&
-         read_number(arguments[WINDOW], x.window) && read_number(arguments[SOFTCAP], x.softcap);
+         tensor(PREFIX_IDS, x.prefix_ids) && tensor(PREFIX_LENS, x.prefix_lens) && read_number(arguments[SCALE], exact, x.scale) &&
+         read_number(arguments[WINDOW], exact, x.window) && read_number(arguments[SOFTCAP], exact, x.softcap);
 }
 
 Heads heads_of(const at::Tensor& x) {
@@ -158,14 +169,14 @@ void prepare(const Inputs& x, Prepared& to) {
   c.v = heads_of(preparation.dense(x.v));
   c.causal = x.causal;
   c.scale = static_cast<float>(x.scale ? *x.scale : 1.0 / std::sqrt(static_cast<double>(c.D)));
-  c.softcap = static_cast<float>(x.softcap.value_or(0.0));
+  // 0 stands for none.
+  if (x.softcap) c.softcap = std::max(static_cast<float>(*x.softcap), std::numeric_limits<float>::min());
   c.window = x.window.value_or(0);
   prepare_prefix(x, preparation);
   if (x.q_start) to.start.assign(c.B, *x.q_start);
   if (x.q_start_tensor.defined()) {
-    const at::Tensor start = preparation.whole_numbers(x.q_start_tensor);
-    const int64_t* data = start.const_data_ptr<int64_t>();
-    for (int64_t b = 0; b < c.B; b++) to.start.push_back(data[start.dim() ? b * start.stride(0) : 0]);
+    to.start = whole_numbers(x.q_start_tensor);
+    if (x.q_start_tensor.dim() == 0) to.start.assign(c.B, to.start[0]);
   }
   if (!to.start.empty()) c.start = to.start.data();
   if (x.key_padding_mask.defined()) {
@@ -174,7 +185,7 @@ void prepare(const Inputs& x, Prepared& to) {
     c.padding_key = x.key_padding_mask.stride(1);
   }
   if (x.segment_ids.defined()) {
-    const at::Tensor segments = preparation.whole_numbers(x.segment_ids);
+    const at::Tensor segments = preparation.as_long(x.segment_ids);
     c.segments = segments.const_data_ptr<int64_t>();
     c.segments_batch = segments.stride(0);
     c.segments_key = segments.stride(1);

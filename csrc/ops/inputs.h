@@ -31,11 +31,15 @@ struct Inputs {
 // of torch's tensors.
 bool read_inputs(PyObject* const* arguments, bool exact, Inputs& inputs);
 
+// A tensor whose memory holds its values, which those of torch's lazily negated and zero tensors does not; undefined for
+// one without memory of its own on the CPU.
+at::Tensor with_values(const at::Tensor& x);
+
 // A call and what its addresses point to.
 struct Prepared {
   Call call{};
   std::vector<at::Tensor> owned;
-  std::vector<int64_t> start, first, length;
+  std::vector<int64_t> start, first, length, ids;
 };
 
 // The call of these inputs, which fit each other; o and lse are for the caller to set.

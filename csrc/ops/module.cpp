@@ -102,12 +102,15 @@ PyObject* backward(PyObject*, PyObject* const* arguments, Py_ssize_t number) {
       PyErr_SetString(PyExc_TypeError, "backward: o, lse and do must be tensors");
       return nullptr;
     }
+  const at::Tensor o = fastprefix::with_values(THPVariable_Unpack(rest[0]));
+  const at::Tensor lse = fastprefix::with_values(THPVariable_Unpack(rest[1]));
+  const at::Tensor dout = fastprefix::with_values(THPVariable_Unpack(rest[2]));
   bool needs[5];
   for (int i = 0; i < 5; i++) needs[i] = PyObject_IsTrue(rest[3 + i]) == 1;
   std::vector<at::Tensor> found;
   {
     pybind11::gil_scoped_release released;
-    found = fastprefix::gradients(inputs, THPVariable_Unpack(rest[0]), THPVariable_Unpack(rest[1]), THPVariable_Unpack(rest[2]), needs);
+    found = fastprefix::gradients(inputs, o, lse, dout, needs);
   }
   PyObject* result = PyTuple_New(5);
   if (!result) return nullptr;
@@ -120,7 +123,7 @@ PyObject* remember(PyObject*, PyObject* const* arguments, Py_ssize_t number) {
   HANDLE_TH_ERRORS
   if (!has("remember", number, NUMBER_OF_ARGUMENTS)) return nullptr;
   Inputs inputs;
-  if (fastprefix::read_inputs(arguments, true, inputs) && fastprefix::is_direct(inputs)) fastprefix::remember(inputs);
+  if (fastprefix::read_inputs(arguments, false, inputs)) fastprefix::remember(inputs);
   Py_RETURN_NONE;
   END_HANDLE_TH_ERRORS
 }

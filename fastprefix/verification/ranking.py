@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 
+from ..backends import native
 from ..types import AttentionArgs
 from . import first_use, lookup, store
 from .cells import signature
@@ -48,6 +49,9 @@ def _decide(args: AttentionArgs, mode: str, key: tuple[object, ...]) -> tuple[Ca
             found = lookup.order(args, mode)
         if last and not first_use.is_held():
             if len(store.decisions) >= MOST_KEPT:
-                store.decisions.clear()
+                store.forget_decisions()
             store.decisions[key] = found
+            taken = next(chosen for chosen in found if not chosen.module.unsupported(args, chosen.route))
+            if mode == "forward" and taken.module is native:
+                native.remember(args)
         return found

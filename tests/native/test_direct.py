@@ -144,6 +144,27 @@ def test_what_does_not_fit_is_left_to_the_checks_that_can_say_why() -> None:
     assert attend(x, backend="nativ") is None and attend(x, backend="aten") is None and attend(x, return_lse=1) is None
 
 
+def test_what_fits_is_taken() -> None:
+    """Each argument, or the refusals above would prove nothing."""
+    whole = torch.zeros(2, dtype=torch.long)
+    options: list[dict[str, Any]] = [
+        {"causal": False}, {"scale": 0.3}, {"scale": 1}, {"q_start": 3}, {"q_start": whole},
+        {"q_start": whole[0].int()},
+        {"key_padding_mask": torch.ones(2, 5, dtype=torch.bool)}, {"segment_ids": torch.zeros(2, 5, dtype=torch.int)},
+        {"window": 2}, {"softcap": 3.0}, {"softcap": 3}, {"sinks": torch.zeros(6)}, {"sinks": torch.zeros(6).double()},
+        {"bias": torch.zeros(5, 5)}, {"bias": torch.zeros(2, 1, 1, 5) > 0}, {"bias": torch.zeros(()).bfloat16()},
+    ]  # fmt: skip
+    x = leaves()
+    for option in options:
+        assert attend(x, **option) is not None, option
+    bank = leaves(N=3)
+    assert attend(bank, prefix_ids=torch.zeros(2, 5, dtype=torch.int), prefix_lens=torch.tensor([7, 0, 3])) is not None
+    for dtype in (torch.float16, torch.bfloat16):
+        half = {name: value.to(dtype) for name, value in x.items()}
+        assert attend(half) is not None
+        assert attend({**half, "prefix_k": x["prefix_k"], "prefix_v": x["prefix_v"]}) is not None
+
+
 def test_wrong_numbers_of_arguments_are_told() -> None:
     with pytest.raises(TypeError, match="attend: got 1 arguments, expected 18"):
         native.attend(1)
