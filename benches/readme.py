@@ -69,7 +69,7 @@ def take(parts: Sequence[str], repeats: int) -> dict[str, Any]:
     if "lengths" in parts:
         found["lengths"] = [_length(length) for length in LENGTHS]
     if "peft" in parts:
-        found["peft"] = peft.take(_model(), repeats=7)
+        found["peft"] = peft.take(_model(), repeats=min(repeats, 7))
     return found
 
 
@@ -256,7 +256,7 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--measure", nargs="*", metavar="PART", choices=PARTS, help="measure first; default all parts")
-    parser.add_argument("--repeats", type=int, default=25, help="rounds of each operator row")
+    parser.add_argument("--repeats", type=int, default=25, help="rounds of an operator's row; of PEFT's up to 7")
     args = parser.parse_args()
     if args.measure is not None:
         RESULTS.parent.mkdir(parents=True, exist_ok=True)
