@@ -1,4 +1,4 @@
-// The kernels for AVX512; called only where the processor has it (see instruction_set.cpp).
+// The kernels for AVX-512; called only where the processor has it (see instruction_set.cpp).
 #include "kernels.h"
 
 #if defined(__x86_64__)

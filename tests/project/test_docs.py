@@ -76,7 +76,7 @@ def test_pictures_are_small(picture: Path) -> None:
 def test_the_readme_is_a_front_page() -> None:
     text = (ROOT / "README.md").read_text()
     assert len(text.splitlines()) <= 120
-    for said in ("make demo", "make test", "Not run on a GPU", "Generation with one row (B = 1) is slower", "images/"):
+    for said in ("make demo", "make test", "Not run on a GPU", "hardly time in a training step", "images/"):
         assert said in text
 
 
