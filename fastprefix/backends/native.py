@@ -110,7 +110,7 @@ def forget() -> None:
 def preferred(args: AttentionArgs, mode: str) -> bool:
     """Whether it is expected to be the fastest on a processor where nothing was measured.
 
-    With AVX-512 it was on every shape of ``docs/benchmarks.md``. Its plain vectors of 128 bits were not timed against
-    a vendor's kernels: there ``fastprefix verify`` decides.
+    In fp32 it was on every shape of ``docs/benchmarks.md`` with AVX-512, and on those tried with AVX2 alone. Its plain
+    vectors of 128 bits were not timed against a vendor's kernels: there ``fastprefix verify`` decides.
     """
     return _VECTORS not in ("", "baseline")
