@@ -2,9 +2,9 @@
 
 from fastprefix.hf.adapters.attach import attach, bake, detach, set_prefix
 from fastprefix.hf.adapters.prefix_batch import prefix_batch
-from fastprefix.hf.adapters.shared_prompt import shared_prompt
 from fastprefix.hf.attention import registration as _register  # noqa: F401
 from fastprefix.hf.peft.patch import patch, unpatch
+from fastprefix.hf.sharing.shared_prompt import shared_prompt
 from fastprefix.hf.storage.registry import register
 from fastprefix.hf.storage.save_load import load, save
 

@@ -44,7 +44,7 @@ ROOMS = {
         ("model",),
         ("runtime",),
         ("adapters",),
-        ("storage",),
+        ("sharing", "storage"),
         ("peft",),
         ("api", "trainer"),
         ("explain",),

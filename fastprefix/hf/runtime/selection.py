@@ -58,11 +58,11 @@ class Selection:
     @contextmanager
     def sharing(self, block: PromptBlock) -> Iterator[None]:
         """Let forwards inside the block read a shared prompt."""
-        self.shared = block
+        outside, self.shared = self.shared, block
         try:
             yield
         finally:
-            self.shared = None
+            self.shared = outside
 
     def named(self, name: str) -> Prefix | SoftPrompt:
         """The prefix attached under a name; raises ValueError where there is none."""

@@ -1,0 +1,5 @@
+"""Prompts that rows share, computed once: blocks around a user's own forwards, log-probabilities, and TRL's trainers.
+
+A prompt runs through the model by itself, and every row reads its keys and values as a prefix. Prompts may themselves
+stand behind a prompt that several of them share; each level of such a tree is one forward.
+"""
