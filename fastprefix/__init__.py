@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from fastprefix.hf.api import (
         attach,
         bake,
+        completion_logprobs,
         detach,
         load,
         patch,
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
         register,
         save,
         set_prefix,
+        share_prompts,
         shared_prompt,
         unpatch,
     )
@@ -31,6 +33,7 @@ __all__ = [
     "__version__",
     "attach",
     "bake",
+    "completion_logprobs",
     "detach",
     "explain",
     "init",
@@ -41,6 +44,7 @@ __all__ = [
     "register",
     "save",
     "set_prefix",
+    "share_prompts",
     "shared_prompt",
     "unpatch",
     "verify",

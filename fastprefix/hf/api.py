@@ -4,13 +4,16 @@ from fastprefix.hf.adapters.attach import attach, bake, detach, set_prefix
 from fastprefix.hf.adapters.prefix_batch import prefix_batch
 from fastprefix.hf.attention import registration as _register  # noqa: F401
 from fastprefix.hf.peft.patch import patch, unpatch
+from fastprefix.hf.sharing.completions import completion_logprobs
 from fastprefix.hf.sharing.shared_prompt import shared_prompt
+from fastprefix.hf.sharing.trl import share_prompts
 from fastprefix.hf.storage.registry import register
 from fastprefix.hf.storage.save_load import load, save
 
 __all__ = [
     "attach",
     "bake",
+    "completion_logprobs",
     "detach",
     "load",
     "patch",
@@ -18,6 +21,7 @@ __all__ = [
     "register",
     "save",
     "set_prefix",
+    "share_prompts",
     "shared_prompt",
     "unpatch",
 ]

@@ -28,6 +28,8 @@ class ModelFacts:
     reads_token_ids: bool = False
     # Whether the loss accepts labels that are longer than the mask; set when a PEFT model is patched.
     loss_fits_mask: bool = True
+    # Whether the logits were seen to be a function of the last hidden states alone (completion_logprobs).
+    head_checked: bool = False
 
 
 def position_table(model: nn.Module, stack: AttentionStack, is_decoder: bool) -> nn.Module | None:

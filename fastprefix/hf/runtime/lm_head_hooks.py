@@ -7,6 +7,8 @@ counts that prediction, and its logits are removed again.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,6 +61,15 @@ class LMHeadHooks:
     def active(self) -> bool:
         """Whether the running forward adds a position in front of its rows."""
         return self.position is not None
+
+    @contextmanager
+    def prepending(self) -> Iterator[None]:
+        """Put the prompts' hidden states in front of what the part around all layers returns inside the block."""
+        self.position = _PromptPosition(labelled=False)
+        try:
+            yield
+        finally:
+            self.position = None
 
     def remove(self) -> None:
         """Take the hooks off."""

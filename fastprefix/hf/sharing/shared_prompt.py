@@ -51,13 +51,7 @@ def shared_prompt(model: Any, input_ids: Any, groups: Any = None) -> Iterator[Sh
     probing.check_model(bare)
     check_tokens(bare)
     prompts = prompts_of(input_ids, offload.device(bare.get_input_embeddings()))
-    chosen = None if groups is None else torch.as_tensor(groups).reshape(-1).cpu()
-    if chosen is None and len(prompts) > 1:
-        raise fail("groups", "None", f"the prompt of each row, as there are {len(prompts)} prompts")
-    if chosen is not None and (chosen.is_floating_point() or not len(chosen)):
-        raise fail("groups", repr(groups), "[B] ints")
-    if chosen is not None and not 0 <= int(chosen.min()) <= int(chosen.max()) < len(prompts):
-        raise fail("groups", f"{int(chosen.min())}..{int(chosen.max())}", f"0..{len(prompts) - 1}")
+    chosen = groups_of(groups, prompts)
     installation = installed(bare)
     selection = installation.selection
     if selection.chosen is not None:
@@ -106,18 +100,32 @@ def bare_model(model: Any) -> Any:
     return bare
 
 
-def prompts_of(input_ids: Any, device: torch.device) -> list[Tensor]:
+def groups_of(groups: Any, prompts: Sequence[Tensor]) -> Tensor | None:
+    """Each row's prompt, ``[B]`` on the CPU; None where there is one prompt and nothing was said."""
+    if groups is None:
+        if len(prompts) > 1:
+            raise fail("groups", "None", f"the prompt of each row, as there are {len(prompts)} prompts")
+        return None
+    chosen = torch.as_tensor(groups).reshape(-1).cpu()
+    if chosen.is_floating_point() or not len(chosen):
+        raise fail("groups", repr(groups), "[B] ints")
+    if not 0 <= int(chosen.min()) <= int(chosen.max()) < len(prompts):
+        raise fail("groups", f"{int(chosen.min())}..{int(chosen.max())}", f"0..{len(prompts) - 1}")
+    return chosen.long()
+
+
+def prompts_of(input_ids: Any, device: torch.device, name: str = "input_ids") -> list[Tensor]:
     """Token ids ``[P]``, ``[N, P]``, or N sequences of different lengths, as N tensors."""
     if isinstance(input_ids, Tensor):
         if input_ids.dim() not in (1, 2) or input_ids.is_floating_point() or 0 in input_ids.shape:
             got = f"shape {list(input_ids.shape)}, {input_ids.dtype}"
-            raise fail("input_ids", got, "token ids [P] or [N, P], at least one token")
+            raise fail(name, got, "token ids [P] or [N, P], at least one token")
         rows = list(input_ids.reshape(-1, input_ids.shape[-1]))
     elif isinstance(input_ids, Sequence) and input_ids and not isinstance(input_ids, str):
         nested = [input_ids] if isinstance(input_ids[0], int) else input_ids
         rows = [torch.as_tensor(row, dtype=torch.long) for row in nested]
     else:
-        raise fail("input_ids", type(input_ids).__name__, "a tensor of token ids, or sequences of them")
+        raise fail(name, type(input_ids).__name__, "a tensor of token ids, or sequences of them")
     if any(row.dim() != 1 or len(row) == 0 for row in rows):
-        raise fail("input_ids", "an empty or nested sequence", "at least one token id in each prompt")
+        raise fail(name, "an empty or nested sequence", "at least one token id in each prompt")
     return [row.to(device) for row in rows]

@@ -1,0 +1,126 @@
+"""``share_prompts`` of pairs, beside prefixes, dropout and other processes; and wrong calls of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import torch
+from trl import SFTConfig, SFTTrainer
+
+import fastprefix
+from tests.integrations.trl_trainers import OPTIONS, STEPS, assert_same, dpo, grpo, kto, logged, lora, trained
+from tests.model_zoo.architectures import ROWS as ARCHITECTURES
+from tests.support import two_processes
+from tests.support.tiny_models import save_tiny, tiny_model, tiny_tokenizer
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.mark.parametrize("options", [{}, {"peft_config": lora}, {"ld_alpha": 0.5}, {"loss_type": ["ipo"]}])
+def test_pairs_share_their_prompt(options: dict[str, Any], tmp_path: Path) -> None:
+    want, _ = trained(dpo, tmp_path, share=False, **options)
+    got, sharing = trained(dpo, tmp_path, share=True, **options)
+    assert_same(got, want)
+    assert sharing.computed < 0.8 * sharing.given
+
+
+def test_kto(tmp_path: Path) -> None:
+    """All 8 rows are in one batch; those with which it estimates KL have another completion each, and share as well."""
+    want, _ = trained(kto, tmp_path, share=False)
+    got, sharing = trained(kto, tmp_path, share=True)
+    assert_same(got, want)
+    assert sharing.computed < sharing.given
+
+
+def test_dropout_runs_as_in_trl_and_says_so_once(tmp_path: Path) -> None:
+    def dropping() -> Any:
+        return lora(lora_dropout=0.5)
+
+    want, _ = trained(grpo, tmp_path, share=False, peft_config=dropping)
+    with pytest.warns(
+        UserWarning, match="prompts are not shared, and run as TRL runs them: dropout is active"
+    ) as given:
+        got, sharing = trained(grpo, tmp_path, share=True, peft_config=dropping)
+    assert len([w for w in given if "fastprefix" in str(w.message)]) == 1
+    assert_same(got, want, tolerance=0.0)
+    (reason,) = sharing.not_shared
+    assert "dropout" in reason
+    assert sharing.not_shared[reason] == 2 * STEPS  # the policy and its reference
+
+
+def test_layers_without_attention_run_as_in_trl_and_say_so(tmp_path: Path) -> None:
+    model = ARCHITECTURES["lfm2"].build()
+    want, _ = trained(grpo, tmp_path, share=False, model=model, max_steps=1)
+    with pytest.warns(UserWarning, match="some of whose layers have no attention"):
+        got, sharing = trained(grpo, tmp_path, share=True, model=model, max_steps=1)
+    assert_same(got, want, tolerance=0.0)
+    assert sharing.given == 0
+
+
+def test_an_attached_prefix_stands_in_front_of_the_shared_prompts(tmp_path: Path) -> None:
+    """GRPO that trains a prefix: the prefix is read by the prompts, and by the completions."""
+
+    def make(model: Any, folder: Path, **options: Any) -> Any:
+        torch.manual_seed(1)
+        fastprefix.attach(model, fastprefix.PrefixConfig(4, init=fastprefix.init.normal(0.6)))
+        return grpo(model, folder, **options)
+
+    options = {"beta": 0.0, "gradient_checkpointing": False}
+    want, _ = trained(make, tmp_path, share=False, **options)
+    got, sharing = trained(make, tmp_path, share=True, **options)
+    assert sharing.computed < 0.8 * sharing.given
+    assert_same(got, want)
+
+
+def in_one_process(rank: int, folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for share in (False, True):
+        options = {"per_device_train_batch_size": 4, "peft_config": lora, "ddp_find_unused_parameters": False}
+        trainer, sharing = trained(grpo, folder, share, **options)
+        assert isinstance(trainer.model_wrapped, torch.nn.parallel.DistributedDataParallel)
+        found[str(share)] = logged(trainer)
+        found[f"weights_{share}"] = [p.detach() for p in trainer.model.parameters() if p.requires_grad]
+        if sharing is not None:
+            assert sharing.computed < 0.8 * sharing.given
+    return found
+
+
+def test_in_two_processes(tmp_path: Path) -> None:
+    save_tiny(tmp_path / "model")
+    for result in two_processes.run(in_one_process, tmp_path, tmp_path):
+        for a, b in zip(result["True"], result["False"], strict=True):
+            assert a == pytest.approx(b, rel=1e-4, abs=1e-4)
+        for p, q in zip(result["weights_True"], result["weights_False"], strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-4)
+
+
+def test_wrong_calls(tmp_path: Path) -> None:
+    model = tiny_model()
+    args = SFTConfig(str(tmp_path / "out"), **OPTIONS)
+    rows = datasets.Dataset.from_list([{"prompt": "the colour", "completion": " of"}])
+    sft = SFTTrainer(model=tiny_model(), args=args, train_dataset=rows, processing_class=tiny_tokenizer())
+    with pytest.raises(ValueError, match="trainer: got SFTTrainer, expected a trainer of TRL with groups or pairs"):
+        fastprefix.share_prompts(sft)
+    with pytest.raises(ValueError, match="trainer: got LlamaForCausalLM, expected a trainer of TRL"):
+        fastprefix.share_prompts(model)
+    trainer = grpo(model, tmp_path, beta=0.0)
+    sharing = fastprefix.share_prompts(trainer)
+    with pytest.raises(ValueError, match="that shares prompts already, expected one call"):
+        fastprefix.share_prompts(trainer)
+    theirs = model.forward
+    model.forward = lambda *args, **kwargs: theirs(*args, **kwargs)
+    with pytest.raises(ValueError, match="wrapped again since"):
+        sharing.remove()
+    model.forward = theirs
+    sharing.remove()
+    fastprefix.share_prompts(trainer).remove()
+    del model.__dict__["forward"]
+    with pytest.raises(ValueError, match="has no fused head"):
+        fastprefix.share_prompts(trainer)
+    sharded = grpo(tiny_model(), tmp_path, beta=0.0)
+    sharded.model.lm_head.weight.data = torch.empty(0)
+    with pytest.raises(ValueError, match="LlamaForCausalLM is sharded, expected whole parameters"):
+        fastprefix.share_prompts(sharded)
