@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -115,6 +115,7 @@ class LayerSlot(nn.Module):
         self.active: str | None = None
         self.override: LayerKV | None = None
         self.is_overridden = False  # whether ``override`` (even if None) replaces the active prefix
+        self.packed: Any = None  # while prompts and rows run as one text: its PackedPrompts
         self.capturing = False
         self.captured: tuple[Tensor, Tensor] | None = None  # the content's [B, H_kv, T, D], [B, H_kv, T, D_v]
         self.fallback_attention: str | None = None  # the content's implementation, with a gated prompt

@@ -10,7 +10,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from fastprefix.errors import fail
 from fastprefix.functional import prefix_attention
-from fastprefix.hf.attention import masks
+from fastprefix.hf.attention import masks, packed_prompts
 from fastprefix.hf.attention.recording import AttentionCall, is_recording, record
 from fastprefix.prefixes.prefix import LayerKV, LayerSlot, is_hooked
 
@@ -48,6 +48,8 @@ def attention_forward(
     if isinstance(slot, LayerSlot):
         if slot.query_factor is not None:
             query = query * slot.query_factor.to(query.dtype)
+        if slot.packed is not None:
+            return _packed(slot, query, key, value, attention_mask, scaling, kwargs), None
         if slot.fallback_attention is not None and masks.requested.implementation is not None:
             return _gated(slot, module, query, key, value, attention_mask, scaling, dropout, is_causal, kwargs)
         if not slot.ran or slot.capturing or slot.keeps_query:
@@ -90,6 +92,28 @@ def _note(slot: LayerSlot, query: Tensor, key: Tensor, value: Tensor) -> None:
         slot.captured = key, value
     if slot.keeps_query:
         slot.query = query
+
+
+def _packed(
+    slot: LayerSlot,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None,
+    kwargs: dict[str, Any],
+) -> Tensor:
+    """``[1, T, H, D_v]``: attention over prompts and rows that run as one text, which has no mask."""
+    assert slot.packed is not None
+    if attention_mask is not None or kwargs.get("position_bias") is not None:
+        raise RuntimeError("fastprefix: a model with masks of its own cannot run prompts and rows as one text")
+    slot.ran = True
+    options: dict[str, Any] = {"scale": scaling}
+    if kwargs.get("softcap") is not None:
+        options["softcap"] = float(kwargs["softcap"])
+    if kwargs.get("s_aux") is not None:
+        options["sinks"] = kwargs["s_aux"]
+    return packed_prompts.attend(slot.packed, query, key, value, options)
 
 
 def _gated(

@@ -42,12 +42,14 @@ class _MaskRequest(threading.local):
         self.explicit_causal = False
         # Whether that holds without padding too: eager attention gets a mask then, sdpa gets none.
         self.even_without_padding = False
+        # Whether no mask is to be made: prompts and rows run as one text, which attention takes apart itself.
+        self.none = False
         self.windows: list[list[int]] = []
 
     def clear(self) -> None:
         """Reset all settings, as no forward runs any more."""
         self.boundary = self.implementation = None
-        self.explicit_causal = self.even_without_padding = False
+        self.explicit_causal = self.even_without_padding = self.none = False
 
 
 requested = _MaskRequest()
@@ -70,6 +72,8 @@ def mask_function(**arguments: Any) -> Tensor | None:
     Raises:
         ValueError: rows are packed and the mask lets a document see the one before it.
     """
+    if requested.none:
+        return None
     if requested.implementation is not None:
         made: Tensor | None = masking_utils.ALL_MASK_ATTENTION_FUNCTIONS[requested.implementation](**arguments)
         return made

@@ -30,6 +30,8 @@ class ModelFacts:
     loss_fits_mask: bool = True
     # Whether the logits were seen to be a function of the last hidden states alone (completion_logprobs).
     head_checked: bool = False
+    # Whether prompts and rows may run as one text, which attention takes apart; None until it was tried.
+    packs: bool | None = None
 
 
 def position_table(model: nn.Module, stack: AttentionStack, is_decoder: bool) -> nn.Module | None:

@@ -112,18 +112,18 @@ class Checkpointing:
             raise RuntimeError("fastprefix: the prefix was taken out between a checkpointed forward and its backward")
         slots, on, implementation = list(self.slots), self.configs.on, masks.requested.implementation
         offset, self.query_scaling.offset = self.query_scaling.offset, context.offset if context else 0
-        outside = [(slot.active, slot.override, slot.is_overridden) for slot in slots]
+        outside = [(slot.active, slot.override, slot.is_overridden, slot.packed) for slot in slots]
         self.configs.switch(on=context is not None)
         gated = context is not None and context.gated
         masks.requested.implementation = slots[0].fallback_attention if gated else None
         for slot, kv in zip(slots, (context and context.layers) or [None] * len(slots), strict=True):
-            slot.active, slot.override = active, kv
+            slot.active, slot.override, slot.packed = active, kv, context.packed if context else None
             slot.is_overridden = context is None or context.layers is not None
         try:
             yield
         finally:
-            for slot, (name, kv, is_overridden) in zip(slots, outside, strict=True):
-                slot.active, slot.override, slot.is_overridden = name, kv, is_overridden
+            for slot, (name, kv, is_overridden, packed) in zip(slots, outside, strict=True):
+                slot.active, slot.override, slot.is_overridden, slot.packed = name, kv, is_overridden, packed
             self.configs.switch(on=on)
             masks.requested.implementation = implementation
             self.query_scaling.offset = offset

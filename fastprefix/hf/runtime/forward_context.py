@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, Protocol
 from torch import Tensor
 
 from fastprefix.errors import fail
+from fastprefix.hf.attention.packed_prompts import PackedPrompts
 from fastprefix.prefixes.prefix import LayerKV
 
 Name = Hashable  # of a prefix; PEFT's multitask prompts are (name, task)
@@ -100,6 +101,7 @@ class ForwardContext:
     concatenated_ids: Tensor | None = None  # [B or 1, P], their ids, where they are tokens
     concatenated_mask: Tensor | None = None  # [B or 1, P]
     concatenated_from: int = 0  # position of the first concatenated embedding
+    packed: PackedPrompts | None = None  # where the prompts and rows are that run as one text
     gated: bool = False  # the model's own attention, masks and positions stay; a gated prompt is added
     padding: Tensor | None = None  # [B], padding places before a row's first token
     leaves: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # see checkpointing.Bridge

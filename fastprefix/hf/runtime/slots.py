@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from torch import nn
 
 from fastprefix.hf.attention.function import SLOT
+from fastprefix.hf.attention.packed_prompts import PackedPrompts
 from fastprefix.hf.model.layers import AttentionStack
 from fastprefix.hf.runtime.forward_context import KeyValues
 from fastprefix.prefixes.prefix import LayerSlot
@@ -52,6 +53,11 @@ class AttentionSlots:
         for slot in self:
             if slot.is_overridden:
                 slot.clear_override()
+
+    def set_packed(self, packed: PackedPrompts | None) -> None:
+        """Let every layer take a text of prompts and rows apart; None: no layer."""
+        for slot in self:
+            slot.packed = packed
 
     def remove(self) -> None:
         """Take the slots out of the model."""

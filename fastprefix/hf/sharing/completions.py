@@ -90,8 +90,9 @@ def completion_logprobs(
         installation.facts.head_checked = True
     plan = plan_groups(tokens, rows, real, chosen)
     owner = installation.facts.layers.main.owner
-    with hidden_states.reading(installation, plan):
-        output = owner(input_ids=plan.rows, attention_mask=plan.mask, use_cache=False)
+    exact = hidden_states.why_not(installation, plan) is None  # else prompts are concatenated, with a warning
+    with hidden_states.reading(installation, plan, packed=exact) as inputs:
+        output = owner(**inputs, use_cache=False)
     hidden = output[0]  # [B, 1 + R, d]
     found, entropies = log_probabilities(OutputHead(installation, output), hidden, plan.labels, temperature, entropy)
     width = rows.shape[1]

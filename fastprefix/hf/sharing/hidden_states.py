@@ -1,4 +1,10 @@
-"""Runs a :class:`SharingPlan`: the hidden states that predict every scored token of its rows."""
+"""Runs a :class:`SharingPlan`: the hidden states that predict every scored token of its rows.
+
+There are two ways. Prompts and rows run as one text, which reads every weight once and which attention takes apart
+(``attention/packed_prompts.py``). Or each level of the plan is a forward, whose keys and values the next level reads as
+a bank (``prompt_block.py``): for models that do more than attention between tokens, behind an attached prefix, and
+under ``torch.compile``, whose graphs a text of another length in every batch would not fit.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +13,16 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastprefix.hf.adapters.installation import Installation
+from fastprefix.hf.attention import masks, packed_prompts
 from fastprefix.hf.attention.position_ids import learned_table
 from fastprefix.hf.model import probing
 from fastprefix.hf.model.facts import ModelFacts
 from fastprefix.hf.runtime.exactness import why_not_shareable
+from fastprefix.hf.runtime.forward_context import ForwardContext
+from fastprefix.hf.runtime.lm_head_hooks import replace_hidden
 from fastprefix.hf.sharing.plan import SharingPlan
 from fastprefix.hf.sharing.prompt_block import PromptBlock, SharedPrompt
 from fastprefix.hf.sharing.shared_prompt import opened
@@ -37,12 +46,21 @@ def why_not(installation: Installation, plan: SharingPlan) -> str | None:
 
 
 @contextmanager
-def reading(installation: Installation, plan: SharingPlan) -> Iterator[None]:
-    """Let a forward of the plan's rows inside the block read its prompts.
+def reading(installation: Installation, plan: SharingPlan, packed: bool = True) -> Iterator[dict[str, Tensor]]:
+    """Yield the inputs of a forward that runs a plan inside the block.
 
     The model's part around all layers returns ``[B, 1 + R, d]`` there: the hidden state of each row's prompt comes
     first, so that place i predicts ``plan.labels[:, i]``.
+
+    Args:
+        installation: of the model.
+        plan: what to run.
+        packed: whether prompts and rows may run as one text.
     """
+    if packed and _fits_packed(installation, plan) and packs(installation):
+        with _as_one_text(installation, plan) as inputs:
+            yield inputs
+        return
     reader, slots = installation.reader, installation.slots
     outer = None
     with ExitStack() as stack:
@@ -52,7 +70,81 @@ def reading(installation: Installation, plan: SharingPlan) -> Iterator[None]:
         block = PromptBlock(SharedPrompt(plan.prompts, plan.groups), reader, slots, outer, plan.starts)
         stack.enter_context(opened(installation, block))
         stack.enter_context(installation.head.prepending())
-        yield
+        yield {"input_ids": plan.rows, "attention_mask": plan.mask}
+
+
+@contextmanager
+def _as_one_text(installation: Installation, plan: SharingPlan) -> Iterator[dict[str, Tensor]]:
+    """Let the forward inside the block run a plan as one text ``[1, T]``, and return ``[B, 1 + R, d]``."""
+    forward, slots, configs = installation.forward, installation.slots, installation.configs
+    first = installation.facts.default_positions.first
+    behind = 0 if plan.beginning is None else len(plan.beginning)
+    starts = [first + (behind if plan.starts is None else plan.starts[n]) for n in range(len(plan.prompts))]
+    layout, ids, positions = packed_prompts.pack(
+        plan.beginning, plan.prompts, plan.groups.tolist(), plan.rows, starts, first
+    )
+
+    def unpack(module: nn.Module, args: Any, output: Any) -> Any:
+        return replace_hidden(output, packed_prompts.unpack(layout, output[0]))
+
+    context = ForwardContext(layers=[None] * len(slots), packed=layout)
+    with installation.lock.block(), installation.lock.hold(), forward.bypass(), configs.switched_on():
+        handle = installation.facts.layers.main.owner.register_forward_hook(unpack)
+        forward.context, masks.requested.none = context, True
+        slots.set_packed(layout)
+        if installation.checkpointing.active():
+            installation.checkpointing.wrap_functions()
+        try:
+            yield {"input_ids": ids, "position_ids": positions}
+        finally:
+            handle.remove()
+            forward.context, masks.requested.none = None, False
+            slots.set_packed(None)
+
+
+def _fits_packed(installation: Installation, plan: SharingPlan) -> bool:
+    """Whether a plan may run as one text, in a model that does so: nothing attached, no position beyond a table."""
+    owner = installation.facts.layers.main.owner
+    table = learned_table(owner)
+    last = plan.longest + max(plan.starts or [0]) + installation.facts.default_positions.first
+    short = table is None or last <= table.num_embeddings - getattr(table, "offset", 0)
+    return short and installation.selection.current() is None and not torch.compiler.is_compiling()
+
+
+def packs(installation: Installation) -> bool:
+    """Whether a model computes prompts and rows as one text as it does one after the other; it is run once to see."""
+    facts = installation.facts
+    if facts.packs is None:
+        facts.packs = not installation.query_scaling.handles and _same_when_packed(installation)
+    return facts.packs
+
+
+def _same_when_packed(installation: Installation) -> bool:
+    facts = installation.facts
+    owner = facts.layers.main.owner
+    ids = facts.layers.main.dummy_inputs(tokens=3)["input_ids"]
+    few = torch.arange(1, 10, device=ids.device)
+    plan = SharingPlan(
+        beginning=few[:2],
+        prompts=[few[2:4], few[3:6]],
+        starts=None,
+        groups=torch.tensor([1, 0, 1]),
+        rows=few[:6].view(3, 2),
+        mask=torch.ones(3, 2, dtype=torch.long, device=ids.device),
+        labels=torch.ones(3, 3, dtype=torch.long, device=ids.device),
+        given=0,
+    )
+    found: list[Tensor] = []
+    with probing.evaluating(facts.model):
+        for way in (_as_one_text(installation, plan), reading(installation, plan, packed=False)):
+            try:
+                with way as inputs:
+                    found.append(owner(**inputs, use_cache=False)[0])
+            except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
+                return False  # the model's own, as it does not take such a text
+    one, other = (x.double() for x in found)
+    tolerance = 64 * torch.finfo(found[0].dtype).eps
+    return one.shape == other.shape and bool((one - other).abs().max() <= tolerance * other.abs().max())
 
 
 def counts_padding(facts: ModelFacts) -> bool:

@@ -44,7 +44,8 @@ class PromptSharing:
         not_shared: for each reason why a model or a forward ran as TRL runs it, how often it did.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, compiled: bool) -> None:
+        self._compiled = compiled  # whether the trainer compiles its model
         self.given = 0
         self.computed = 0
         self.not_shared: dict[str, int] = {}
@@ -107,9 +108,8 @@ class PromptSharing:
         self.computed += plan.computed
         assert installation is not None
         options = {name: kwargs[name] for name in _PASSED_ON if name in kwargs}
-        inputs = {"input_ids": plan.rows, "attention_mask": plan.mask, "shift_labels": plan.labels}
-        with hidden_states.reading(installation, plan):
-            output = theirs(**inputs, **options, **{_FLAG: True})
+        with hidden_states.reading(installation, plan, packed=not self._compiled) as inputs:
+            output = theirs(**inputs, shift_labels=plan.labels, **options, **{_FLAG: True})
         return _as_given(output, plan.labels, kwargs["labels"])
 
     def _refuse(self, reason: str, count: int) -> None:
@@ -147,7 +147,7 @@ def share_prompts(trainer: Any) -> PromptSharing:
     models = [bare_model(unwrapped(model)) for model in given if model is not None]
     for model in models:
         _check(trainer, model)
-    sharing = PromptSharing()
+    sharing = PromptSharing(bool(getattr(getattr(trainer, "args", None), "torch_compile", False)))
     for model in models:
         sharing._add(model)
     return sharing
