@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,16 +36,10 @@ def series(found: dict[str, Any]) -> dict[str, dict[str, dict[int, float]]]:
 
 def draw(found: dict[str, Any]) -> str:
     """The picture as SVG, the same text for the same results."""
-    import matplotlib
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
-
     drawn = series(found)
-    options = {"svg.hashsalt": "fastprefix", "svg.fonttype": "none", "font.family": "DejaVu Sans", "font.size": 10}
-    with matplotlib.rc_context(options):
-        figure = Figure(figsize=(7.6, 2.9), layout="constrained")
-        FigureCanvasSVG(figure)
-        time, memory = figure.subplots(1, 2)
+
+    def plot(panels: Any) -> None:
+        time, memory = panels
         lengths = list(drawn["time"]["ours"])
         for place, (name, points) in enumerate(drawn["time"].items()):
             at = [i + 0.26 * (place - 1) for i in range(len(lengths))]
@@ -60,12 +55,28 @@ def draw(found: dict[str, Any]) -> str:
         memory.set_xlabel("prefix tokens P", color=GREY)
         memory.set_ylim(bottom=0)
         memory.legend(frameon=False, labelcolor=GREY, fontsize=9, loc="lower right")
-        for axes in (time, memory):
+
+    return panels_as_svg(plot, f"SmolLM2-135M, B = 8, S = 64; {machine(found)}")
+
+
+def panels_as_svg(plot: Callable[[Any], None], caption: str) -> str:
+    """Two panels side by side, drawn by ``plot``, as SVG."""
+    import matplotlib
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    options = {"svg.hashsalt": "fastprefix", "svg.fonttype": "none", "font.family": "DejaVu Sans", "font.size": 10}
+    with matplotlib.rc_context(options):
+        figure = Figure(figsize=(7.6, 2.9), layout="constrained")
+        FigureCanvasSVG(figure)
+        panels = figure.subplots(1, 2)
+        plot(panels)
+        for axes in panels:
             axes.patch.set_alpha(0)
             axes.tick_params(colors=GREY)
             axes.spines[["top", "right"]].set_visible(False)
             axes.spines[["left", "bottom"]].set_color(GREY)
-        figure.supxlabel(f"SmolLM2-135M, B = 8, S = 64; {machine(found)}", color=GREY, fontsize=8)
+        figure.supxlabel(caption, color=GREY, fontsize=8)
         out = io.StringIO()
         figure.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     text = re.sub(r"font-family: [^;]*;", "font-family: sans-serif;", out.getvalue())

@@ -237,10 +237,10 @@ def _mib(count: int) -> str:
     return f"{count / 2**20:.1f} MiB"
 
 
-def fill(text: str, made: str) -> str:
+def fill(text: str, made: str, begin: str = BEGIN) -> str:
     """A page whose measured part is replaced by this one."""
-    before, rest = text.split(BEGIN)
-    return f"{before}{BEGIN}\n\n{made}\n\n{END}{rest.split(END)[1]}"
+    before, rest = text.split(begin)
+    return f"{before}{begin}\n\n{made}\n\n{END}{rest.split(END)[1]}"
 
 
 def pages() -> dict[Path, str]:
