@@ -8,7 +8,10 @@ from typing import Any
 import datasets
 import pytest
 import torch
-from trl import SFTConfig, SFTTrainer
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from trl import GRPOTrainer, SFTConfig, SFTTrainer
+from trl.trainer.utils import add_fused_lm_head
 
 import fastprefix
 from tests.integrations.trl_trainers import OPTIONS, STEPS, assert_same, dpo, grpo, kto, logged, lora, trained
@@ -95,6 +98,44 @@ def test_in_two_processes(tmp_path: Path) -> None:
             assert a == pytest.approx(b, rel=1e-4, abs=1e-4)
         for p, q in zip(result["weights_True"], result["weights_False"], strict=True):
             torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-4)
+
+
+class Trainer(GRPOTrainer):
+    """What ``share_prompts`` looks at."""
+
+    def __init__(self, model: Any) -> None:
+        self.model, self.ref_model = model, None
+
+
+def sharded_afterwards(rank: int) -> list[list[torch.Tensor]]:
+    """Log-probabilities and gradients of a model that fully_shard spreads over both processes, without and with."""
+    prompts = [[5, 9, 11, 3, 4, 6], [8, 3, 7, 7, 7, 7]]
+    ids = torch.tensor([prompts[i % 2] + [4 + i, 5, 6, rank + 7] for i in range(6)])
+    labels = ids.clone()
+    labels[:, :6] = -100
+    found = []
+    for share in (False, True):
+        model = tiny_model().train()
+        add_fused_lm_head(model)
+        sharing = fastprefix.share_prompts(Trainer(model)) if share else None
+        mesh = init_device_mesh("cpu", (two_processes.WORLD,))
+        for layer in model.model.layers:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        # A batch of which nothing is shared, in one process only: both still gather every layer once a forward.
+        rows = torch.arange(24).view(6, 4) + 3 if rank == 0 else ids[:, -4:]
+        model(input_ids=rows, labels=rows.masked_fill(torch.arange(4) < 2, -100), fused_lm_head=True)
+        output = model(input_ids=ids, labels=labels, fused_lm_head=True)
+        (output.log_probs * torch.arange(1.0, 10.0)).sum().backward()
+        assert sharing is None or (sharing.computed < 0.8 * sharing.given and not sharing.not_shared)
+        found.append([output.log_probs.detach(), *(p.grad.full_tensor() for p in model.parameters())])
+    return found
+
+
+def test_a_model_that_is_sharded_afterwards(tmp_path: Path) -> None:
+    for want, got in two_processes.run(sharded_afterwards, tmp_path):
+        for a, b in zip(got, want, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
 def test_wrong_calls(tmp_path: Path) -> None:

@@ -57,7 +57,7 @@ def reading(installation: Installation, plan: SharingPlan, packed: bool = True) 
         plan: what to run.
         packed: whether prompts and rows may run as one text.
     """
-    if packed and _fits_packed(installation, plan) and packs(installation):
+    if packed and fits_one_text(installation, plan):
         with _as_one_text(installation, plan) as inputs:
             yield inputs
         return
@@ -102,13 +102,13 @@ def _as_one_text(installation: Installation, plan: SharingPlan) -> Iterator[dict
             slots.set_packed(None)
 
 
-def _fits_packed(installation: Installation, plan: SharingPlan) -> bool:
-    """Whether a plan may run as one text, in a model that does so: nothing attached, no position beyond a table."""
+def fits_one_text(installation: Installation, plan: SharingPlan) -> bool:
+    """Whether a plan may run as one text: nothing is attached, no position is beyond a table, and the model packs."""
     owner = installation.facts.layers.main.owner
     table = learned_table(owner)
     last = plan.longest + max(plan.starts or [0]) + installation.facts.default_positions.first
     short = table is None or last <= table.num_embeddings - getattr(table, "offset", 0)
-    return short and installation.selection.current() is None and not torch.compiler.is_compiling()
+    return short and installation.selection.current() is None and packs(installation)
 
 
 def packs(installation: Installation) -> bool:

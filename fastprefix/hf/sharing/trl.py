@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from fastprefix.errors import fail
+from fastprefix.hf.adapters.installation import Installation
 from fastprefix.hf.adapters.lookup import find_installation
 from fastprefix.hf.model import dtensor
 from fastprefix.hf.model.offload import meta_parameters
@@ -70,10 +71,12 @@ class PromptSharing:
         """Let a bare model's forward of log-probabilities share prompts."""
         theirs = model.forward
         try:
-            starts = hidden_states.counts_padding(installed(model).facts)
+            installation = installed(model)
         except ValueError as error:
             self._refuse(f"{type(model).__name__} cannot share prompts ({error})", 0)
             return
+        starts = hidden_states.counts_padding(installation.facts)
+        hidden_states.packs(installation)  # tried now, while the model is whole
 
         @functools.wraps(theirs)
         def forward(self_: Any, *args: Any, **kwargs: Any) -> Any:
@@ -91,13 +94,14 @@ class PromptSharing:
     def _run(
         self, model: Any, theirs: Callable[..., Any], starts: bool, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        installation = find_installation(model)
+        installation, packed = find_installation(model), False
         plan: SharingPlan | str = "positional arguments" if args else _plan(model, kwargs, starts)
         if isinstance(plan, SharingPlan) and plan.worthwhile:
             if installation is None:
                 plan = "fastprefix.detach took its slots out of the model"
             else:
-                plan = hidden_states.why_not(installation, plan) or plan
+                packed = not self._compiled and hidden_states.fits_one_text(installation, plan)
+                plan = hidden_states.why_not(installation, plan) or _why_not_sharded(installation, packed) or plan
         if isinstance(plan, str):
             self._refuse(plan, 1)
             return theirs(*args, **kwargs)
@@ -108,7 +112,7 @@ class PromptSharing:
         self.computed += plan.computed
         assert installation is not None
         options = {name: kwargs[name] for name in _PASSED_ON if name in kwargs}
-        with hidden_states.reading(installation, plan, packed=not self._compiled) as inputs:
+        with hidden_states.reading(installation, plan, packed) as inputs:
             output = theirs(**inputs, shift_labels=plan.labels, **options, **{_FLAG: True})
         return _as_given(output, plan.labels, kwargs["labels"])
 
@@ -151,6 +155,12 @@ def share_prompts(trainer: Any) -> PromptSharing:
     for model in models:
         sharing._add(model)
     return sharing
+
+
+def _why_not_sharded(installation: Installation, packed: bool) -> str | None:
+    """Why prompts cannot be shared where layers are gathered by one forward at a time, alike on every device."""
+    sharded = any(dtensor.is_sharded(p) for p in installation.facts.layers.modules[0].parameters())
+    return "the model is sharded, and cannot run prompts and rows as one text" if sharded and not packed else None
 
 
 def _check(trainer: Any, model: Any) -> None:
