@@ -3,6 +3,9 @@
 // n lies in the vector lanes. The numbers of `a` are read one by one, at any two strides, so that keys and values are
 // read as they lie in memory: every product of attention, forward and backward, has a form in which only rows of q and
 // of the output's gradient, a block at a time, need to be transposed.
+//
+// The K terms of a product are added one after the other, from zero; what `c` held is added to their sum. So the terms of
+// a tile are not rounded to the size to which the sum over all tiles has grown.
 #pragma once
 
 namespace fastprefix::FASTPREFIX_ISA {
@@ -17,11 +20,7 @@ FASTPREFIX_INLINE void gemm_block(int64_t K, const float* __restrict a, int64_t 
 #pragma GCC unroll 16
   for (int i = 0; i < M; i++)
 #pragma GCC unroll 8
-    for (int j = 0; j < V; j++) {
-      if constexpr (START == Start::ZERO) sums[i][j] = vf{};
-      if constexpr (START == Start::ADD) sums[i][j] = load(c + i * c_m + j * L);
-      if constexpr (START == Start::SCALE) sums[i][j] = load(c + i * c_m + j * L) * load(factor + j * L);
-    }
+    for (int j = 0; j < V; j++) sums[i][j] = vf{};
   for (int64_t k = 0; k < K; k++) {
     vf y[V];
 #pragma GCC unroll 8
@@ -36,7 +35,12 @@ FASTPREFIX_INLINE void gemm_block(int64_t K, const float* __restrict a, int64_t 
 #pragma GCC unroll 16
   for (int i = 0; i < M; i++)
 #pragma GCC unroll 8
-    for (int j = 0; j < V; j++) store(c + i * c_m + j * L, sums[i][j]);
+    for (int j = 0; j < V; j++) {
+      float* to = c + i * c_m + j * L;
+      if constexpr (START == Start::ADD) sums[i][j] += load(to);
+      if constexpr (START == Start::SCALE) sums[i][j] = fma(load(to), load(factor + j * L), sums[i][j]);
+      store(to, sums[i][j]);
+    }
 }
 
 template <int M, int V, Start START>

@@ -30,16 +30,30 @@ static Stairs stairs(const RowBlock& rows, const Bounds& bounds, int64_t t, int6
   return x;
 }
 
-// scores[key][row] = sum over d of keys[key][d] * transposed[d][row]; 0 where a step is cut off.
+// The most terms of a product of two rows that are added one after the other. An error of a score is a relative error of
+// its weight, and the rounding of one chain of 128 terms would outweigh all other errors of o and of the gradients.
+constexpr int64_t CHAIN = 48;
+
+// scores[key][row] = sum over d of keys[key][d] * transposed[d][row], in chains of equal length that are added up.
+static void product_in_chains(int64_t count, int64_t N, int64_t width, const float* keys, int64_t key_row,
+                              const float* transposed, float* scores) {
+  const int64_t chains = (width + CHAIN - 1) / CHAIN, length = (width + chains - 1) / chains;
+  gemm<Start::ZERO>(count, N, length, keys, key_row, 1, transposed, ROWS, scores, ROWS);
+  for (int64_t d = length; d < width; d += length)
+    gemm<Start::ADD>(count, N, width - d < length ? width - d : length, keys + d, key_row, 1, transposed + d * ROWS, ROWS,
+                     scores, ROWS);
+}
+
+// The same, but 0 where a step is cut off.
 static void product_of_keys(const Stairs& x, int64_t count, int64_t N, int64_t width, const float* keys, int64_t key_row,
                             const float* transposed, float* scores) {
-  if (x.first[STEPS - 1] == 0) return gemm<Start::ZERO>(count, N, width, keys, key_row, 1, transposed, ROWS, scores, ROWS);
+  if (x.first[STEPS - 1] == 0) return product_in_chains(count, N, width, keys, key_row, transposed, scores);
   for (int u = 0; u * STEP < count; u++) {
     const int64_t own = count - u * STEP < STEP ? count - u * STEP : STEP, first = x.first[u];
     float* to = scores + u * STEP * ROWS;
     for (int64_t i = 0; i < own; i++)
       for (int64_t j = 0; j < first; j += L) store(to + i * ROWS + j, vf{});
-    gemm<Start::ZERO>(own, N - first, width, keys + u * STEP * key_row, key_row, 1, transposed + first, ROWS, to + first, ROWS);
+    product_in_chains(own, N - first, width, keys + u * STEP * key_row, key_row, transposed + first, to + first);
   }
 }
 
