@@ -10,7 +10,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ... import reference
 from ...machine.device_errors import describe_error, is_out_of_memory, recover
 from ...types import INPUTS, AttentionArgs, Needs
 from ..cells import Cell
@@ -106,8 +105,10 @@ def _forward(chosen: Candidate, case: Case) -> tuple[float, str]:
 
 
 def _backward(chosen: Candidate, case: Case, sets: Sequence[Needs], beat: Callable[[str], None]) -> tuple[float, str]:
-    # The forward may have been another backend's, so o and lse are the reference's, rounded as any would round them.
-    o, lse = reference.fwd(case.args)
+    # The forward may have been another backend's. Its errors are not the backward's, so o and lse are exact, rounded
+    # once to the dtypes that every forward returns.
+    o = case.want["o"].to(case.args.q.dtype)
+    lse = case.want["lse"].to(torch.promote_types(o.dtype, torch.float32))
     worst, about = 0.0, ""
     for needs in sets:
         beat(case.label)
