@@ -25,10 +25,11 @@ from benches import prefix_grouper
 from benches.pictures import COLOURS, GREY, ROOT, machine, panels_as_svg
 from benches.readme import fill
 from fastprefix.machine.files import write_atomically
-from fastprefix.machine.timing import interleaved, ratio
+from fastprefix.machine.timing import Timing, interleaved, ratio
 from fastprefix.measure.report_tables import environment, markdown_table
 from fastprefix.measure.training.compare_steps import share_weights
 from fastprefix.measure.training.peft_vs_patched import Workload
+from fastprefix.measure.training.saved_bytes import SavedBytes
 
 RESULTS, PAGE = ROOT / "benches" / "results" / "cpu" / "groups.json", ROOT / "docs" / "sharing.md"
 PICTURE = ROOT / "docs" / "images" / "shared_prompts.svg"
@@ -111,10 +112,11 @@ def candidates(model: nn.Module, shape: Shape) -> dict[str, Workload]:
     if find_spec("prefix_grouper") is not None and shape.group > 1:
         grouper = prefix_grouper.log_probabilities
         runs[GROUPER] = workload(lambda made: loss(grouper(made, prompts, completions, shape.group)), policy())
-    want = runs[TRL].forward()
-    for name, run in runs.items():
-        if not torch.allclose(run.forward(), want, rtol=1e-3, atol=1e-5):
-            raise AssertionError(f"{name} computes another loss")
+    with torch.no_grad():
+        want = runs[TRL].forward()
+        for name, run in runs.items():
+            if not torch.allclose(run.forward(), want, rtol=1e-3, atol=1e-5):
+                raise AssertionError(f"{name} computes another loss")
     if (sharing.computed < sharing.given) != (shape.group > 1) or sharing.not_shared:
         raise AssertionError(f"{sharing} of {shape.label}")
     return runs
@@ -137,9 +139,16 @@ def take(model: Any, shapes: tuple[Shape, ...], repeats: int, peers: tuple[str, 
     rows = []
     for shape in shapes:
         runs = {name: run for name, run in candidates(model, shape).items() if name in (*peers, OURS)}
-        saved = {name: run.saved_bytes() for name, run in runs.items()}
+        saved = {}
+        for name, run in runs.items():
+            with SavedBytes(exclude=run.model.parameters()) as count:
+                forward = run.forward()
+            forward.backward()  # TRL's head holds what it saved until then
+            saved[name] = count.total
+            del forward
+            gc.collect()
         gc.collect()
-        timings = interleaved(runs, repeats, warmup=1)
+        timings = _rounds(runs, repeats)
         row = {
             "label": shape.label,
             "shape": list(shape),
@@ -153,6 +162,19 @@ def take(model: Any, shapes: tuple[Shape, ...], repeats: int, peers: tuple[str, 
         del runs
         gc.collect()
     return rows
+
+
+def _rounds(runs: dict[str, Workload], repeats: int) -> dict[str, Timing]:
+    """Interleaved timings, with garbage collected between rounds: what waits for it here are gigabytes."""
+    samples: dict[str, list[float]] = {name: [] for name in runs}
+    names = list(runs)
+    for turn in range(repeats):
+        first = turn % len(names)
+        order = {name: runs[name] for name in names[first:] + names[:first]}
+        for name, timing in interleaved(order, 1, warmup=int(turn == 0)).items():
+            samples[name] += timing.samples
+        gc.collect()
+    return {name: Timing(tuple(found)) for name, found in samples.items()}
 
 
 def measure(repeats: int) -> dict[str, Any]:

@@ -57,10 +57,14 @@ def reading(installation: Installation, plan: SharingPlan, packed: bool = True) 
         plan: what to run.
         packed: whether prompts and rows may run as one text.
     """
-    if packed and fits_one_text(installation, plan):
-        with _as_one_text(installation, plan) as inputs:
-            yield inputs
-        return
+    way = _as_one_text if packed and fits_one_text(installation, plan) else _level_by_level
+    with way(installation, plan) as inputs:
+        yield inputs
+
+
+@contextmanager
+def _level_by_level(installation: Installation, plan: SharingPlan) -> Iterator[dict[str, Tensor]]:
+    """Let the forward inside the block run a plan's rows, behind forwards of what stands in front of them."""
     reader, slots = installation.reader, installation.slots
     outer = None
     with ExitStack() as stack:
@@ -135,16 +139,29 @@ def _same_when_packed(installation: Installation) -> bool:
         given=0,
     )
     found: list[Tensor] = []
+    # The part around all layers by itself, and through whatever stands around it.
+    ways = ((owner, True), (facts.model, True), (owner, False))
     with probing.evaluating(facts.model):
-        for way in (_as_one_text(installation, plan), reading(installation, plan, packed=False)):
+        for module, packed in ways:
             try:
-                with way as inputs:
-                    found.append(owner(**inputs, use_cache=False)[0])
+                with (_as_one_text if packed else _level_by_level)(installation, plan) as inputs:
+                    found.append(_returned(owner, module, inputs))
             except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
                 return False  # the model's own, as it does not take such a text
-    one, other = (x.double() for x in found)
-    tolerance = 64 * torch.finfo(found[0].dtype).eps
-    return one.shape == other.shape and bool((one - other).abs().max() <= tolerance * other.abs().max())
+    want = found[-1].double()
+    limit = 64 * torch.finfo(found[-1].dtype).eps * want.abs().max()
+    return all(x.shape == want.shape and bool((x.double() - want).abs().max() <= limit) for x in found[:-1])
+
+
+def _returned(owner: nn.Module, module: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+    """The hidden states that the part around all layers returns last in a forward of this module."""
+    kept: list[Tensor] = []
+    handle = owner.register_forward_hook(lambda module, args, output: kept.append(output[0]))
+    try:
+        module(**inputs, use_cache=False)
+    finally:
+        handle.remove()
+    return kept[-1]
 
 
 def counts_padding(facts: ModelFacts) -> bool:

@@ -80,9 +80,11 @@ class PromptSharing:
 
         @functools.wraps(theirs)
         def forward(self_: Any, *args: Any, **kwargs: Any) -> Any:
+            # Bound again, as a deep copy of the model has this function too.
+            bound = types.MethodType(theirs.__func__, self_) if isinstance(theirs, types.MethodType) else theirs
             if not kwargs.get(_FLAG):
-                return theirs(*args, **kwargs)
-            return self._run(self_, theirs, starts, args, kwargs)
+                return bound(*args, **kwargs)
+            return self._run(self_, bound, starts, args, kwargs)
 
         setattr(forward, _MARK, True)
         ours = types.MethodType(forward, model)
