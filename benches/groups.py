@@ -58,10 +58,12 @@ def limits(model: Any, shape: Shape) -> dict[str, float]:
     """rho against a peer that scores every token, and against one that scores completions only."""
     head = model.get_output_embeddings().weight.numel()
     body = sum(p.numel() for p in model.parameters() if p.numel() != head or p.dim() != 2)
+    if shape.group == 1:  # nothing is shared, and the update is TRL's
+        return {TRL: 1.0}
     whole = shape.prompts * shape.group * (shape.prompt + shape.completion)
     scored = shape.prompts * shape.group * shape.completion
     shared = shape.prompts * shape.prompt + scored
-    ours = min(shared, whole) * body + scored * head
+    ours = shared * body + scored * head
     return {TRL: whole * (body + head) / ours, COMPACT: (whole * body + scored * head) / ours}
 
 
@@ -165,13 +167,13 @@ def take(model: Any, shapes: tuple[Shape, ...], repeats: int, peers: tuple[str, 
 
 
 def _rounds(runs: dict[str, Workload], repeats: int) -> dict[str, Timing]:
-    """Interleaved timings, with garbage collected between rounds: what waits for it here are gigabytes."""
+    """Interleaved timings of what ran once already. Garbage is collected between rounds, as it is gigabytes here."""
     samples: dict[str, list[float]] = {name: [] for name in runs}
     names = list(runs)
     for turn in range(repeats):
         first = turn % len(names)
         order = {name: runs[name] for name in names[first:] + names[:first]}
-        for name, timing in interleaved(order, 1, warmup=int(turn == 0)).items():
+        for name, timing in interleaved(order, 1, warmup=0).items():
             samples[name] += timing.samples
         gc.collect()
     return {name: Timing(tuple(found)) for name, found in samples.items()}
@@ -227,7 +229,8 @@ def section(found: dict[str, Any]) -> str:
             "",
             "N prompts of P tokens, G completions of R tokens each. `TRL` is its update as it is on a CPU, where it",
             "scores prompts too; `TRL, completions scored` makes the choice that it makes on a GPU. rho is the limit:",
-            "the multiplications of weights with tokens that the other way does, divided by ours, without attention.",
+            "the multiplications of weights with tokens that the other way does, divided by ours. Attention is not in",
+            "it, whose rows are shorter here, nor what TRL does with scores of prompts: a ratio may exceed it.",
             "",
             "More groups and prompts, one prompt each, against TRL's update as it is on a CPU:",
             "",

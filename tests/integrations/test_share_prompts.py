@@ -109,9 +109,12 @@ def test_under_autocast_as_near_as_bf16_is(tmp_path: Path) -> None:
         assert logged(got)[0][name] == pytest.approx(value, rel=0.03, abs=0.03), name
 
 
-@pytest.mark.parametrize("name", ["gpt2", "opt", "cohere", "deepseek_v3"])
+@pytest.mark.parametrize("name", ["gpt2", "opt", "cohere", "deepseek_v3", "hunyuan", "ministral3"])
 def test_left_padded_prompts_stand_where_they_stand_in_trl(name: str) -> None:
-    """Of learned positions, GPT-2 counts padding where no position ids are passed, and OPT does not."""
+    """Of learned positions, GPT-2 counts padding where no position ids are passed, and OPT does not.
+
+    Rotary ones are not relative where queries are normalised behind them (HunYuan) or scaled by them (Ministral 3).
+    """
     from trl.trainer.utils import add_fused_lm_head
 
     model = ARCHITECTURES[name].build().eval()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +137,100 @@ def test_a_model_that_is_sharded_afterwards(tmp_path: Path) -> None:
     for want, got in two_processes.run(sharded_afterwards, tmp_path):
         for a, b in zip(got, want, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def scored(model: Any, length: int = 11) -> Any:
+    """TRL's forward over two prompts of three rows each, padded on the right to this length."""
+    prompts = [[5, 9, 11, 3, 4, 6], [8, 3, 7, 7, 7, 7]]
+    ids = torch.zeros(6, length, dtype=torch.long)
+    ids[:, :10] = torch.tensor([prompts[i % 2] + [4 + i, 5, 6, 7] for i in range(6)])
+    labels = ids.masked_fill(ids == 0, -100)
+    labels[:, :6] = -100
+    return model(input_ids=ids, attention_mask=(ids != 0).long(), labels=labels, fused_lm_head=True)
+
+
+def with_head(model: Any) -> tuple[Any, Any]:
+    """A model with TRL's head, and what sharing in it returned."""
+    add_fused_lm_head(model, outputs=("log_probs", "entropy"))
+    return model, fastprefix.share_prompts(Trainer(model))
+
+
+def test_a_deep_copy_runs_its_own_weights() -> None:
+    model, _ = with_head(tiny_model())
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        twin.lm_head.weight.mul_(2.0)
+    alone = tiny_model()
+    add_fused_lm_head(alone)
+    alone.load_state_dict(twin.state_dict())
+    torch.testing.assert_close(scored(twin).log_probs, scored(alone).log_probs, rtol=1e-4, atol=1e-4)
+    row = torch.tensor([[1, 2, 3]])
+    for each in (twin, alone):  # and of a batch in which nothing is shared
+        each.found = each(input_ids=row, labels=row, fused_lm_head=True).log_probs
+    torch.testing.assert_close(twin.found, alone.found, rtol=0, atol=0)
+
+
+def test_frequencies_that_depend_on_the_padded_length_are_not_shared() -> None:
+    rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
+    config = tiny_model().config
+    config.rope_parameters, config.max_position_embeddings = rope, 14
+    model, sharing = with_head(type(tiny_model())(config).eval())
+    scored(model, length=11)
+    assert sharing.computed < sharing.given
+    with pytest.warns(UserWarning, match="rotary frequencies"):
+        got = scored(model, length=20)
+    sharing.remove()
+    torch.testing.assert_close(got.log_probs, scored(model, length=20).log_probs, rtol=0, atol=0)
+
+
+def test_beside_a_soft_prompt_or_an_open_block_it_is_trl_s_forward() -> None:
+    model, sharing = with_head(tiny_model())
+    with fastprefix.shared_prompt(model, [4, 5]), pytest.warns(UserWarning, match="block of shared_prompt"):
+        got = scored(model)
+        sharing.remove()
+        torch.testing.assert_close(got.log_probs, scored(model).log_probs, rtol=0, atol=0)
+    sharing = fastprefix.share_prompts(Trainer(model))
+    fastprefix.attach(model, fastprefix.PromptConfig(3))
+    with pytest.warns(UserWarning, match="a soft prompt is active"):
+        got = scored(model)
+    sharing.remove()
+    torch.testing.assert_close(got.log_probs, scored(model).log_probs, rtol=0, atol=0)
+
+
+def test_a_reference_that_is_the_policy_itself() -> None:
+    trainer, model = Trainer(tiny_model()), None
+    model = trainer.model
+    add_fused_lm_head(model)
+    trainer.ref_model = model
+    sharing = fastprefix.share_prompts(trainer)
+    scored(model)
+    assert sharing.computed < sharing.given and not sharing.not_shared
+    sharing.remove()
+
+
+def test_reentrant_checkpointing_of_shared_keys_runs_as_in_trl() -> None:
+    model, sharing = with_head(ARCHITECTURES["gemma3n"].build().train())
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    with pytest.warns(UserWarning, match="reentrant checkpointing drops the gradients"):
+        scored(model).log_probs.sum().backward()
+    assert sharing.computed == sharing.given == 0
+
+
+def test_noise_of_a_router_is_drawn_for_every_row() -> None:
+    model, sharing = with_head(ARCHITECTURES["phimoe"].build().train())
+    model.config.router_jitter_noise = 0.1
+    for module in model.modules():
+        if hasattr(module, "router_jitter_noise"):
+            module.router_jitter_noise = 0.1
+    with pytest.warns(UserWarning, match="jitter_noise"):
+        scored(model)
+    assert sharing.given == 0
+
+
+def test_windows_that_are_switched_off_are_none() -> None:
+    model, sharing = with_head(ARCHITECTURES["qwen2_moe"].build().eval())
+    scored(model)
+    assert sharing.computed < sharing.given and not sharing.not_shared
 
 
 def test_wrong_calls(tmp_path: Path) -> None:

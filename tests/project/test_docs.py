@@ -13,7 +13,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from benches import pictures
+from benches import groups, pictures
 from benches import readme as measured
 from fastprefix.backends import native
 from tests.project import support_tables
@@ -51,6 +51,12 @@ def test_tables_of_support_are_current() -> None:
 def test_measured_figures_are_those_on_disk() -> None:
     for path, text in measured.pages().items():
         assert path.read_text() == text, "run python -m benches.readme"
+
+
+def test_measured_groups_are_those_on_disk() -> None:
+    pytest.importorskip("matplotlib")
+    for path, text in groups.pages().items():
+        assert path.read_text() == text, "run python -m benches.groups"
 
 
 def test_counts_of_two_measurements_agree() -> None:

@@ -66,6 +66,12 @@ def recording_windows() -> Iterator[list[int]]:
         requested.windows.pop()
 
 
+def note_window(size: int) -> None:
+    """Let a block of :func:`recording_windows` know the window or chunk of a local layer."""
+    if requested.windows:
+        requested.windows[-1].append(size)
+
+
 def mask_function(**arguments: Any) -> Tensor | None:
     """Call :func:`content_mask` with transformers' arguments and check packed rows.
 
@@ -77,8 +83,8 @@ def mask_function(**arguments: Any) -> Tensor | None:
     if requested.implementation is not None:
         made: Tensor | None = masking_utils.ALL_MASK_ATTENTION_FUNCTIONS[requested.implementation](**arguments)
         return made
-    if requested.windows and arguments.get("local_size") is not None:
-        requested.windows[-1].append(int(arguments["local_size"]))
+    if arguments.get("local_size"):  # 0 where a model's windows are switched off
+        note_window(int(arguments["local_size"]))
     mask = content_mask(**arguments)
     if requested.boundary is not None:
         row, first = requested.boundary

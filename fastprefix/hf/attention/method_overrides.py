@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastprefix.hf.attention import masks
 from fastprefix.hf.attention.function import NAME, attention_forward
 
 
@@ -78,6 +79,7 @@ def _attn_local(
     """Replaces ``_attn`` of GPT-Neo: no scale, and local layers have their window in a buffer ``[1, 1, max, max]``."""
     rows, keys = query.shape[2], key.shape[2]
     if module.attention_type == "local":
+        masks.note_window(module.config.window_size)
         local = module.bias[:, :, keys - rows : keys, :keys].expand(len(query), -1, -1, -1)
         if attention_mask is None:
             attention_mask = local

@@ -102,7 +102,9 @@ def attend(layout: PackedPrompts, query: Tensor, key: Tensor, value: Tensor, opt
     Returns:
         ``[1, T, H, D_v]``.
     """
-    parts = [x.split(layout.sizes, 2) for x in (query, key, value)]
+    # Under autocast, rotary positions leave keys in fp32 and values in bf16; a prefix has one dtype.
+    dtype = torch.promote_types(key.dtype, value.dtype)
+    parts = [x.split(layout.sizes, 2) for x in (query, key.to(dtype), value.to(dtype))]
     front_k, front_v = (x[0] for x in (parts[1][0], parts[2][0]))  # [H_kv, C, D]
     found = []
     if layout.beginning:

@@ -60,7 +60,7 @@ def _last_position(facts: ModelFacts, kwargs: dict[str, Any]) -> int:
 
 
 def _active_dropout(owner: nn.Module) -> str | None:
-    """The name of a module whose dropout is active in the current mode; None without one."""
+    """The name of a module whose dropout, or a router's noise, is active in the current mode; None without one."""
     for name, module in owner.named_modules():
         if not module.training:
             continue
@@ -69,6 +69,6 @@ def _active_dropout(owner: nn.Module) -> str | None:
                 return name
             continue
         for attribute, value in vars(module).items():
-            if isinstance(value, float) and value > 0.0 and "drop" in attribute:
+            if isinstance(value, float) and value > 0.0 and ("drop" in attribute or "jitter_noise" in attribute):
                 return f"{name}.{attribute}"
     return None

@@ -17,6 +17,8 @@ from fastprefix.hf.sharing.output_head import OutputHead, log_probabilities
 from fastprefix.hf.sharing.plan import plan_groups
 from fastprefix.hf.sharing.shared_prompt import bare_model, groups_of, installed, prompts_of
 
+_IDS = (torch.int64, torch.int32, torch.int16)
+
 
 class CompletionLogprobs(NamedTuple):
     """The result of :func:`completion_logprobs`."""
@@ -71,8 +73,12 @@ def completion_logprobs(
     chosen = torch.zeros(len(rows), dtype=torch.long) if chosen is None else chosen
     if len(chosen) != len(rows):
         raise fail("groups", f"{len(chosen)} groups", f"one for each of the {len(rows)} completions")
-    if not temperature > 0:
-        raise fail("temperature", temperature, "a number above 0")
+    if not isinstance(temperature, int | float) or not 1e-6 <= temperature <= 1e6:
+        raise fail("temperature", repr(temperature), "a number from 1e-6 to 1e6")
+    vocabulary = bare.get_input_embeddings().weight.shape[0]
+    for name, ids in (("completions", rows[real]), ("prompts", torch.cat(tokens))):
+        if not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary:
+            raise fail(name, f"ids from {int(ids.min())} to {int(ids.max())}", f"token ids from 0 to {vocabulary - 1}")
     dtensor.refuse(bare)
     fresh = find_installation(bare) is None
     installation = installed(bare)
@@ -80,6 +86,11 @@ def completion_logprobs(
         raise fail(
             "model", "one inside a block of shared_prompt or prefix_batch", "one outside: a block is opened here"
         )
+    if installation.selection.provider.gated:
+        raise fail("model", "one with gated prompts (ADAPTION_PROMPT)", "one without: they are read beside the content")
+    if not installation.facts.layers.main.causal:
+        got = f"{type(bare).__name__}, which reads text in both directions"
+        raise fail("model", got, "a causal language model: what follows a token must not change it")
     if not installation.facts.head_checked:
         try:
             OutputHead(installation, None).check()
@@ -90,7 +101,8 @@ def completion_logprobs(
         installation.facts.head_checked = True
     plan = plan_groups(tokens, rows, real, chosen)
     owner = installation.facts.layers.main.owner
-    exact = hidden_states.why_not(installation, plan) is None  # else prompts are concatenated, with a warning
+    # Where it is not exact prompts are concatenated, with a warning.
+    exact = (hidden_states.why_not_now(installation) or hidden_states.why_not(installation, plan)) is None
     with hidden_states.reading(installation, plan, packed=exact) as inputs:
         output = owner(**inputs, use_cache=False)
     hidden = output[0]  # [B, 1 + R, d]
@@ -106,16 +118,18 @@ def _completions(completions: Any, mask: Any, device: torch.device) -> tuple[Ten
             raise fail("completions", type(completions).__name__, "a tensor [B, R] of token ids, or sequences of them")
         if mask is not None:
             raise fail("mask", type(mask).__name__, "None beside sequences, whose lengths say the same")
+        if any(isinstance(row, str) for row in completions):
+            raise fail("completions", "strings", "their token ids")
         each = [torch.as_tensor(row) for row in completions]
-        if any(row.dim() != 1 or not len(row) or row.is_floating_point() for row in each):
-            raise fail("completions", "an empty or nested sequence", "at least one token id in each completion")
+        if any(row.dim() != 1 or not len(row) or row.dtype not in _IDS for row in each):
+            raise fail("completions", "a sequence without ids, or nested", "one token id or more in each completion")
         lengths = torch.tensor([len(row) for row in each], device=device)
         rows = nn.utils.rnn.pad_sequence([row.long().to(device) for row in each], batch_first=True)
         return rows, torch.arange(rows.shape[1], device=device) < lengths[:, None]
-    if completions.dim() != 2 or completions.is_floating_point() or 0 in completions.shape:
+    if completions.dim() != 2 or completions.dtype not in _IDS or 0 in completions.shape:
         got = f"shape {list(completions.shape)}, {completions.dtype}"
         raise fail("completions", got, "token ids [B, R], at least one token")
-    rows = completions.to(device)
+    rows = completions.long().to(device)
     if mask is None:
         return rows, torch.ones_like(rows, dtype=torch.bool)
     if not isinstance(mask, Tensor) or mask.shape != rows.shape:

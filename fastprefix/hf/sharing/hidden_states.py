@@ -19,8 +19,8 @@ from fastprefix.hf.adapters.installation import Installation
 from fastprefix.hf.attention import masks, packed_prompts
 from fastprefix.hf.attention.position_ids import learned_table
 from fastprefix.hf.model import probing
-from fastprefix.hf.model.facts import ModelFacts
-from fastprefix.hf.runtime.exactness import why_not_shareable
+from fastprefix.hf.model.gradient_checkpointing import checkpointed_modules, is_reentrant
+from fastprefix.hf.runtime.exactness import why_not_shareable, why_too_long
 from fastprefix.hf.runtime.forward_context import ForwardContext
 from fastprefix.hf.runtime.lm_head_hooks import replace_hidden
 from fastprefix.hf.sharing.plan import SharingPlan
@@ -28,21 +28,30 @@ from fastprefix.hf.sharing.prompt_block import PromptBlock, SharedPrompt
 from fastprefix.hf.sharing.shared_prompt import opened
 
 
-def why_not(installation: Installation, plan: SharingPlan) -> str | None:
-    """The reason why a plan's result would not be exact; None where it is."""
+def why_not_now(installation: Installation) -> str | None:
+    """The reason why no plan at all can run in a model as it is now; None where one can."""
     selection, facts = installation.selection, installation.facts
     if selection.shared is not None or selection.chosen is not None:
         return "a block of shared_prompt or prefix_batch is open"
     if selection.provider.gated:
         return "gated prompts (ADAPTION_PROMPT) are read beside the content"
+    if selection.has_prompts():
+        return "a soft prompt is active"
+    shares_keys = facts.layers.kv_sources != tuple(range(len(facts.layers.modules)))
+    if shares_keys and torch.is_grad_enabled() and is_reentrant(checkpointed_modules(facts.model)):
+        return "reentrant checkpointing drops the gradients of keys that layers share (use_reentrant=False keeps them)"
+    return None
+
+
+def why_not(installation: Installation, plan: SharingPlan) -> str | None:
+    """The reason why a plan's result would not be that of its whole rows; None where it is."""
+    selection, facts = installation.selection, installation.facts
     active = selection.current()
-    tokens = plan.longest
-    if active is not None:
-        resolved = [selection.provider.resolve(name) for name in active.distinct()]
-        if any(prefix.prompt is not None for prefix in resolved):
-            return "a soft prompt is attached"
-        tokens += max((prefix.offset for prefix in resolved), default=0)
-    return why_not_shareable(facts, tokens, {}, embedded=False)
+    names = [] if active is None else active.distinct()
+    offset = max((selection.provider.resolve(name).offset for name in names), default=0)
+    reason = why_not_shareable(facts, plan.longest + offset, {}, embedded=False)
+    # A model whose rotary frequencies depend on a text's length takes that of the padded row.
+    return reason or why_too_long(facts, plan.longest + offset, plan.length + offset)
 
 
 @contextmanager
@@ -137,11 +146,13 @@ def _same_when_packed(installation: Installation) -> bool:
         mask=torch.ones(3, 2, dtype=torch.long, device=ids.device),
         labels=torch.ones(3, 3, dtype=torch.long, device=ids.device),
         given=0,
+        length=0,
     )
     found: list[Tensor] = []
     # The part around all layers by itself, and through whatever stands around it.
     ways = ((owner, True), (facts.model, True), (owner, False))
-    with probing.evaluating(facts.model):
+    device = ids.device.type
+    with probing.evaluating(facts.model), torch.autocast(device, enabled=False):
         for module, packed in ways:
             try:
                 with (_as_one_text if packed else _level_by_level)(installation, plan) as inputs:
@@ -149,7 +160,8 @@ def _same_when_packed(installation: Installation) -> bool:
             except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
                 return False  # the model's own, as it does not take such a text
     want = found[-1].double()
-    limit = 64 * torch.finfo(found[-1].dtype).eps * want.abs().max()
+    # In 16 bits a layer's own rounding is large: what is refused for it runs level by level.
+    limit = (8 if found[-1].element_size() == 2 else 64) * torch.finfo(found[-1].dtype).eps * want.abs().max()
     return all(x.shape == want.shape and bool((x.double() - want).abs().max() <= limit) for x in found[:-1])
 
 
@@ -162,28 +174,3 @@ def _returned(owner: nn.Module, module: nn.Module, inputs: dict[str, Tensor]) ->
     finally:
         handle.remove()
     return kept[-1]
-
-
-def counts_padding(facts: ModelFacts) -> bool:
-    """Whether a text padded on the left begins at the position of its column when no position ids are passed.
-
-    Only models with absolute positions are asked: elsewhere a text means the same wherever it begins.
-    """
-    stack = facts.layers.main
-    if learned_table(stack.owner) is None:
-        return False
-    ids = stack.dummy_inputs(tokens=5)["input_ids"]
-    inputs = {"input_ids": torch.arange(1, 6, device=ids.device)[None], "attention_mask": torch.ones_like(ids)}
-    inputs["attention_mask"][:, :2] = 0
-    columns = torch.arange(5, device=ids.device)[None]
-
-    def hidden(**positions: Tensor) -> Tensor:
-        with probing.evaluating(stack.owner):
-            output: Any = stack.owner(**inputs, **positions)
-        found: Tensor = output[0][:, 2:]
-        return found
-
-    own = hidden()
-    return torch.equal(own, hidden(position_ids=columns)) and not torch.equal(
-        own, hidden(position_ids=(columns - 2).clamp(min=0))
-    )

@@ -94,15 +94,20 @@ def log_probabilities(
     def chunk(x: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
         logits = head(x)
         logits = (logits if logits.dtype == torch.float64 else logits.float()) / temperature
-        logp = logits.log_softmax(-1)
-        chosen = logp.gather(1, ids[:, None])[:, 0]
-        return chosen, -(logp.exp() * logp).sum(-1) if entropy else chosen.new_empty(0)
+        total = logits.logsumexp(-1, keepdim=True)
+        chosen = (logits.gather(1, ids[:, None]) - total)[:, 0]
+        if not entropy:
+            return chosen, chosen.new_empty(0)
+        # -inf stands where a vocabulary is padded: a probability of 0, which adds nothing.
+        finite = logits.masked_fill(logits == float("-inf"), 0.0)
+        return chosen, total[:, 0] - ((logits - total).exp() * finite).sum(-1)
 
     size = max(_ELEMENTS // _vocabulary(head.model), 1)
     pairs = []
     for x, ids in zip(states.split(size), wanted.split(size), strict=True):
         if torch.is_grad_enabled():
-            pairs.append(checkpoint(chunk, x, ids, use_reentrant=False, preserve_rng_state=False))
+            # With the random state of the forward, for dropout in the head (LoRA's).
+            pairs.append(checkpoint(chunk, x, ids, use_reentrant=False))
         else:
             pairs.append(chunk(x, ids))
     found, entropies = zip(*pairs, strict=True)

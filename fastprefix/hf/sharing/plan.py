@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ class SharingPlan:
         labels: ``[B, 1 + R]``: the token that each row's prompt predicts, then those that its tokens predict;
             ``IGNORED`` where none is scored.
         given: number of tokens that the batch has, padding included.
+        length: tokens of a row of the batch, padding included.
     """
 
     beginning: Tensor | None
@@ -37,6 +38,7 @@ class SharingPlan:
     mask: Tensor
     labels: Tensor
     given: int
+    length: int
 
     @property
     def computed(self) -> int:
@@ -114,6 +116,7 @@ def plan_rows(input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor, 
         mask=mask,
         labels=own,
         given=size * length,
+        length=length,
     )
     return with_beginning(plan)
 
@@ -133,10 +136,20 @@ def plan_groups(prompts: Sequence[Tensor], rows: Tensor, mask: Tensor, groups: T
     used, chosen = groups.unique(return_inverse=True)
     fed = mask[:, :width].long()
     fed[:, 0] = 1
-    given = len(rows) * (max(len(prompt) for prompt in prompts) + rows.shape[1])
+    length = max(len(prompt) for prompt in prompts) + rows.shape[1]
     kept = [prompts[n] for n in used.tolist()]
     return with_beginning(
-        SharingPlan(None, kept, None, chosen, rows[:, :width].masked_fill(fed == 0, 0), fed, labels, given)
+        SharingPlan(
+            beginning=None,
+            prompts=kept,
+            starts=None,
+            groups=chosen,
+            rows=rows[:, :width].masked_fill(fed == 0, 0),
+            mask=fed,
+            labels=labels,
+            given=len(rows) * length,
+            length=length,
+        )
     )
 
 
@@ -150,7 +163,5 @@ def with_beginning(plan: SharingPlan) -> SharingPlan:
     if common == 0:
         return plan
     prompts = [prompt[common:] for prompt in plan.prompts]
-    split = SharingPlan(
-        plan.prompts[0][:common], prompts, None, plan.groups, plan.rows, plan.mask, plan.labels, plan.given
-    )
+    split = replace(plan, beginning=plan.prompts[0][:common], prompts=prompts)
     return split if plan.computed >= WORTH * split.computed else plan

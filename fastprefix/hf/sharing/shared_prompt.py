@@ -106,8 +106,10 @@ def groups_of(groups: Any, prompts: Sequence[Tensor]) -> Tensor | None:
         if len(prompts) > 1:
             raise fail("groups", "None", f"the prompt of each row, as there are {len(prompts)} prompts")
         return None
+    if isinstance(groups, str):
+        raise fail("groups", repr(groups), "[B] ints")
     chosen = torch.as_tensor(groups).reshape(-1).cpu()
-    if chosen.is_floating_point() or not len(chosen):
+    if not len(chosen) or not _are_ids(chosen):
         raise fail("groups", repr(groups), "[B] ints")
     if not 0 <= int(chosen.min()) <= int(chosen.max()) < len(prompts):
         raise fail("groups", f"{int(chosen.min())}..{int(chosen.max())}", f"0..{len(prompts) - 1}")
@@ -117,15 +119,23 @@ def groups_of(groups: Any, prompts: Sequence[Tensor]) -> Tensor | None:
 def prompts_of(input_ids: Any, device: torch.device, name: str = "input_ids") -> list[Tensor]:
     """Token ids ``[P]``, ``[N, P]``, or N sequences of different lengths, as N tensors."""
     if isinstance(input_ids, Tensor):
-        if input_ids.dim() not in (1, 2) or input_ids.is_floating_point() or 0 in input_ids.shape:
+        if input_ids.dim() not in (1, 2) or not _are_ids(input_ids) or 0 in input_ids.shape:
             got = f"shape {list(input_ids.shape)}, {input_ids.dtype}"
             raise fail(name, got, "token ids [P] or [N, P], at least one token")
         rows = list(input_ids.reshape(-1, input_ids.shape[-1]))
     elif isinstance(input_ids, Sequence) and input_ids and not isinstance(input_ids, str):
         nested = [input_ids] if isinstance(input_ids[0], int) else input_ids
-        rows = [torch.as_tensor(row, dtype=torch.long) for row in nested]
+        if any(isinstance(row, str) for row in nested):
+            raise fail(name, "strings", "their token ids")
+        rows = [torch.as_tensor(row) for row in nested]
+        if any(len(row) and not _are_ids(row) for row in rows if row.dim() == 1):
+            raise fail(name, "numbers that are not whole", "token ids")
     else:
         raise fail(name, type(input_ids).__name__, "a tensor of token ids, or sequences of them")
     if any(row.dim() != 1 or len(row) == 0 for row in rows):
         raise fail(name, "an empty or nested sequence", "at least one token id in each prompt")
-    return [row.to(device) for row in rows]
+    return [row.long().to(device) for row in rows]
+
+
+def _are_ids(x: Tensor) -> bool:
+    return not x.is_floating_point() and not x.is_complex() and x.dtype != torch.bool

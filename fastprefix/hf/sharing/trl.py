@@ -25,6 +25,7 @@ from fastprefix.hf.model.offload import meta_parameters
 from fastprefix.hf.model.wrappers import unwrapped
 from fastprefix.hf.runtime.warn_once import WarnOnce
 from fastprefix.hf.sharing import hidden_states
+from fastprefix.hf.sharing.padded_positions import counts_padding
 from fastprefix.hf.sharing.plan import IGNORED, SharingPlan, plan_rows
 from fastprefix.hf.sharing.shared_prompt import bare_model, installed
 
@@ -58,12 +59,13 @@ class PromptSharing:
 
     def remove(self) -> None:
         """Give the models TRL's own forward back."""
-        for model, theirs, ours in self._forwards:
+        for model, _, ours in self._forwards:
             if model.__dict__.get("forward") is not ours:
                 got = "a forward that was wrapped again since"
                 raise fail(
                     "trainer", got, "remove() in the reverse order: what wrapped the forward last comes off first"
                 )
+        for model, theirs, _ in self._forwards:
             model.forward = theirs
         self._forwards.clear()
 
@@ -75,8 +77,13 @@ class PromptSharing:
         except ValueError as error:
             self._refuse(f"{type(model).__name__} cannot share prompts ({error})", 0)
             return
-        starts = hidden_states.counts_padding(installation.facts)
-        hidden_states.packs(installation)  # tried now, while the model is whole
+        if installation.selection.provider.gated:
+            self._refuse("gated prompts (ADAPTION_PROMPT) are read beside the content", 0)
+            return
+        # Found out now, while the model is whole.
+        starts = counts_padding(installation.facts)
+        if hidden_states.why_not_now(installation) is None:
+            hidden_states.packs(installation)
 
         @functools.wraps(theirs)
         def forward(self_: Any, *args: Any, **kwargs: Any) -> Any:
@@ -97,11 +104,14 @@ class PromptSharing:
         self, model: Any, theirs: Callable[..., Any], starts: bool, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         installation, packed = find_installation(model), False
-        plan: SharingPlan | str = "positional arguments" if args else _plan(model, kwargs, starts)
-        if isinstance(plan, SharingPlan) and plan.worthwhile:
-            if installation is None:
-                plan = "fastprefix.detach took its slots out of the model"
-            else:
+        plan: SharingPlan | str
+        if args:
+            plan = "the forward has positional arguments"
+        elif installation is None:
+            plan = "fastprefix.detach took its slots out of the model"
+        else:
+            plan = hidden_states.why_not_now(installation) or _plan(model, kwargs, starts)
+            if isinstance(plan, SharingPlan) and plan.worthwhile:
                 packed = not self._compiled and hidden_states.fits_one_text(installation, plan)
                 plan = hidden_states.why_not(installation, plan) or _why_not_sharded(installation, packed) or plan
         if isinstance(plan, str):
@@ -150,7 +160,8 @@ def share_prompts(trainer: Any) -> PromptSharing:
     if not any(name in _TRAINERS for name in names):
         raise fail("trainer", type(trainer).__name__, f"a trainer of TRL with groups or pairs: {', '.join(_TRAINERS)}")
     given = [trainer.model, getattr(trainer, "ref_model", None)]
-    models = [bare_model(unwrapped(model)) for model in given if model is not None]
+    bare = [bare_model(unwrapped(model)) for model in given if model is not None]
+    models = list({id(model): model for model in bare}.values())  # the reference may be the policy itself
     for model in models:
         _check(trainer, model)
     sharing = PromptSharing(bool(getattr(getattr(trainer, "args", None), "torch_compile", False)))

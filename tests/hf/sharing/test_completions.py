@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor
 
 import fastprefix
 from fastprefix.hf.sharing import output_head
+from fastprefix.hf.sharing.shared_prompt import installed
 from tests.model_zoo.architectures import ROWS, VOCAB
 from tests.support.model_error_rule import StayingInDouble
 
@@ -141,11 +143,47 @@ def test_gradient_checkpointing(reentrant: bool) -> None:
         torch.testing.assert_close(p.grad, q.grad, rtol=1e-5, atol=1e-5)
 
 
-def test_where_a_window_is_outgrown_prompts_are_concatenated() -> None:
-    model = ROWS["mistral_window"].build(torch.float64).eval()
+@pytest.mark.parametrize("name", ["mistral_window", "gpt_neo"])  # GPT-Neo's window is a buffer of its attention
+def test_where_a_window_is_outgrown_prompts_are_concatenated(name: str) -> None:
+    model = ROWS[name].build(torch.float64).eval()
+    prompt = [3 + i % 11 for i in range(40)]
     with pytest.warns(UserWarning, match="window"):
-        found = fastprefix.completion_logprobs(model, PROMPTS, COMPLETIONS, GROUPS)
-    torch.testing.assert_close(found.logprobs, one_by_one(model)[0], rtol=1e-6, atol=1e-6)
+        found = fastprefix.completion_logprobs(model, prompt, [[4, 5], [6, 7]])
+    for logps, completion in zip(found.logprobs, ([4, 5], [6, 7]), strict=True):
+        want = model(torch.tensor([prompt + completion]), use_cache=False).logits[0].log_softmax(-1)[39:41]
+        torch.testing.assert_close(logps, want.gather(1, torch.tensor(completion)[:, None])[:, 0], rtol=1e-6, atol=1e-6)
+
+
+def test_dropout_in_the_head_is_drawn_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The gradient belongs to the value: what runs again in the backward pass drops what was dropped."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=["lm_head"], init_lora_weights=False, lora_dropout=0.5)
+    model = peft.get_peft_model(ROWS["llama_gqa"].build(torch.float64), config).train()
+    model.base_model.model.model.eval()
+
+    def gradients() -> list[Tensor]:
+        torch.manual_seed(0)
+        found = fastprefix.completion_logprobs(model, PROMPTS, COMPLETIONS, GROUPS).logprobs.sum()
+        return list(torch.autograd.grad(found, [p for p in model.parameters() if p.requires_grad]))
+
+    got = gradients()
+    monkeypatch.setattr(output_head, "checkpoint", lambda function, *args, **options: function(*args))
+    for a, b in zip(got, gradients(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_entropies_of_a_padded_vocabulary_are_finite() -> None:
+    model = ROWS["llama_gqa"].build().eval()
+
+    def pad(module: Any, args: Any, logits: Tensor) -> Tensor:
+        return torch.cat([logits[..., :-1], torch.full_like(logits[..., :1], float("-inf"))], -1)
+
+    model.lm_head.register_forward_hook(pad)
+    found = fastprefix.completion_logprobs(model, PROMPTS, COMPLETIONS, GROUPS, entropy=True, temperature=0.5)
+    assert found.entropies is not None and bool(found.entropies.isfinite().all())
+    found.entropies.sum().backward()
+    assert all(bool(p.grad.isfinite().all()) for p in model.parameters() if p.grad is not None)
+    assert bool((found.entropies[found.mask] > 0).all())
 
 
 @pytest.mark.parametrize(
@@ -153,7 +191,7 @@ def test_where_a_window_is_outgrown_prompts_are_concatenated() -> None:
     [
         ({"prompts": []}, "prompts: got list"),
         ({"prompts": [[]]}, "prompts: got an empty"),
-        ({"completions": [[1], []]}, "completions: got an empty"),
+        ({"completions": [[1], []]}, "completions: got a sequence without ids"),
         ({"completions": "text"}, "completions: got str"),
         ({"completions": torch.rand(5, 3)}, "completions: got shape"),
         ({"groups": None}, "groups: got None, expected the prompt of each row"),
@@ -166,6 +204,18 @@ def test_where_a_window_is_outgrown_prompts_are_concatenated() -> None:
             "mask: got a token behind padding",
         ),
         ({"temperature": 0.0}, "temperature: got 0.0"),
+        ({"temperature": "1"}, "temperature: got '1'"),
+        ({"completions": [[3, -100], [1], [1], [1], [1]]}, "completions: got ids from -100"),
+        (
+            {"completions": torch.full((5, 1), VOCAB)},
+            f"completions: got ids from {VOCAB} to {VOCAB}, expected token ids",
+        ),
+        ({"completions": torch.ones(5, 1, dtype=torch.bool)}, "completions: got shape"),
+        ({"completions": ["a", "b"]}, "completions: got strings"),
+        ({"prompts": [[5.9, 6.2]]}, "prompts: got numbers that are not whole"),
+        ({"prompts": ["a", "b"]}, "prompts: got strings"),
+        ({"prompts": torch.ones(1, 3, dtype=torch.bool)}, "prompts: got shape"),
+        ({"groups": "01201"}, "groups: got '01201'"),
         ({"model": torch.nn.Linear(2, 2)}, "model: got Linear"),
     ],
 )
@@ -174,6 +224,17 @@ def test_wrong_calls(change: dict[str, Any], message: str) -> None:
     given.update(change)
     with pytest.raises(ValueError, match=message.replace("(", r"\(")):
         fastprefix.completion_logprobs(**given)
+
+
+def test_text_that_is_read_in_both_directions_is_refused() -> None:
+    model = ROWS["llama_gqa"].build()
+    installed(model).facts = replace(installed(model).facts, layers=bidirectional(installed(model).facts.layers))
+    with pytest.raises(ValueError, match="reads text in both directions"):
+        fastprefix.completion_logprobs(model, PROMPTS[0], COMPLETIONS)
+
+
+def bidirectional(layers: Any) -> Any:
+    return replace(layers, stacks=tuple(replace(stack, causal=False) for stack in layers.stacks))
 
 
 def test_a_model_without_a_head_is_refused_and_left_as_it_was() -> None:
