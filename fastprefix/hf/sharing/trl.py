@@ -62,9 +62,7 @@ class PromptSharing:
         for model, _, ours in self._forwards:
             if model.__dict__.get("forward") is not ours:
                 got = "a forward that was wrapped again since"
-                raise fail(
-                    "trainer", got, "remove() in the reverse order: what wrapped the forward last comes off first"
-                )
+                raise fail("trainer", got, "remove() before that: what wrapped it last comes off first")
         for model, theirs, _ in self._forwards:
             model.forward = theirs
         self._forwards.clear()
@@ -82,7 +80,7 @@ class PromptSharing:
             return
         # Found out now, while the model is whole.
         starts = counts_padding(installation.facts)
-        if hidden_states.why_not_now(installation) is None:
+        if installation.selection.current() is None:
             hidden_states.packs(installation)
 
         @functools.wraps(theirs)
