@@ -110,13 +110,12 @@ def attend(layout: PackedPrompts, query: Tensor, key: Tensor, value: Tensor, opt
     if layout.beginning:
         q, k, v = (x[0] for x in parts)
         found.append(prefix_attention(q, k, v, front_k[:, :0], front_v[:, :0], causal=True, **options))
-    number = len(layout.lens)
+    number, device = len(layout.lens), query.device  # a model's layers may be on several devices
     q, k, v = (_apart(x[1], number) for x in parts)
     found.append(prefix_attention(q, k, v, front_k, front_v, causal=True, **options))
-    if number == 1:
-        bank: dict[str, Any] = {}
-    else:
-        bank = {"prefix_ids": layout.ids, "prefix_lens": layout.bank_lens}
+    bank: dict[str, Any] = {}
+    if layout.ids is not None and layout.bank_lens is not None:
+        bank = {"prefix_ids": layout.ids.to(device), "prefix_lens": layout.bank_lens.to(device)}
     if layout.beginning:  # each prompt's, of [N, H_kv, C + P, D]
         k, v = (torch.cat([x.expand(number, -1, -1, -1), y], 2) for x, y in ((front_k, k), (front_v, v)))
     front_k, front_v = (k[0], v[0]) if number == 1 else (k, v)
