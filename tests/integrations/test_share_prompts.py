@@ -52,7 +52,7 @@ GRPO: dict[str, dict[str, Any]] = {
         "ref_model_sync_steps": 1,
     },
     "evaluated": {"eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": 4},
-    "paged_rollouts": {"use_transformers_continuous_batching": True, "max_steps": 2},
+    "paged_rollouts": {"use_transformers_continuous_batching": True, "max_steps": 1, "beta": 0.0},
     "compiled": {"torch_compile": True, "torch_compile_backend": "eager", "max_steps": 1, "beta": 0.0},
 }
 
