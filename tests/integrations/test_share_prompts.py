@@ -57,7 +57,11 @@ GRPO: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", GRPO)
+# A minute of a paged cache being made.
+EXHAUSTIVE = {"paged_rollouts": [pytest.mark.exhaustive]}
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=EXHAUSTIVE.get(name, [])) for name in GRPO])
 def test_groups_train_as_in_trl(name: str, tmp_path: Path) -> None:
     want, _ = trained(grpo, tmp_path, share=False, **GRPO[name])
     with warnings.catch_warnings():
