@@ -15,7 +15,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 import fastprefix
 from fastprefix.assets.smollm2 import INSTALL
-from tests.integrations.trl_trainers import OPTIONS, assert_same, grpo, logged, lora, trained
+from tests.integrations.trl_trainers import OPTIONS, Trainer, assert_same, grpo, logged, lora, trained
 from tests.model_zoo.architectures import ROWS as ARCHITECTURES
 
 pytestmark = pytest.mark.slow
@@ -142,11 +142,7 @@ def test_left_padded_prompts_stand_where_they_stand_in_trl(name: str) -> None:
     want = model(**given)
     wanted = gradients(want)
 
-    class Trainer(GRPOTrainer):
-        def __init__(self) -> None:
-            self.model, self.ref_model = model, None
-
-    sharing = fastprefix.share_prompts(Trainer())
+    sharing = fastprefix.share_prompts(Trainer(model))
     got = model(**given)
     assert (sharing.given, sharing.computed) == (60, 18 + 18)
     for field in ("log_probs", "entropy", "loss"):

@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from trl import GRPOTrainer, SFTConfig, SFTTrainer
+from trl import SFTConfig, SFTTrainer
 from trl.trainer.utils import add_fused_lm_head
 
 import fastprefix
-from tests.integrations.trl_trainers import OPTIONS, STEPS, assert_same, dpo, grpo, kto, logged, lora, trained
+from tests.integrations.trl_trainers import OPTIONS, STEPS, Trainer, assert_same, dpo, grpo, kto, logged, lora, trained
 from tests.model_zoo.architectures import ROWS as ARCHITECTURES
 from tests.support import two_processes
 from tests.support.tiny_models import save_tiny, tiny_model, tiny_tokenizer
@@ -99,13 +99,6 @@ def test_in_two_processes(tmp_path: Path) -> None:
             assert a == pytest.approx(b, rel=1e-4, abs=1e-4)
         for p, q in zip(result["weights_True"], result["weights_False"], strict=True):
             torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-4)
-
-
-class Trainer(GRPOTrainer):
-    """What ``share_prompts`` looks at."""
-
-    def __init__(self, model: Any) -> None:
-        self.model, self.ref_model = model, None
 
 
 def sharded_afterwards(rank: int) -> list[list[torch.Tensor]]:

@@ -15,25 +15,14 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 import fastprefix
 from fastprefix import PrefixConfig, init
+from tests.integrations.trl_trainers import QUIET, STEPS
 from tests.support.concat_oracle import concatenating
 from tests.support.tiny_models import ROWS, save_tiny, tiny_tokenizer
 
 pytestmark = pytest.mark.slow
 
-P, STEPS, LR, BETA = 4, 3, 0.05, 0.3
-OPTIONS: dict[str, Any] = {
-    "max_steps": STEPS,
-    "per_device_train_batch_size": len(ROWS),
-    "learning_rate": LR,
-    "lr_scheduler_type": "constant",
-    "max_grad_norm": 0.0,
-    "logging_steps": 1,
-    "save_strategy": "no",
-    "report_to": "none",
-    "use_cpu": True,
-    "bf16": False,
-    "disable_tqdm": True,
-}
+P, LR, BETA = 4, 0.05, 0.3
+OPTIONS = {**QUIET, "per_device_train_batch_size": len(ROWS), "learning_rate": LR, "max_grad_norm": 0.0}
 
 
 @pytest.fixture

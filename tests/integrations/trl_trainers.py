@@ -18,10 +18,8 @@ import fastprefix
 from tests.support.tiny_models import COLOURS, save_tiny, tiny_tokenizer
 
 STEPS, GENERATIONS = 3, 4
-OPTIONS: dict[str, Any] = {
+QUIET: dict[str, Any] = {
     "max_steps": STEPS,
-    "per_device_train_batch_size": 8,
-    "learning_rate": 0.01,
     "lr_scheduler_type": "constant",
     "logging_steps": 1,
     "save_strategy": "no",
@@ -29,11 +27,18 @@ OPTIONS: dict[str, Any] = {
     "use_cpu": True,
     "bf16": False,
     "disable_tqdm": True,
-    "seed": 3,
 }
+OPTIONS: dict[str, Any] = {**QUIET, "per_device_train_batch_size": 8, "learning_rate": 0.01, "seed": 3}
 # A few words in front, so that there is something to share; of different lengths, so that they are padded.
 QUESTIONS = ["the colour of " * (1 + i % 3) + f"{thing} is" for i, thing in enumerate(itertools.islice(COLOURS, 4))]
 UNTOLD = ("time", "runtime", "per_second")
+
+
+class Trainer(GRPOTrainer):
+    """What ``share_prompts`` looks at of a trainer, without a dataset."""
+
+    def __init__(self, model: Any) -> None:
+        self.model, self.ref_model = model, None
 
 
 def tokenizer() -> Any:

@@ -49,7 +49,8 @@ def attention_forward(
         if slot.query_factor is not None:
             query = query * slot.query_factor.to(query.dtype)
         if slot.packed is not None:
-            return _packed(slot, query, key, value, attention_mask, scaling, kwargs), None
+            plain = attention_mask is None and not dropout and is_causal is not False
+            return _packed(slot, query, key, value, plain, scaling, kwargs), None
         if slot.fallback_attention is not None and masks.requested.implementation is not None:
             return _gated(slot, module, query, key, value, attention_mask, scaling, dropout, is_causal, kwargs)
         if not slot.ran or slot.capturing or slot.keeps_query:
@@ -66,10 +67,7 @@ def attention_forward(
     options: dict[str, Any] = {"causal": causal, "scale": scaling, "dropout_p": dropout}
     if attention_mask is not None:
         options.update(_mask_options(attention_mask, causal, query.shape[2], key.shape[2]))
-    if kwargs.get("softcap") is not None:
-        options["softcap"] = float(kwargs["softcap"])
-    if kwargs.get("s_aux") is not None:
-        options["sinks"] = kwargs["s_aux"]
+    _add_score_options(options, kwargs)
     if kwargs.get("position_bias") is not None:
         options["bias"] = _add_mask(kwargs["position_bias"], options.get("bias"))
     if ids is not None:
@@ -94,25 +92,31 @@ def _note(slot: LayerSlot, query: Tensor, key: Tensor, value: Tensor) -> None:
         slot.query = query
 
 
+def _add_score_options(options: dict[str, Any], kwargs: dict[str, Any]) -> None:
+    """Add what a layer asks for beside its mask: a soft cap of scores, and sinks."""
+    if kwargs.get("softcap") is not None:
+        options["softcap"] = float(kwargs["softcap"])
+    if kwargs.get("s_aux") is not None:
+        options["sinks"] = kwargs["s_aux"]
+
+
 def _packed(
     slot: LayerSlot,
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
+    plain: bool,
     scaling: float | None,
     kwargs: dict[str, Any],
 ) -> Tensor:
-    """``[1, T, H, D_v]``: attention over prompts and rows that run as one text, which has no mask."""
+    """``[1, T, H, D_v]``: attention over prompts and rows that run as one text: plain, causal and without a mask."""
     assert slot.packed is not None
-    if attention_mask is not None or kwargs.get("position_bias") is not None:
-        raise RuntimeError("fastprefix: a model with masks of its own cannot run prompts and rows as one text")
+    if not plain or kwargs.get("position_bias") is not None:
+        expected = "causal attention without dropout, and no masks of a model's own"
+        raise RuntimeError(f"fastprefix: prompts and rows cannot run as one text here, which needs {expected}")
     slot.ran = True
     options: dict[str, Any] = {"scale": scaling}
-    if kwargs.get("softcap") is not None:
-        options["softcap"] = float(kwargs["softcap"])
-    if kwargs.get("s_aux") is not None:
-        options["sinks"] = kwargs["s_aux"]
+    _add_score_options(options, kwargs)
     return packed_prompts.attend(slot.packed, query, key, value, options)
 
 

@@ -15,9 +15,7 @@ from fastprefix.hf.model.prompt_support import check_tokens
 from fastprefix.hf.sharing import hidden_states
 from fastprefix.hf.sharing.output_head import OutputHead, log_probabilities
 from fastprefix.hf.sharing.plan import plan_groups
-from fastprefix.hf.sharing.shared_prompt import bare_model, groups_of, installed, prompts_of
-
-_IDS = (torch.int64, torch.int32, torch.int16)
+from fastprefix.hf.sharing.shared_prompt import are_ids, bare_model, groups_of, installed, prompts_of
 
 
 class CompletionLogprobs(NamedTuple):
@@ -121,12 +119,12 @@ def _completions(completions: Any, mask: Any, device: torch.device) -> tuple[Ten
         if any(isinstance(row, str) for row in completions):
             raise fail("completions", "strings", "their token ids")
         each = [torch.as_tensor(row) for row in completions]
-        if any(row.dim() != 1 or not len(row) or row.dtype not in _IDS for row in each):
+        if any(row.dim() != 1 or not len(row) or not are_ids(row) for row in each):
             raise fail("completions", "a sequence without ids, or nested", "one token id or more in each completion")
         lengths = torch.tensor([len(row) for row in each], device=device)
         rows = nn.utils.rnn.pad_sequence([row.long().to(device) for row in each], batch_first=True)
         return rows, torch.arange(rows.shape[1], device=device) < lengths[:, None]
-    if completions.dim() != 2 or completions.dtype not in _IDS or 0 in completions.shape:
+    if completions.dim() != 2 or not are_ids(completions) or 0 in completions.shape:
         got = f"shape {list(completions.shape)}, {completions.dtype}"
         raise fail("completions", got, "token ids [B, R], at least one token")
     rows = completions.long().to(device)

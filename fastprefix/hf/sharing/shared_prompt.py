@@ -109,7 +109,7 @@ def groups_of(groups: Any, prompts: Sequence[Tensor]) -> Tensor | None:
     if isinstance(groups, str):
         raise fail("groups", repr(groups), "[B] ints")
     chosen = torch.as_tensor(groups).reshape(-1).cpu()
-    if not len(chosen) or not _are_ids(chosen):
+    if not len(chosen) or not are_ids(chosen):
         raise fail("groups", repr(groups), "[B] ints")
     if not 0 <= int(chosen.min()) <= int(chosen.max()) < len(prompts):
         raise fail("groups", f"{int(chosen.min())}..{int(chosen.max())}", f"0..{len(prompts) - 1}")
@@ -119,7 +119,7 @@ def groups_of(groups: Any, prompts: Sequence[Tensor]) -> Tensor | None:
 def prompts_of(input_ids: Any, device: torch.device, name: str = "input_ids") -> list[Tensor]:
     """Token ids ``[P]``, ``[N, P]``, or N sequences of different lengths, as N tensors."""
     if isinstance(input_ids, Tensor):
-        if input_ids.dim() not in (1, 2) or not _are_ids(input_ids) or 0 in input_ids.shape:
+        if input_ids.dim() not in (1, 2) or not are_ids(input_ids) or 0 in input_ids.shape:
             got = f"shape {list(input_ids.shape)}, {input_ids.dtype}"
             raise fail(name, got, "token ids [P] or [N, P], at least one token")
         rows = list(input_ids.reshape(-1, input_ids.shape[-1]))
@@ -128,7 +128,7 @@ def prompts_of(input_ids: Any, device: torch.device, name: str = "input_ids") ->
         if any(isinstance(row, str) for row in nested):
             raise fail(name, "strings", "their token ids")
         rows = [torch.as_tensor(row) for row in nested]
-        if any(len(row) and not _are_ids(row) for row in rows if row.dim() == 1):
+        if any(len(row) and not are_ids(row) for row in rows if row.dim() == 1):
             raise fail(name, "numbers that are not whole", "token ids")
     else:
         raise fail(name, type(input_ids).__name__, "a tensor of token ids, or sequences of them")
@@ -137,5 +137,6 @@ def prompts_of(input_ids: Any, device: torch.device, name: str = "input_ids") ->
     return [row.long().to(device) for row in rows]
 
 
-def _are_ids(x: Tensor) -> bool:
+def are_ids(x: Tensor) -> bool:
+    """Whether a tensor's numbers are whole."""
     return not x.is_floating_point() and not x.is_complex() and x.dtype != torch.bool

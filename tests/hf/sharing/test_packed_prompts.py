@@ -120,3 +120,13 @@ def test_a_layer_is_recomputed_as_the_text_that_it_was(reentrant: bool) -> None:
     got = [p.grad for p in model.parameters() if p.grad is not None]
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_attention_that_is_not_plain_does_not_run_as_one_text() -> None:
+    """Dropout that no module told of: an error, and not a text without it."""
+    model = ROWS["llama_gqa"].build().train()
+    installation = installed(model)
+    with hidden_states.reading(installation, plan_of(ONE)) as inputs:
+        model.model.layers[0].self_attn.attention_dropout = 0.5
+        with pytest.raises(RuntimeError, match="which needs causal attention without dropout"):
+            installation.facts.layers.main.owner(**inputs, use_cache=False)
