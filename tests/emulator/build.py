@@ -1,0 +1,66 @@
+"""Compiles C++ that includes kernels, with the emulator's headers in the place of CUDA's instructions."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import shutil
+import subprocess
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+from filelock import FileLock
+
+ROOT = Path(__file__).parents[2]
+INCLUDES = (ROOT / "tests/emulator", ROOT / "kernels/cuda")
+# An automatic variable that nothing sets is a huge negative number, so that a forgotten initial value shows in results.
+# Without unique symbols, two libraries of one process have a session each.
+FLAGS = (
+    *("-std=c++20", "-O2", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", "-pthread"),
+    *("-ftrivial-auto-var-init=pattern", "-fno-gnu-unique"),
+)
+
+
+@functools.cache
+def compiler() -> tuple[str, str]:
+    """The C++ compiler and what it says about its version. Skips the test where there is none."""
+    command = os.environ.get("CXX", "c++")
+    if shutil.which(command) is None:
+        pytest.skip(f"no C++ compiler: {command} is not installed")
+    return command, subprocess.run([command, "--version"], capture_output=True, text=True, check=True).stdout
+
+
+def library(
+    source: str | Path,
+    *,
+    defines: Iterable[str] = (),
+    include_first: Iterable[str | Path] = (),
+    extra_flags: Iterable[str] = (),
+) -> Path:
+    """The shared library made of a .cpp file, whose path is absolute or relative to the repository.
+
+    ``defines`` are ``NAME`` or ``NAME=value``, and ``include_first`` are headers that come before everything. A library
+    is compiled once for the same text of all headers and the same flags, also when several processes want it.
+    """
+    command, version = compiler()
+    first = [ROOT / header for header in include_first]
+    flags = [*FLAGS, *(f"-I{folder}" for folder in INCLUDES), *(f"-D{define}" for define in defines), *extra_flags]
+    for header in first:
+        flags += ["-include", str(header)]
+    texts = [ROOT / source, *first, *(path for folder in INCLUDES for path in sorted(folder.glob("*.[hc]*")))]
+    digest = hashlib.sha256("\0".join([command, version, *flags]).encode())
+    for path in texts:
+        digest.update(path.name.encode() + path.read_bytes())
+    folder = ROOT / "build/emulator" / digest.hexdigest()[:16]
+    made = folder / f"{Path(source).stem}.so"
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / "lock"):
+        if not made.exists():
+            unfinished = made.with_suffix(".unfinished")
+            call = [command, *flags, str(ROOT / source), "-o", str(unfinished)]
+            done = subprocess.run(call, capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr
+            unfinished.replace(made)
+    return made

@@ -1,0 +1,97 @@
+// launch() and multiprocessors() of kernels/cuda/launch.cuh as a processor runs them. That file includes this one. At the
+// end stands the session's C interface, for tests in Python.
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <numeric>
+#include <random>
+#include <thread>
+#include <type_traits>
+#include <vector>
+
+#include "wrappers_host.hpp"
+
+namespace fastprefix {
+
+namespace emulator {
+
+// What a device refuses.
+inline bool can_launch(const Grid& grid) {
+  const size_t before = session.errors.size();
+  if (grid.threads > 1024) report("more than 1024 threads a block: %d", grid.threads);
+  if (grid.threads % 32 != 0) report("threads are no whole warps: %d", grid.threads);
+  if (grid.shared_bytes > 232448) report("more than 232448 bytes of shared memory a block: %u", grid.shared_bytes);
+  return session.errors.size() == before;
+}
+
+// Every worker takes the next block until there is none.
+inline const char* run_grid(const Grid& grid) {
+  const size_t before = session.errors.size();
+  session.launches++;
+  std::vector<int64_t> order(grid.blocks);
+  std::iota(order.begin(), order.end(), 0);
+  if (session.options.seed != 0) std::shuffle(order.begin(), order.end(), std::mt19937_64(session.options.seed));
+  std::atomic<int64_t> next = 0;
+  const auto work = [&grid, &order, &next] {
+    Block here(grid);
+    block = &here;
+    for (int64_t i = next++; i < grid.blocks; i = next++) here.run(order[i]);
+    block = nullptr;
+    const std::lock_guard lock(session.mutex);
+    session.counters.add(here.counters);
+  };
+  if (can_launch(grid)) {
+    std::vector<std::thread> workers;
+    for (int i = 1; i < session.options.workers; i++) workers.emplace_back(work);
+    work();
+    for (std::thread& worker : workers) worker.join();
+  }
+  if (session.errors.size() == before) return nullptr;
+  session.message = session.errors[before];
+  return session.message.c_str();
+}
+
+}  // namespace emulator
+
+// Null, or the first error. The text is there until the next launch.
+template <class Kernel>
+const char* launch(int64_t blocks, const typename Kernel::Params& params, void*) {
+  static_assert(std::is_trivially_copyable_v<typename Kernel::Params>);
+  if (blocks <= 0) return nullptr;
+  const auto run = [](const void* params) { Kernel::run(*static_cast<const typename Kernel::Params*>(params)); };
+  return emulator::run_grid({blocks, Kernel::THREADS, Kernel::SHARED_BYTES, run, &params});
+}
+
+inline int multiprocessors(const char** reason) {
+  *reason = nullptr;
+  return emulator::session.options.multiprocessors;
+}
+
+}  // namespace fastprefix
+
+#define FASTPREFIX_EXPORT extern "C" __attribute__((used)) inline
+
+// A new session: no buffers, no errors, counters at 0.
+FASTPREFIX_EXPORT void emulator_reset(int mode, uint64_t seed, int races, int workers, int multiprocessors) {
+  using namespace fastprefix::emulator;
+  session.options = {static_cast<Mode>(mode), seed, races != 0, workers, multiprocessors};
+  session.counters = {};
+  session.errors.clear();
+  session.kinds.clear();
+  session.launches = 0;
+  global_memory.clear();
+}
+// A buffer that kernels may read, or read and write.
+FASTPREFIX_EXPORT void emulator_add_buffer(const char* name, const void* data, size_t bytes, int writable) {
+  fastprefix::emulator::global_memory.add(name, data, bytes, writable != 0);
+}
+// Error i, or null after the last.
+FASTPREFIX_EXPORT const char* emulator_error(size_t i) {
+  using fastprefix::emulator::session;
+  return i < session.errors.size() ? session.errors[i].c_str() : nullptr;
+}
+FASTPREFIX_EXPORT void emulator_counters(fastprefix::emulator::Counters* counters) {
+  *counters = fastprefix::emulator::session.counters;
+}
