@@ -81,8 +81,8 @@ class GlobalMemory {
   }
 
  private:
-  // A reader leaves its stamp before it looks at the writer's, and a writer does the reverse: on two OS threads at least
-  // one of them sees the other.
+  // A reader leaves its stamp before it looks at the writer's, and a writer does the reverse. So on two OS threads at
+  // least one of them sees the other.
   struct Trace {
     std::atomic<uint64_t> writer, reader;
   };

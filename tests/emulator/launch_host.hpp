@@ -1,5 +1,5 @@
-// launch() and multiprocessors() of kernels/cuda/launch.cuh as a processor runs them. That file includes this one. At the
-// end stands the session's C interface, for tests in Python.
+// launch() and multiprocessors() of kernels/cuda/launch.cuh, which includes this file, as a processor runs them. The
+// session's C interface, for tests in Python, follows.
 #pragma once
 
 #include <algorithm>
@@ -19,20 +19,20 @@ namespace emulator {
 
 // What a device refuses.
 inline bool can_launch(const Grid& grid) {
-  const size_t before = session.errors.size();
   if (grid.threads > 1024) report("more than 1024 threads a block: %d", grid.threads);
   if (grid.threads % 32 != 0) report("threads are no whole warps: %d", grid.threads);
   if (grid.shared_bytes > 232448) report("more than 232448 bytes of shared memory a block: %u", grid.shared_bytes);
-  return session.errors.size() == before;
+  return session.message.empty();
 }
 
 // Every worker takes the next block until there is none.
 inline const char* run_grid(const Grid& grid) {
-  const size_t before = session.errors.size();
+  session.message.clear();
   session.launches++;
   std::vector<int64_t> order(grid.blocks);
   std::iota(order.begin(), order.end(), 0);
-  if (session.options.seed != 0) std::shuffle(order.begin(), order.end(), std::mt19937_64(session.options.seed));
+  std::mt19937_64 random(session.options.seed + session.launches);
+  if (session.options.seed != 0) std::shuffle(order.begin(), order.end(), random);
   std::atomic<int64_t> next = 0;
   const auto work = [&grid, &order, &next] {
     Block here(grid);
@@ -48,9 +48,7 @@ inline const char* run_grid(const Grid& grid) {
     work();
     for (std::thread& worker : workers) worker.join();
   }
-  if (session.errors.size() == before) return nullptr;
-  session.message = session.errors[before];
-  return session.message.c_str();
+  return session.message.empty() ? nullptr : session.message.c_str();
 }
 
 }  // namespace emulator

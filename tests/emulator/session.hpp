@@ -44,7 +44,7 @@ struct Session {
   std::vector<std::string> errors;  // One of a kind.
   std::set<std::string> kinds;
   uint64_t launches = 0;
-  std::string message;  // What the last launch returned.
+  std::string message;  // The first error of the last launch, or empty.
   std::mutex mutex;     // Of all but the options, while a grid runs.
 };
 inline Session session;
@@ -59,7 +59,7 @@ __attribute__((tls_model("initial-exec"))) constinit inline thread_local Positio
 // Adds an error. Two texts that differ in numbers alone are of one kind, and the first one stays.
 __attribute__((format(printf, 1, 2))) inline void report(const char* format, ...) {
   const std::lock_guard lock(session.mutex);
-  if (session.errors.size() >= Session::MAX_ERRORS) return;
+  if (!session.message.empty() && session.errors.size() >= Session::MAX_ERRORS) return;
   char text[300], line[400];
   va_list arguments;
   va_start(arguments, format);
@@ -69,10 +69,10 @@ __attribute__((format(printf, 1, 2))) inline void report(const char* format, ...
   for (const char* c = text; *c; c++) {
     if (!std::isdigit(static_cast<unsigned char>(*c))) kind += *c;
   }
-  if (!session.kinds.insert(kind).second) return;
   snprintf(line, sizeof line, "launch %d, block %d, thread %d: %s", static_cast<int>(session.launches),
            static_cast<int>(position.block), position.thread, text);
-  session.errors.push_back(line);
+  if (session.message.empty()) session.message = line;
+  if (session.errors.size() < Session::MAX_ERRORS && session.kinds.insert(kind).second) session.errors.push_back(line);
 }
 
 }  // namespace fastprefix::emulator
