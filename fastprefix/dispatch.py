@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from types import ModuleType
 
+import torch
+from torch import Tensor
+
 from .errors import UnsupportedError, fail
 from .machine import device
 from .types import BACKENDS, AttentionArgs
 from .verification import lookup, ranking, store
-from .verification.routes import Candidate, module
+from .verification.routes import Candidate, module, no_backward
 from .verification.store import Policy
 
-__all__ = ["UnsupportedError", "check_name", "choose", "explain", "module", "name_of"]
+__all__ = ["UnsupportedError", "check_name", "choose", "explain", "has_backward", "module", "name_of"]
 
 
 def check_name(name: str) -> None:
@@ -31,7 +34,11 @@ def choose(args: AttentionArgs, name: str, mode: str = "forward") -> Candidate:
     if name != "auto":
         check_name(name)
         chosen = module(name)  # type: ignore[arg-type]
+        if name == "cuda":
+            chosen.prepare(args.q.device)
         reasons = chosen.unsupported(args)
+        if mode != "forward" and (reason := no_backward(chosen)):
+            reasons.append(reason)
         if reasons:
             raise UnsupportedError(f"backend {name!r} cannot take this call:\n  " + "\n  ".join(reasons))
         return Candidate(chosen, None)
@@ -39,6 +46,11 @@ def choose(args: AttentionArgs, name: str, mode: str = "forward") -> Candidate:
         if not candidate.module.unsupported(args, candidate.route):
             return candidate
     raise AssertionError("the reference takes every call")
+
+
+def has_backward(name: str) -> bool:
+    """Whether a name is one by which gradients can be had: ``auto`` takes another backend for them where it must."""
+    return name not in BACKENDS or not no_backward(module(name))
 
 
 def name_of(backend: ModuleType) -> str:
@@ -56,8 +68,11 @@ def explain(args: AttentionArgs) -> str:
     chosen = next(x for x in order if not x.module.unsupported(args, x.route))
     known = lookup.describe(args, "forward", chosen)
     lines = []
+    trained = torch.is_grad_enabled() and any(x.requires_grad for x in _trainable(args))
     for name in BACKENDS:
         reasons = module(name).unsupported(args)
+        if trained and module(name) is not chosen.module and (reason := no_backward(module(name))):
+            reasons.append(reason)
         if reasons:
             verdict = "cannot: " + "; ".join(reasons)
         elif module(name) is chosen.module:
@@ -70,6 +85,12 @@ def explain(args: AttentionArgs) -> str:
             verdict += ": " + (_unknown(args) if off or name not in known else known[name])
         lines.append(f"{name:<10} {verdict}")
     return "\n".join(lines)
+
+
+def _trainable(args: AttentionArgs) -> list[Tensor]:
+    """The tensors that can get gradients."""
+    found = (args.q, args.k, args.v, args.prefix_k, args.prefix_v, args.sinks, args.bias)
+    return [x for x in found if x is not None]
 
 
 def _unknown(args: AttentionArgs) -> str:

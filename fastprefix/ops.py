@@ -185,6 +185,15 @@ def _differentiated(inputs: tuple[Any, ...]) -> bool:
     return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs)
 
 
+def check_backward(inputs: Sequence[Any]) -> None:
+    """Raise UnsupportedError where gradients are wanted by the name of a backend that computes none.
+
+    At the forward: until its backward runs, a program may do hours of work.
+    """
+    if not dispatch.has_backward(inputs[-1]):
+        dispatch.choose(from_op_inputs(inputs)[0], inputs[-1], "backward")
+
+
 def _refuse_forward_mode(inputs: tuple[Any, ...]) -> None:
     if fwad._current_level < 0:
         return
@@ -195,6 +204,7 @@ def _refuse_forward_mode(inputs: tuple[Any, ...]) -> None:
 def _autograd_fwd(*inputs: Any) -> tuple[Tensor, Tensor]:
     _refuse_forward_mode(inputs)
     if _differentiated(inputs):
+        check_backward(inputs)
         return _PrefixAttention.apply(*inputs)
     return _below_autograd(ops.prefix_attn_fwd.default, *inputs)
 

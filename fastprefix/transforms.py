@@ -45,6 +45,8 @@ class Transformed(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         """Keep the inputs and outputs that the backward pass reads."""
+        if any(ctx.needs_input_grad):
+            ops.check_backward(inputs)
         ctx.save_for_backward(*inputs[:TENSORS], *output)
         ctx.scalars = inputs[TENSORS:]
         ctx.mark_non_differentiable(output[1])

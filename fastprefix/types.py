@@ -23,7 +23,7 @@ DTYPES: dict[str, torch.dtype] = {
     "fp64": torch.float64,
 }
 
-BackendName = Literal["reference", "native", "aten", "triton"]
+BackendName = Literal["reference", "native", "aten", "triton", "cuda"]
 BACKENDS: tuple[BackendName, ...] = get_args(BackendName)
 
 # A bias at or below this means "not visible". transformers writes finfo.min, others -inf: neither is a number that a

@@ -32,7 +32,7 @@ MODULES = (
     "transforms",
     "functional",
 )
-FOLDERS = ("backends", "machine", "verification")
+FOLDERS = ("backends", "cuda_library", "machine", "verification")
 BACKENDS = ("cpu", "cuda")
 
 OPS = '''"""The namespace of torch in which this build's operators are registered."""

@@ -21,6 +21,7 @@ LARGEST_FP32_HEAD_DIM = 64
 
 # One launch, or the keys split over programs whose partial softmaxes a second launch merges.
 ROUTES = ("fused", "split")
+DECODE_ROUTES = ("split",)  # those that only decode
 
 
 def routes(device_type: str) -> tuple[str, ...]:

@@ -6,7 +6,7 @@ from types import ModuleType
 from typing import NamedTuple
 
 from .. import reference
-from ..backends import aten, native, triton
+from ..backends import aten, cuda, native, triton
 from ..types import BACKENDS, BackendName
 from .cells import Direction
 
@@ -29,6 +29,8 @@ def module(name: BackendName) -> ModuleType:
             return aten
         case "triton":
             return triton
+        case "cuda":
+            return cuda
 
 
 def backend_of(route: str) -> BackendName:
@@ -53,7 +55,18 @@ def routes(device_type: str, direction: Direction) -> list[str]:
     """Every route that could compute a call on such a device, but for the reference, which judges them."""
     found = []
     for name in BACKENDS:
-        if name != "reference":
-            found += [f"{name}:{route}" for route in module(name).routes(device_type)]
-    # Only decoding splits the keys of a row over programs.
-    return [route for route in found if direction == "decode" or not route.endswith(":split")]
+        if name == "reference":
+            continue
+        own, decoding = module(name).routes(device_type), decode_routes(module(name))
+        found += [f"{name}:{route}" for route in own if direction == "decode" or route not in decoding]
+    return found
+
+
+def decode_routes(backend: ModuleType) -> tuple[str, ...]:
+    """A backend's routes that decode and do nothing else: they split the keys of few rows over programs."""
+    return getattr(backend, "DECODE_ROUTES", ())
+
+
+def no_backward(backend: ModuleType) -> str:
+    """Why a backend computes no gradients; empty where it does."""
+    return getattr(backend, "NO_BACKWARD", "")

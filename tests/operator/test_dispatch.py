@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from fastprefix import dispatch, explain, prefix_attention
-from fastprefix.backends import aten, native
+from fastprefix.backends import aten, cuda, native
 from fastprefix.types import AttentionArgs, Needs
-from tests.support.operator_calls import make_call
+from tests.support.operator_calls import arguments, make_call
 
 
 def test_a_name_never_falls_back() -> None:
@@ -26,6 +26,7 @@ def test_explain_says_who_and_why_not() -> None:
     lines = dict(line.split(maxsplit=1) for line in explain(**make_call().leaves).splitlines())
     unproved = "not proved: FASTPREFIX_VERIFY=off"
     last = {"aten": f"chosen by auto: {unproved}", "triton": f"can, by name only: {unproved}"}
+    last["cuda"] = "cannot: " + "; ".join([*cuda.unsupported(arguments(make_call())), cuda.NO_BACKWARD])
     assert lines == {
         "reference": "can, but auto prefers native",
         "native": f"chosen by auto: {unproved}",

@@ -19,7 +19,7 @@ ROOT = Path(fastprefix.__file__).parent
 # Each line may import itself and the lines above it.
 LAYERS = (
     ("_ops", "_triton", "errors", "machine"),
-    ("_extension",),
+    ("_extension", "cuda_library"),
     ("types",),
     ("masks", "validation"),
     ("reference", "backends"),
@@ -173,7 +173,7 @@ def test_only_the_assembly_is_seen_from_above() -> None:
 
 
 def test_backends_know_neither_each_other_nor_the_reference() -> None:
-    backends = {"backends.aten", "backends.triton"}
+    backends = {"backends.aten", "backends.cuda", "backends.native", "backends.triton"}
     for path in sorted((ROOT / "backends").rglob("*.py")):
         mine = ".".join(path.relative_to(ROOT).with_suffix("").parts)
         others = backends - {mine}

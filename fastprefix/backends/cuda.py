@@ -1,0 +1,167 @@
+"""CUDA kernels of our own for decoding: few query tokens, many keys. The forward alone.
+
+``split_kv`` lets each sample read its prefix and then its content, cut into parts that run side by side and are merged
+(Flash-Decoding, Dao et al. 2023); ``cascade`` reads a tile of the prefix once for the rows of all samples (Juravsky et
+al. 2024). Both read heads of a group together. The library with the kernels is found by ``cuda_library``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..cuda_library import library
+from ..errors import UnsupportedError
+from ..machine import device as machine
+from ..types import AttentionArgs, Grads, Needs
+
+ROUTES = ("split_kv", "cascade")
+DECODE_ROUTES = ROUTES  # those that only decode
+NO_BACKWARD = "gradients: its kernels compute none; under torch.no_grad() it can decode"
+
+LARGEST_SEQ = 16
+LARGEST_HEAD_DIM = 256
+LARGEST_INT = 2**31 - 1
+LEAST_CAPABILITY = 80
+# Kernels copy 16 bytes at a time, which are 8 elements.
+ALIGNMENT, STEP = 16, 8
+_DTYPES = (torch.bfloat16, torch.float16)
+_AUTO = 0  # of the library's routes, of which the others are numbered as in ROUTES, from 1
+
+
+class _Emulated(NamedTuple):
+    """A library whose kernels run elsewhere than on CUDA."""
+
+    ops: Any
+    device_type: str
+
+
+_emulated: _Emulated | None = None
+
+
+@contextmanager
+def emulated(path: str, namespace: str, device_type: str = "cpu") -> Iterator[None]:
+    """Take another library in the block, whose operators take tensors of another device; for tests."""
+    global _emulated
+    torch.ops.load_library(path)
+    before, _emulated = _emulated, _Emulated(getattr(torch.ops, namespace), device_type)
+    try:
+        yield
+    finally:
+        _emulated = before
+
+
+def _ops() -> tuple[Any, str]:
+    """The library's operators, or None and why there is none."""
+    return library.load() if _emulated is None else (_emulated.ops, "")
+
+
+def _device_type() -> str:
+    return "cuda" if _emulated is None else _emulated.device_type
+
+
+def prepare(place: torch.device) -> None:
+    """Build the library where that is possible and has not been done; ``unsupported`` says why it is not there."""
+    if _emulated is None and place.type == "cuda":
+        library.load(build=True)
+
+
+def routes(device_type: str) -> tuple[str, ...]:
+    """Names of the ways in which a call can be computed, where the library has been built."""
+    return ROUTES if device_type == _device_type() and _ops()[0] is not None else ()
+
+
+def guess(args: AttentionArgs) -> str:
+    """The route that the library takes where none is asked for."""
+    ops, _ = _ops()
+    if ops is None or unsupported(args):
+        return ROUTES[0]
+    return ROUTES[ops.decode_route.default(*_inputs(args, None)) - 1]
+
+
+def unsupported(args: AttentionArgs, route: str | None = None) -> list[str]:
+    """Why this backend cannot take the call; empty when it can."""
+    ops, absence = _ops()
+    place, q, wanted = args.q.device, args.q, _device_type()
+    reasons = []
+    if ops is None:
+        reasons.append(absence)
+    if place.type != wanted:
+        reasons.append(f"device {place.type}: its kernels are for {wanted}")
+    elif place.type == "cuda" and 0 < machine.compute_capability(place) < LEAST_CAPABILITY:
+        reasons.append(f"device: compute capability {machine.compute_capability(place) / 10}, the kernels need 8.0")
+    if q.dtype not in _DTYPES:
+        reasons.append(f"dtype {q.dtype}: its kernels take bf16 and fp16")
+    if q.shape[2] > LARGEST_SEQ:
+        reasons.append(f"q: {q.shape[2]} tokens, at most {LARGEST_SEQ}: its kernels decode")
+    for name, dim in (("q", q.shape[3]), ("v", args.v.shape[3])):
+        if dim % 8 or not 0 < dim <= LARGEST_HEAD_DIM:
+            reasons.append(f"{name}: head dim {dim}, its kernels take multiples of 8 up to {LARGEST_HEAD_DIM}")
+    if q.shape[0] * q.shape[1] * q.shape[2] > LARGEST_INT:
+        reasons.append(f"q: more than {LARGEST_INT} rows")
+    if args.window is not None and args.window > LARGEST_INT:
+        reasons.append(f"window: at most {LARGEST_INT}")
+    if args.segment_ids is not None:
+        reasons.append("segment_ids: not in its kernels")
+    if args.bias is not None:
+        reasons.append("bias: not in its kernels")
+    if args.dropout_p > 0.0:
+        reasons.append("dropout_p: not in its kernels")
+    return reasons
+
+
+def fwd(args: AttentionArgs, route: str | None = None) -> tuple[Tensor, Tensor]:
+    """``o [B, H, S, D_v]`` and ``lse [B, H, S]`` of the merged softmax; without a route, by the one that is guessed."""
+    ops, absence = _ops()
+    if ops is None:
+        raise UnsupportedError(f"backend 'cuda' cannot take this call:\n  {absence}")
+    found: tuple[Tensor, Tensor] = ops.decode.default(*_inputs(args, route))
+    return found
+
+
+def bwd(args: AttentionArgs, o: Tensor, lse: Tensor, do: Tensor, needs: Needs, route: str | None = None) -> Grads:
+    """None yet; a call that will need gradients is refused before its forward."""
+    raise UnsupportedError(f"backend 'cuda' cannot take this call:\n  {NO_BACKWARD}")
+
+
+def _inputs(args: AttentionArgs, route: str | None) -> tuple[Any, ...]:
+    """The arguments in the order of the schema in ``csrc/cuda/decode_op.cpp``."""
+    q, start = args.q, args.q_start
+    start_tensor, number = (start, 0) if isinstance(start, Tensor) else (None, start)
+    sinks, padding, prefix_k, prefix_v = args.sinks, args.key_padding_mask, args.prefix_k, args.prefix_v
+    if prefix_k.dtype != q.dtype:
+        prefix_k, prefix_v = prefix_k.to(q.dtype), prefix_v.to(q.dtype)
+    return (
+        aligned(q),
+        aligned(args.k),
+        aligned(args.v),
+        aligned(prefix_k),
+        aligned(prefix_v),
+        None if sinks is None else sinks.to(torch.float32).contiguous(),
+        None if padding is None else padding.view(torch.uint8),
+        start_tensor,
+        args.prefix_ids,
+        args.prefix_lens,
+        args.k.shape[2] - q.shape[2] if number is None else number,
+        args.causal,
+        args.scale,
+        args.window or 0,
+        args.softcap or 0.0,
+        _AUTO if route is None else ROUTES.index(route) + 1,
+    )
+
+
+def aligned(x: Tensor) -> Tensor:
+    """A tensor whose rows are dense and begin at multiples of 16 bytes: itself, or a copy where it is none."""
+    stride = x.stride()
+    if stride[-1] == 1 and x.data_ptr() % ALIGNMENT == 0:
+        # Nearly every tensor passes this first look; a dimension of one element may have any stride.
+        if not (stride[0] % STEP or stride[-3] % STEP or stride[-2] % STEP):
+            return x
+        if all(step % STEP == 0 or size == 1 for step, size in zip(stride[:-1], x.shape)):
+            return x
+    return x.clone(memory_format=torch.contiguous_format)
