@@ -10,7 +10,7 @@
 
 #include <torch/csrc/stable/tensor.h>
 
-#include "decode_call.h"
+#include "attention_call.h"
 
 namespace fastprefix {
 

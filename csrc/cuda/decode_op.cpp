@@ -40,7 +40,7 @@ constexpr const char* SCHEMA =
     "Tensor? q_start_tensor, Tensor? prefix_ids, Tensor? prefix_lens, int q_start, bool causal, float scale, int window, "
     "float softcap, int route) -> ";
 
-void read_sizes(const Shape& q, const Shape& k, const Shape& v, const Shape& prefix, bool bank, DecodeCall& call) {
+void read_sizes(const Shape& q, const Shape& k, const Shape& v, const Shape& prefix, bool bank, AttentionCall& call) {
   if (q.dims != 4) fail("q", std::to_string(q.dims) + " dimensions", "[B, H, S, D]");
   if (k.dims != 4) fail("k", std::to_string(k.dims) + " dimensions", "[B, H_kv, T, D]");
   if (v.dims != 4) fail("v", std::to_string(v.dims) + " dimensions", "[B, H_kv, T, D_v]");
@@ -64,8 +64,8 @@ void read_sizes(const Shape& q, const Shape& k, const Shape& v, const Shape& pre
   narrow("the number of rows, B * H * S", int64_t{1} * call.B * call.H * call.S);
 }
 
-DecodeCall read(FASTPREFIX_PARAMETERS) {
-  DecodeCall call{};
+AttentionCall read(FASTPREFIX_PARAMETERS) {
+  AttentionCall call{};
   const Place place(q);
   const Shape q_shape(q), k_shape(k), v_shape(v), k_prefix(prefix_k), v_prefix(prefix_v);
   read_sizes(q_shape, k_shape, v_shape, k_prefix, prefix_ids.has_value(), call);
@@ -133,7 +133,7 @@ DecodeCall read(FASTPREFIX_PARAMETERS) {
 }
 
 // [B, H, S, D_v] in [B, S, H, D_v] storage, as models hold it.
-Tensor with_heads_first(const Tensor& x, const DecodeCall& call) {
+Tensor with_heads_first(const Tensor& x, const AttentionCall& call) {
   const int64_t sizes[4] = {call.B, call.H, call.S, call.D_v};
   const int64_t row = int64_t{1} * call.H * call.D_v;
   const int64_t strides[4] = {row * call.S, call.D_v, row, 1};
@@ -143,7 +143,7 @@ Tensor with_heads_first(const Tensor& x, const DecodeCall& call) {
 }
 
 std::tuple<Tensor, Tensor> decode(FASTPREFIX_PARAMETERS) {
-  DecodeCall call = read(FASTPREFIX_ARGUMENTS);
+  AttentionCall call = read(FASTPREFIX_ARGUMENTS);
   // Allocated by the operators that fill new memory with nan where that is asked for.
   const Tensor storage = torch::stable::new_empty(q, {call.B, call.S, call.H, call.D_v});
   Tensor lse = torch::stable::new_empty(q, {call.B, call.H, call.S}, ScalarType::Float);
@@ -167,7 +167,7 @@ std::tuple<Tensor, Tensor> decode(FASTPREFIX_PARAMETERS) {
 }
 
 int64_t decode_route(FASTPREFIX_PARAMETERS) {
-  const DecodeCall call = read(FASTPREFIX_ARGUMENTS);
+  const AttentionCall call = read(FASTPREFIX_ARGUMENTS);
 #ifndef FASTPREFIX_EMULATED
   const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
 #endif

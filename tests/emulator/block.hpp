@@ -278,7 +278,7 @@ class Block {
 };
 
 // The block of this OS thread.
-__attribute__((tls_model("initial-exec"))) constinit inline thread_local Block* block = nullptr;
+constinit inline thread_local Block* block = nullptr;
 
 inline void Block::entry() {
   block->grid.run(block->grid.params);

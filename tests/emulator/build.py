@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
+import platform
 import shutil
 import subprocess
 from collections.abc import Iterable
@@ -14,12 +15,14 @@ import pytest
 from filelock import FileLock
 
 ROOT = Path(__file__).parents[2]
-INCLUDES = (ROOT / "tests/emulator", ROOT / "kernels/cuda")
+KERNELS = ROOT / "kernels/cuda"
 # An automatic variable that nothing sets is a huge negative number, so that a forgotten initial value shows in results.
 # Without unique symbols, two libraries of one process have a session each.
 FLAGS = (
     *("-std=c++20", "-O2", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", "-pthread"),
     *("-ftrivial-auto-var-init=pattern", "-fno-gnu-unique"),
+    # Cheap accesses to thread_local variables, of which a process with many libraries has room for only few otherwise.
+    *(("-mtls-dialect=gnu2",) if platform.machine() == "x86_64" else ()),
 )
 
 
@@ -38,18 +41,21 @@ def library(
     defines: Iterable[str] = (),
     include_first: Iterable[str | Path] = (),
     extra_flags: Iterable[str] = (),
+    kernels: Path = KERNELS,
 ) -> Path:
     """The shared library made of a .cpp file, whose path is absolute or relative to the repository.
 
-    ``defines`` are ``NAME`` or ``NAME=value``, and ``include_first`` are headers that come before everything. A library
-    is compiled once for the same text of all headers and the same flags, also when several processes want it.
+    ``defines`` are ``NAME`` or ``NAME=value``, and ``include_first`` are headers that come before everything;
+    ``kernels`` is the folder of the kernels' sources. A library is compiled once for the same text of all headers and
+    the same flags, also when several processes want it.
     """
     command, version = compiler()
     first = [ROOT / header for header in include_first]
-    flags = [*FLAGS, *(f"-I{folder}" for folder in INCLUDES), *(f"-D{define}" for define in defines), *extra_flags]
+    includes = (ROOT / "tests/emulator", kernels)
+    flags = [*FLAGS, *(f"-I{folder}" for folder in includes), *(f"-D{define}" for define in defines), *extra_flags]
     for header in first:
         flags += ["-include", str(header)]
-    texts = [ROOT / source, *first, *(path for folder in INCLUDES for path in sorted(folder.glob("*.[hc]*")))]
+    texts = [ROOT / source, *first, *(path for folder in includes for path in sorted(folder.rglob("*.[hc]*")))]
     digest = hashlib.sha256("\0".join([command, version, *flags]).encode())
     for path in texts:
         digest.update(path.name.encode() + path.read_bytes())

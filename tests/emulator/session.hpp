@@ -49,12 +49,12 @@ struct Session {
 };
 inline Session session;
 
-// The block and thread that runs on this OS thread; -1 stands for none. This model of TLS makes an access cheap.
+// The block and thread that runs on this OS thread; -1 stands for none.
 struct Position {
   int64_t block = -1;
   int thread = -1;
 };
-__attribute__((tls_model("initial-exec"))) constinit inline thread_local Position position;
+constinit inline thread_local Position position;
 
 // Adds an error. Two texts that differ in numbers alone are of one kind, and the first one stays.
 __attribute__((format(printf, 1, 2))) inline void report(const char* format, ...) {

@@ -1,0 +1,39 @@
+// The running softmax of FlashAttention-2 (Dao 2023), base 2: maximum m, sum l and unnormalised acc of each row.
+#pragma once
+
+#include "layouts.cuh"
+
+namespace fastprefix {
+
+// tanh by the exponential that the hardware has; exact at both ends.
+FP_DEVICE float tanh_approx(float x) { return 1.0f - 2.0f / (ex2_approx(x * (2.0f * LOG2E)) + 1.0f); }
+
+// A product q k as a base-2 logit. Softcap 0 is none.
+struct Logits {
+  float scale, cap;
+  FP_DEVICE Logits of(float scale, float softcap) {
+    return softcap == 0.0f ? Logits{scale * LOG2E, 0.0f} : Logits{scale / softcap, softcap * LOG2E};
+  }
+};
+FP_DEVICE float logit(float product, const Logits& to) {
+  return to.cap == 0.0f ? product * to.scale : tanh_approx(product * to.scale) * to.cap;
+}
+
+// What logits are shifted by: a row that has seen nothing keeps m = -inf, and shifting by 0 leaves weight 0 instead of nan.
+FP_DEVICE float shift_of(float m) { return m == NEGATIVE_INFINITY ? 0.0f : m; }
+
+// The end of a row: what its acc is multiplied with, and the natural log-sum-exp. A sink (gpt-oss) is a part with o = 0;
+// its base-2 logit must not overflow to "nothing at all".
+struct Finish {
+  float weight, lse;
+};
+FP_DEVICE Finish finish(float m, float l, const float* sinks, int h) {
+  if (!sinks) return {1.0f / (l == 0.0f ? 1.0f : l), (m + lg2_approx(l == 0.0f ? 1.0f : l)) * LN2};
+  const float sink = ld_global(sinks + h);
+  const float sink_2 = sink == NEGATIVE_INFINITY ? sink : larger(sink, -2e38f) * LOG2E;
+  const float both = larger(m, sink_2), weight = ex2_approx(m - shift_of(both));
+  const float sum = l * weight + ex2_approx(sink_2 - shift_of(both)), divisor = sum == 0.0f ? 1.0f : sum;
+  return {weight / divisor, m == NEGATIVE_INFINITY ? sink : (both + lg2_approx(divisor)) * LN2};
+}
+
+}  // namespace fastprefix
