@@ -47,7 +47,7 @@ def _prefix_attn_epilogue_bwd_kernel(
             delta = tl.sum(do_tile.to(tl.float32) * o_tile.to(tl.float32), 1)
         m = load_lse(lse, (b.to(tl.int64) * H_kv * G + h) * S + s, row)
         raw = dot(q_tile, k.T)  # [BLOCK_M, BLOCK_P]
-        p = tl.exp2(tl.where(keep, logits(raw, scale, softcap), float("-inf")) - m[:, None])
+        p = tl.where(keep, tl.exp2(logits(raw, scale, softcap) - m[:, None]), 0.0)
         if partial_v is not None:
             dprefix_v = dot(do_tile.T, p.to(do_tile.dtype), dprefix_v)
         if o is not None:

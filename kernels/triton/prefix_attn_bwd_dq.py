@@ -41,8 +41,18 @@ def add_dq(dq, x, raw, k, v, do, lse, delta, scale, softcap):
 def add_prefix_dq(dq, q, do, lse, delta, prefix_k, prefix_v, n, h_kv, length, ids, scale, softcap,
                   D: tl.constexpr, D_V: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
                   BLOCK_DV: tl.constexpr, TMA: tl.constexpr):  # fmt: skip
-    """All tokens of prefix ``n``; with ``ids [BLOCK_M]`` only for the rows that read it."""
-    for first in range(0, length, BLOCK_P):
+    """All tokens of prefix ``n``, of which the last tile alone needs a mask; with ``ids [BLOCK_M]`` only for the rows
+    that read it, which each tile masks.
+    """
+    full = 0
+    if ids is None:
+        full = length // BLOCK_P * BLOCK_P
+        for first in range(0, full, BLOCK_P):
+            k = load_keys(prefix_k, n, h_kv, first, length, D, BLOCK_P, BLOCK_D, TMA)
+            v = load_keys(prefix_v, n, h_kv, first, length, D_V, BLOCK_P, BLOCK_DV, TMA)
+            raw = dot(q, k.T)
+            dq = add_dq(dq, logits(raw, scale, softcap), raw, k, v, do, lse, delta, scale, softcap)
+    for first in range(full, length, BLOCK_P):
         k = load_keys(prefix_k, n, h_kv, first, length, D, BLOCK_P, BLOCK_D, TMA)
         v = load_keys(prefix_v, n, h_kv, first, length, D_V, BLOCK_P, BLOCK_DV, TMA)
         keep = (first + tl.arange(0, BLOCK_P) < length)[None, :]

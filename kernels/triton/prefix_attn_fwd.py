@@ -31,11 +31,29 @@ from .primitives import (
 
 
 @triton.jit
+def attend_whole_tile(m_i, l_i, acc, raw, scale, softcap, v):
+    """Raw products of a tile of keys that every row sees: the scale is a part of the softmax's multiply-add."""
+    if softcap is None:
+        return online_softmax(m_i, l_i, acc, raw, scale * LOG2E, v)
+    else:
+        return online_softmax(m_i, l_i, acc, logits(raw, scale, softcap), 1.0, v)
+
+
+@triton.jit
 def attend_prefix(m_i, l_i, acc, q, prefix_k, prefix_v, n, h_kv, length, ids, scale, softcap,
                   D: tl.constexpr, D_V: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
                   BLOCK_DV: tl.constexpr, TMA: tl.constexpr):  # fmt: skip
-    """All tokens of prefix ``n``; with ``ids [BLOCK_M]`` only for the rows that read it."""
-    for first in range(0, length, BLOCK_P):
+    """All tokens of prefix ``n``, of which the last tile alone needs a mask; with ``ids [BLOCK_M]`` only for the rows
+    that read it, which each tile masks.
+    """
+    full = 0
+    if ids is None:
+        full = length // BLOCK_P * BLOCK_P
+        for first in range(0, full, BLOCK_P):
+            k = load_keys(prefix_k, n, h_kv, first, length, D, BLOCK_P, BLOCK_D, TMA)
+            v = load_keys(prefix_v, n, h_kv, first, length, D_V, BLOCK_P, BLOCK_DV, TMA)
+            m_i, l_i, acc = attend_whole_tile(m_i, l_i, acc, dot(q, k.T), scale, softcap, v)
+    for first in range(full, length, BLOCK_P):
         k = load_keys(prefix_k, n, h_kv, first, length, D, BLOCK_P, BLOCK_D, TMA)
         v = load_keys(prefix_v, n, h_kv, first, length, D_V, BLOCK_P, BLOCK_DV, TMA)
         keep = (first + tl.arange(0, BLOCK_P) < length)[None, :]
@@ -56,11 +74,7 @@ def attend_content(m_i, l_i, acc, q, k, v, b, h_kv, h, s, row, pos, low, full, h
         for first in range(low, full, BLOCK_N):
             k_tile = load_keys(k, b, h_kv, first, T, D, BLOCK_N, BLOCK_D, TMA)
             v_tile = load_keys(v, b, h_kv, first, T, D_V, BLOCK_N, BLOCK_DV, TMA)
-            x = dot(q, k_tile.T)
-            if softcap is None:
-                m_i, l_i, acc = online_softmax(m_i, l_i, acc, x, scale * LOG2E, v_tile)
-            else:
-                m_i, l_i, acc = online_softmax(m_i, l_i, acc, logits(x, scale, softcap), 1.0, v_tile)
+            m_i, l_i, acc = attend_whole_tile(m_i, l_i, acc, dot(q, k_tile.T), scale, softcap, v_tile)
     for first in range(full, high, BLOCK_N):
         k_tile = load_keys(k, b, h_kv, first, T, D, BLOCK_N, BLOCK_D, TMA)
         v_tile = load_keys(v, b, h_kv, first, T, D_V, BLOCK_N, BLOCK_DV, TMA)
