@@ -1,15 +1,15 @@
-// A block: its threads, their shared memory, and where they wait for each other. One OS thread runs the whole block.
+// A block: its shared memory, and where its threads wait for each other.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 #include <deque>
+#include <functional>
 #include <map>
-#include <random>
 #include <string>
 #include <vector>
 
-#include "fiber.hpp"
+#include "scheduler.hpp"
 #include "session.hpp"
 #include "shadow.hpp"
 
@@ -24,257 +24,222 @@ struct Grid {
   const void* params;
 };
 
-// A cp.async that was issued. The rest of its 16 bytes after `bytes` becomes 0.
-struct Copy {
-  uint32_t to;
-  const void* from;
-  int bytes;
+// What was issued and is done at the latest when its group is waited for.
+struct AsyncGroups {
+  using Work = std::function<void()>;
+
+  std::vector<Work> open;  // In no group yet.
+  std::deque<std::vector<Work>> committed;
+
+  void commit() {
+    committed.push_back(std::move(open));
+    open.clear();
+  }
+  void wait(size_t in_flight) {
+    for (; committed.size() > in_flight; committed.pop_front()) {
+      for (const Work& work : committed.front()) work();
+    }
+  }
+  bool in_flight() const {
+    bool any = !open.empty();
+    for (const std::vector<Work>& group : committed) any |= !group.empty();
+    return any;
+  }
 };
 
-struct Thread {
-  Fiber fiber;
-  const char* waits_at = nullptr;
-  bool exited = false;
-  std::vector<Copy> open;                 // Issued and in no group yet.
-  std::deque<std::vector<Copy>> groups;   // Committed and not waited for.
+// Where the threads of a warp or warpgroup wait until all have come, each with an argument.
+template <int SIZE>
+struct Collective {
+  const char* name = nullptr;
+  int arrived = 0;
+  void* arguments[SIZE];
 };
 
 struct Warp {
-  uint32_t ready = ~0u;               // Lanes that can run, as bits.
-  const char* operation = nullptr;    // The collective at which lanes wait.
-  int arrived = 0;
-  void* arguments[32];
+  uint32_t synced = 1;  // The tick of its clock at its last sync_warp or barrier.
   Clocks clocks;
+  Collective<32> collective;
+};
+
+// Four warps, which execute wgmma together.
+struct Warpgroup {
+  Collective<128> collective;
+  AsyncGroups wgmma;
+  bool fenced = false;
+  int registers = 0;  // Of a thread, by setmaxnreg.
+};
+
+// One of the 16 of bar.sync.
+struct Barrier {
+  int arrived = 0, expected = 0;
+  Clocks clocks;
+  std::vector<int> waiting;
+};
+
+struct MBarrier {
+  MBarrier(int slot, int count, int made_by) : slot(slot), count(count), pending(count), made_by(made_by) {}
+
+  int slot, count, pending, made_by;
+  bool fenced = false;
+  uint32_t phases = 0;       // Completed ones.
+  int64_t bytes = 0;         // Expected and not yet come.
+  Clocks clocks, completed;  // Of those who arrived, and of those before the last completion.
+  std::vector<int> waiting;
 };
 
 class Block {
  public:
   static constexpr uint32_t SHARED_BASE = 1024;  // The address of the first byte; 0 is never one.
 
-  explicit Block(const Grid& grid)
-      : grid(grid), stacks(grid.threads), threads(grid.threads), warps(grid.threads / 32) {}
+  explicit Block(const Grid& grid) : scheduler(grid.threads, entry), grid(grid) {}
 
+  Scheduler scheduler;
+  Shadow shadow;
   Counters counters;
+  std::vector<AsyncGroups> cp_async;  // Of each thread.
+  std::vector<Warp> warps;
+  std::vector<Warpgroup> warpgroups;
+  std::map<uint32_t, MBarrier> mbarriers;  // By address.
 
   void run(int64_t index) {
     position = {index, -1};
-    start();
-    int turn = 0;
-    while (running > 0 && !abandoned) {
-      const int warp = choose(turn);
-      if (warp < 0) {
-        report_deadlock();
-        break;
+    const int warp_count = grid.threads / 32;
+    shared.assign(grid.shared_bytes, 0xFF);
+    if (session.options.races) shadow.reset(grid.shared_bytes, warp_count);
+    cp_async.assign(grid.threads, AsyncGroups());
+    warps.assign(warp_count, Warp());
+    for (int i = 0; i < warp_count; i++) warps[i].clocks.ticks[i] = 1;
+    warpgroups.assign((warp_count + 3) / 4, Warpgroup());
+    for (Barrier& barrier : barriers) barrier = Barrier();
+    mbarriers.clear();
+    if (scheduler.run()) {
+      for (const Warpgroup& group : warpgroups) {
+        if (group.wgmma.in_flight()) report("exit with wgmma in flight");
       }
-      turn = warp + 1;
-      position.thread = warp * 32 + __builtin_ctz(warps[warp].ready);
-      counters.switches++;
-      scheduler.switch_to(threads[position.thread].fiber);
     }
     counters.blocks++;
     position = {};
   }
 
   Warp& warp() { return warps[position.thread / 32]; }
-  int lane() const { return position.thread % 32; }
-  Thread& thread() { return threads[position.thread]; }
+  Warpgroup& warpgroup() { return warpgroups[position.thread / 128]; }
+  static int lane() { return position.thread % 32; }
 
-  // A collective of a warp: all lanes wait, then the last one to arrive does the work of all.
-  template <class Work>
+  // A collective of a warp or warpgroup: all of its threads wait, then the last one to arrive does the work of all.
+  template <int SIZE = 32, class Work>
   void collective(const char* name, void* argument, Work work) {
-    Warp& here = warp();
-    if (here.arrived == 0) here.operation = name;
-    if (std::strcmp(here.operation, name) != 0) {
-      report("divergent warp: %s meets %s", name, here.operation);
-      abandon();
+    Collective<SIZE>* here;
+    if constexpr (SIZE == 32)
+      here = &warp().collective;
+    else
+      here = &warpgroup().collective;
+    if (here->arrived == 0) here->name = name;
+    if (std::strcmp(here->name, name) != 0) {
+      report("divergent %s: %s meets %s", SIZE == 32 ? "warp" : "warpgroup", name, here->name);
+      scheduler.abandon();
     }
-    here.arguments[lane()] = argument;
-    if (++here.arrived < 32) return wait(name);
-    here.arrived = 0;
-    work(here.arguments);
-    here.ready = ~0u;
+    here->arguments[position.thread % SIZE] = argument;
+    if (++here->arrived < SIZE) return scheduler.wait(name);
+    here->arrived = 0;
+    work(here->arguments);
+    const int first = position.thread / SIZE * SIZE;
+    for (int i = first; i < first + SIZE; i++) scheduler.wake(i);
   }
 
   void sync_warp() {
-    collective("sync_warp", nullptr, [this](void**) { warp().clocks.ticks[position.thread / 32]++; });
+    collective("sync_warp", nullptr, [this](void**) { tick_and_sync(position.thread / 32); });
+  }
+  void sync_block() { arrive(0, grid.threads, true, "sync_block"); }
+
+  // At a barrier where this many threads arrive. Those that wait go on when all have come.
+  void arrive(int id, int expected, bool waits, const char* name) {
+    Barrier& barrier = barriers[id];
+    if (barrier.arrived == 0) barrier.expected = expected;
+    if (barrier.expected != expected) {
+      report("%s at barrier %d with %d threads, where another expects %d", name, id, expected, barrier.expected);
+    }
+    barrier.clocks.join(warp().clocks);
+    if (waits)
+      barrier.waiting.push_back(position.thread);
+    else
+      tick();
+    if (++barrier.arrived < barrier.expected) {
+      if (waits) scheduler.wait(name);
+      return;
+    }
+    uint32_t released = 0;  // Warps, as bits.
+    for (const int thread : barrier.waiting) {
+      scheduler.wake(thread);
+      released |= 1u << thread / 32;
+    }
+    for (; released; released &= released - 1) {
+      const int warp = __builtin_ctz(released);
+      warps[warp].clocks.join(barrier.clocks);
+      tick_and_sync(warp);
+    }
+    barrier = Barrier();
   }
 
-  void sync_block() {
-    if (++arrived < grid.threads) return wait("sync_block");
-    arrived = 0;
-    Clocks all;
-    for (const Warp& warp : warps) all.join(warp.clocks);
-    for (size_t i = 0; i < warps.size(); i++) {
-      warps[i].clocks = all;
-      warps[i].clocks.ticks[i]++;
-      warps[i].ready = ~0u;
-    }
+  // What a warp does after a tick is not covered by what others have seen of it before.
+  void tick() { warp().clocks.ticks[position.thread / 32]++; }
+
+  Actor actor() {
+    const uint8_t index = static_cast<uint8_t>(position.thread / 32);
+    const uint16_t fences = session.options.races ? shadow.fences[position.thread] : 0;
+    const Clocks& clocks = warp().clocks;
+    return {{index, static_cast<uint8_t>(lane()), fences, clocks.ticks[index]}, &clocks, warp().synced, false};
   }
 
   // Where an access to shared memory goes, or null and a report.
-  uint8_t* shared_at(uint32_t address, uint32_t bytes, const char* name) {
+  uint8_t* shared_at(uint32_t address, uint32_t bytes, uint32_t alignment, const char* name) {
     if (address < SHARED_BASE || address - SHARED_BASE + bytes > grid.shared_bytes) {
       report("%s of %u bytes outside shared memory: byte %lld of %u", name, bytes,
              static_cast<long long>(address) - SHARED_BASE, grid.shared_bytes);
       return nullptr;
     }
-    if (address % bytes != 0) {
+    if (address % alignment != 0) {
       report("%s of %u bytes is misaligned in shared memory: byte %u", name, bytes, address - SHARED_BASE);
       return nullptr;
     }
     return shared.data() + (address - SHARED_BASE);
   }
 
+  // Accesses to shared memory as its shadow sees them. Whether a write is an asynchronous copy, which lands later.
+  void trace_read(uint32_t address, uint32_t bytes, const Actor& me, const char* name) {
+    if (session.options.races) shadow.read(address - SHARED_BASE, bytes, me, name);
+  }
+  void trace_write(uint32_t address, uint32_t bytes, const Actor& me, const char* name, bool in_flight = false) {
+    if (session.options.races) shadow.write(address - SHARED_BASE, bytes, me, name, in_flight);
+  }
+  void trace_landing(uint32_t address, uint32_t bytes, const Access& me) {
+    if (session.options.races) shadow.land(address - SHARED_BASE, bytes, me);
+  }
+
   void load(uint32_t address, uint32_t bytes, void* to, const char* name, bool by_all_lanes = false) {
-    const uint8_t* from = shared_at(address, bytes, name);
+    const uint8_t* from = shared_at(address, bytes, bytes, name);
     std::memset(to, 0xFF, bytes);
     if (!from) return;
     Actor me = actor();
-    if (by_all_lanes) me.lane = Actor::ALL_LANES;
-    if (session.options.races) shadow.read(address - SHARED_BASE, bytes, me, warp().clocks, name);
+    if (by_all_lanes) me.lane = Access::ALL_LANES;
+    trace_read(address, bytes, me, name);
     std::memcpy(to, from, bytes);
   }
-
   void store(uint32_t address, uint32_t bytes, const void* from, const char* name) {
-    uint8_t* to = shared_at(address, bytes, name);
+    uint8_t* to = shared_at(address, bytes, bytes, name);
     if (!to) return;
-    if (session.options.races) shadow.write(address - SHARED_BASE, bytes, actor(), warp().clocks, name);
+    trace_write(address, bytes, actor(), name);
     std::memcpy(to, from, bytes);
   }
-
-  // Until the copy lands its place holds NaN, unless it came at once. Nobody may look before the wait in either case.
-  void issue(const Copy& copy) {
-    uint8_t* to = shared_at(copy.to, 16, "cp_async");
-    if (!to) return;
-    counters.cp_async++;
-    if (session.options.races) {
-      shadow.write(copy.to - SHARED_BASE, 16, actor(), warp().clocks, "cp_async", true);
-    }
-    std::memset(to, 0xFF, 16);
-    const Mode mode = session.options.mode;
-    if (mode == EAGER || (mode == RANDOM && random() % 2)) move(copy);
-    thread().open.push_back(copy);
-  }
-
-  void commit() {
-    thread().groups.push_back(std::move(thread().open));
-    thread().open.clear();
-  }
-
-  void wait_for_copies(size_t in_flight) {
-    std::deque<std::vector<Copy>>& groups = thread().groups;
-    for (; groups.size() > in_flight; groups.pop_front()) {
-      for (const Copy& copy : groups.front()) {
-        move(copy);
-        if (session.options.races) shadow.land(copy.to - SHARED_BASE, 16, actor());
-      }
-    }
-  }
-
-  // What runs on a fiber.
-  static void entry();
 
  private:
-  void start() {
-    std::seed_seq seeds{session.options.seed, session.launches, static_cast<uint64_t>(position.block)};
-    random.seed(seeds);
-    shared.assign(grid.shared_bytes, 0xFF);
-    if (session.options.races) shadow.reset(grid.shared_bytes, static_cast<int>(warps.size()));
-    for (size_t i = 0; i < warps.size(); i++) {
-      warps[i] = Warp();
-      warps[i].clocks.ticks[i] = 1;
-    }
-    for (int i = 0; i < grid.threads; i++) {
-      threads[i].waits_at = nullptr;
-      threads[i].exited = false;
-      threads[i].open.clear();
-      threads[i].groups.clear();
-      stacks.start(threads[i].fiber, i, entry);
-    }
-    running = grid.threads;
-    arrived = 0;
-    abandoned = false;
-  }
+  // What each thread executes.
+  static void entry();
 
-  // The first warp from `turn` on, or from a random one on, that has a lane which can run; -1 if there is none.
-  int choose(int turn) {
-    const int count = static_cast<int>(warps.size());
-    if (session.options.seed != 0) turn = static_cast<int>(random() % count);
-    for (int i = 0; i < count; i++) {
-      const int warp = (turn + i) % count;
-      if (warps[warp].ready) return warp;
-    }
-    return -1;
-  }
-
-  void wait(const char* name) {
-    thread().waits_at = name;
-    leave();
-  }
-
-  // To the next lane of the warp that can run, or else to the scheduler. Returns when this thread is chosen again.
-  void leave() {
-    Thread& self = thread();
-    const int first = position.thread - lane();
-    uint32_t& ready = warp().ready;
-    ready &= ~(1u << lane());
-    const uint32_t later = ready & (~1u << lane());
-    counters.switches++;
-    if (later) {
-      position.thread = first + __builtin_ctz(later);
-      self.fiber.switch_to(thread().fiber);
-    } else {
-      self.fiber.switch_to(scheduler);
-    }
-  }
-
-  // Ends a block whose threads cannot go on in a way that means anything.
-  void abandon() {
-    abandoned = true;
-    thread().fiber.switch_to(scheduler);
-  }
-
-  void report_deadlock() {
-    struct Group {
-      int count = 0, first = 0;
-    };
-    std::map<std::string, Group> groups;
-    for (int i = 0; i < grid.threads; i++) {
-      const Thread& thread = threads[i];
-      Group& group = groups[thread.exited ? "have exited" : std::string("wait at ") + thread.waits_at];
-      if (group.count++ == 0) group.first = i;
-    }
-    std::string text;
-    for (const auto& [what, group] : groups) {
-      text += (text.empty() ? "" : ", ") + std::to_string(group.count) + " threads " + what + " (the first is " +
-              std::to_string(group.first) + ")";
-    }
-    position.thread = -1;
-    report("deadlock: nobody can run; %s", text.c_str());
-  }
-
-  Actor actor() {
-    const uint8_t index = static_cast<uint8_t>(position.thread / 32);
-    return {index, static_cast<uint8_t>(lane()), warps[index].clocks.ticks[index]};
-  }
-
-  void move(const Copy& copy) {
-    uint8_t* to = shared.data() + (copy.to - SHARED_BASE);
-    std::memset(to, 0, 16);
-    if (copy.bytes) std::memcpy(to, copy.from, copy.bytes);
-  }
+  void tick_and_sync(int warp) { warps[warp].synced = ++warps[warp].clocks.ticks[warp]; }
 
   const Grid grid;
-  Stacks stacks;
-  Fiber scheduler;
-  std::vector<Thread> threads;
-  std::vector<Warp> warps;
   std::vector<uint8_t> shared;
-  Shadow shadow;
-  std::mt19937 random;
-  int running = 0;   // Threads that have not exited.
-  int arrived = 0;   // At sync_block.
-  bool abandoned = false;
+  Barrier barriers[16];
 };
 
 // The block of this OS thread.
@@ -282,13 +247,8 @@ constinit inline thread_local Block* block = nullptr;
 
 inline void Block::entry() {
   block->grid.run(block->grid.params);
-  Thread& self = block->thread();
-  bool in_flight = !self.open.empty();
-  for (const std::vector<Copy>& group : self.groups) in_flight |= !group.empty();
-  if (in_flight) report("exit with cp_async in flight");
-  self.exited = true;
-  block->running--;
-  block->leave();
+  if (block->cp_async[position.thread].in_flight()) report("exit with cp_async in flight");
+  block->scheduler.exit();
 }
 
 }  // namespace fastprefix::emulator

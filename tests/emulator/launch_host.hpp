@@ -39,6 +39,7 @@ inline const char* run_grid(const Grid& grid) {
     block = &here;
     for (int64_t i = next++; i < grid.blocks; i = next++) here.run(order[i]);
     block = nullptr;
+    here.counters.switches = here.scheduler.switches;
     const std::lock_guard lock(session.mutex);
     session.counters.add(here.counters);
   };
@@ -72,9 +73,9 @@ inline int multiprocessors(const char** reason) {
 #define FASTPREFIX_EXPORT extern "C" __attribute__((used)) inline
 
 // A new session: no buffers, no errors, counters at 0.
-FASTPREFIX_EXPORT void emulator_reset(int mode, uint64_t seed, int races, int workers, int multiprocessors) {
+FASTPREFIX_EXPORT void emulator_reset(int mode, int wgmma_mode, uint64_t seed, int races, int workers, int count) {
   using namespace fastprefix::emulator;
-  session.options = {static_cast<Mode>(mode), seed, races != 0, workers, multiprocessors};
+  session.options = {static_cast<Mode>(mode), static_cast<Mode>(wgmma_mode), seed, races != 0, workers, count};
   session.counters = {};
   session.errors.clear();
   session.kinds.clear();

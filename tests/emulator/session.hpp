@@ -17,6 +17,7 @@ enum Mode : int { LATE = 0, EAGER = 1, RANDOM = 2 };
 
 struct Options {
   Mode mode = LATE;
+  Mode wgmma_mode = LATE;     // The same for wgmma, which is either late or early.
   uint64_t seed = 0;          // 0: blocks and warps take turns in order. Else they run in an order of chance.
   bool races = true;          // Whether every access is checked against those before it.
   int workers = 1;            // OS threads, each of which runs whole blocks.
@@ -24,13 +25,15 @@ struct Options {
 };
 
 struct Counters {
-  uint64_t mma = 0, ldmatrix = 0, bank_conflicts = 0, cp_async = 0, blocks = 0, switches = 0;
+  uint64_t mma = 0, ldmatrix = 0, bank_conflicts = 0, cp_async = 0, wgmma = 0, tma = 0, blocks = 0, switches = 0;
 
   void add(const Counters& other) {
     mma += other.mma;
     ldmatrix += other.ldmatrix;
     bank_conflicts += other.bank_conflicts;
     cp_async += other.cp_async;
+    wgmma += other.wgmma;
+    tma += other.tma;
     blocks += other.blocks;
     switches += other.switches;
   }

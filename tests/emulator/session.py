@@ -18,7 +18,7 @@ class Mode(IntEnum):
 
 
 class Counters(ctypes.Structure):
-    NAMES = ("mma", "ldmatrix", "bank_conflicts", "cp_async", "blocks", "switches")
+    NAMES = ("mma", "ldmatrix", "bank_conflicts", "cp_async", "wgmma", "tma", "blocks", "switches")
     _fields_ = [(name, ctypes.c_uint64) for name in NAMES]
 
 
@@ -33,10 +33,16 @@ class Session:
         self.reset()
 
     def reset(
-        self, mode: Mode = Mode.LATE, seed: int = 0, races: bool = True, workers: int = 1, multiprocessors: int = 132
+        self,
+        mode: Mode = Mode.LATE,
+        wgmma_mode: Mode = Mode.LATE,
+        seed: int = 0,
+        races: bool = True,
+        workers: int = 1,
+        multiprocessors: int = 132,
     ) -> None:
         """Forgets buffers and errors. With a seed other than 0, blocks and warps run in an order of chance."""
-        self.library.emulator_reset(mode, ctypes.c_uint64(seed), races, workers, multiprocessors)
+        self.library.emulator_reset(mode, wgmma_mode, ctypes.c_uint64(seed), races, workers, multiprocessors)
 
     def add(self, name: str, x: Tensor, writable: bool = False) -> None:
         """Kernels may read, or read and write, from the first element of x to its last one."""

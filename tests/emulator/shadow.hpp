@@ -9,7 +9,9 @@
 
 namespace fastprefix::emulator {
 
-constexpr int MAX_WARPS = 32, ACTORS = MAX_WARPS;
+// Warps are actors: with lanes as actors, clocks would have 32 times as many entries. Copies by the tensor memory
+// accelerator are too, those of one mbarrier together.
+constexpr int MAX_WARPS = 32, MAX_MBARRIERS = 32, ACTORS = MAX_WARPS + MAX_MBARRIERS;
 
 // The ticks of each actor's clock that another one has seen: what the actor did until then happened before.
 struct Clocks {
@@ -20,55 +22,72 @@ struct Clocks {
   }
 };
 
-// Warps are actors, for lanes would cost 32 times the memory. A warp's clock ticks at each sync_warp and each barrier:
-// two lanes' accesses within one tick are unordered. A shuffle, an mma or an ldmatrix orders no memory.
-struct Actor {
-  static constexpr uint8_t NOBODY = 255, ALL_LANES = 32;
+struct Access {
+  // In place of a lane: the whole warp; or the whole warp, which has waited until the access was done.
+  static constexpr uint8_t NOBODY = 255, ALL_LANES = 32, WAITED_FOR = 33;
 
-  uint8_t index = NOBODY;
+  uint8_t actor = NOBODY;
   uint8_t lane = ALL_LANES;
+  uint16_t fences = 0;  // How often the thread had executed fence.proxy.async.
   uint32_t tick = 0;
+};
+
+// An access that is made now, with what its maker knows.
+struct Actor : Access {
+  const Clocks* seen = nullptr;
+  uint32_t synced = 0;       // The warp's tick at its last sync_warp or barrier: since then its lanes are unordered.
+  bool async_proxy = false;  // wgmma and bulk copies see ordinary stores only after a fence.
 };
 
 class Shadow {
  public:
+  // How often each thread has executed fence.proxy.async.
+  std::vector<uint16_t> fences;
+
   void reset(uint32_t bytes, int warps) {
     warp_count = warps;
     words.assign(bytes / 4, Word());
     readers.resize(words.size() * warps);  // An entry counts only if its word says so.
+    fences.assign(warps * 32, 0);
   }
 
-  void read(uint32_t byte, uint32_t bytes, Actor me, const Clocks& seen, const char* name) {
+  void read(uint32_t byte, uint32_t bytes, const Actor& me, const char* name) {
     for (uint32_t i = byte / 4; i < (byte + bytes) / 4; i++) {
       Word& word = words[i];
       if (word.in_flight) {
         report("%s reads shared word %u while an asynchronous copy to it is in flight", name, i);
-      } else if (word.writer.index == Actor::NOBODY) {
+      } else if (word.writer.actor == Access::NOBODY) {
         report("%s reads shared word %u that nothing wrote", name, i);
-      } else if (unordered(word.writer, me, seen)) {
+      } else if (unordered(word.writer, me)) {
         report("race: %s reads shared word %u, written by %s", name, i, describe(word.writer, me));
       }
-      Reader& reader = readers[i * warp_count + me.index];
-      const bool again = (word.readers >> me.index & 1) && reader.tick == me.tick && reader.lane != me.lane;
-      reader = {me.tick, again ? Actor::ALL_LANES : me.lane};
-      word.readers |= 1u << me.index;
+      if (unfenced(word.writer, me)) {
+        report("%s reads shared word %u, written by ordinary stores without fence_proxy_async", name, i);
+      }
+      Reader& reader = readers[i * warp_count + me.actor];
+      const bool by_another = (word.readers >> me.actor & 1) && reader.tick >= me.synced && reader.lane != me.lane;
+      reader = {me.tick, by_another ? Access::ALL_LANES : me.lane};
+      word.readers |= 1u << me.actor;
     }
   }
 
   // An asynchronous copy is in flight from its issue, which is the write, until it lands.
-  void write(uint32_t byte, uint32_t bytes, Actor me, const Clocks& seen, const char* name, bool in_flight = false) {
+  void write(uint32_t byte, uint32_t bytes, const Actor& me, const char* name, bool in_flight = false) {
     for (uint32_t i = byte / 4; i < (byte + bytes) / 4; i++) {
       Word& word = words[i];
       if (word.in_flight) {
         report("%s writes shared word %u while an asynchronous copy to it is in flight", name, i);
-      } else if (word.writer.index != Actor::NOBODY && unordered(word.writer, me, seen)) {
+      } else if (word.writer.actor != Access::NOBODY && unordered(word.writer, me)) {
         report("race: %s writes shared word %u, written by %s", name, i, describe(word.writer, me));
+      }
+      if (unfenced(word.writer, me)) {
+        report("%s writes shared word %u, written by ordinary stores without fence_proxy_async", name, i);
       }
       for (uint32_t left = word.readers; left; left &= left - 1) {
         const uint8_t warp = static_cast<uint8_t>(__builtin_ctz(left));
         const Reader& reader = readers[i * warp_count + warp];
-        const Actor other{warp, static_cast<uint8_t>(reader.lane), reader.tick};
-        if (unordered(other, me, seen)) {
+        const Access other{warp, static_cast<uint8_t>(reader.lane), 0, reader.tick};
+        if (unordered(other, me)) {
           report("race: %s writes shared word %u, which may still be read by %s", name, i, describe(other, me));
         }
       }
@@ -76,13 +95,13 @@ class Shadow {
     }
   }
 
-  void land(uint32_t byte, uint32_t bytes, Actor me) {
+  void land(uint32_t byte, uint32_t bytes, const Access& me) {
     for (uint32_t i = byte / 4; i < (byte + bytes) / 4; i++) words[i] = {me, 0, false};
   }
 
  private:
   struct Word {
-    Actor writer;
+    Access writer;
     uint32_t readers = 0;  // Warps that read since the write, as bits.
     bool in_flight = false;
   };
@@ -90,14 +109,19 @@ class Shadow {
     uint32_t tick : 26, lane : 6;
   };
 
-  static bool unordered(Actor other, Actor me, const Clocks& seen) {
-    if (other.index != me.index) return other.tick > seen.ticks[other.index];
-    return other.tick == me.tick && (other.lane != me.lane || other.lane == Actor::ALL_LANES);
+  static bool unordered(const Access& other, const Actor& me) {
+    if (other.actor != me.actor || me.actor >= MAX_WARPS) return other.tick > me.seen->ticks[other.actor];
+    if (other.tick < me.synced || other.lane == Access::WAITED_FOR) return false;
+    return other.lane != me.lane || other.lane == Access::ALL_LANES;
   }
-  static const char* describe(Actor other, Actor me) {
+  bool unfenced(const Access& other, const Actor& me) const {
+    return me.async_proxy && other.actor < MAX_WARPS && fences[other.actor * 32 + other.lane] == other.fences;
+  }
+  static const char* describe(const Access& other, const Actor& me) {
     static thread_local char text[64];
-    if (other.index == me.index) return "another lane of the warp without a sync_warp between";
-    snprintf(text, sizeof text, "warp %d without a barrier between", other.index);
+    if (other.actor >= MAX_WARPS) return "a bulk copy without a wait for its mbarrier";
+    if (other.actor == me.actor) return "another lane of the warp without a sync_warp between";
+    snprintf(text, sizeof text, "warp %d without a barrier between", other.actor);
     return text;
   }
 

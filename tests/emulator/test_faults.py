@@ -59,7 +59,7 @@ FAULTS = {
 
 @pytest.fixture(scope="module")
 def session() -> Session:
-    session = Session(library("tests/emulator/faults.cpp"))
+    session = Session(library("tests/emulator/faults.cpp", extra_flags=("-O0",)))
     session.library.run_case.restype = ctypes.c_char_p
     session.library.run_case.argtypes = [ctypes.c_char_p, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p]
     return session

@@ -21,8 +21,9 @@ INF = float("inf")
 @pytest.fixture(scope="module", params=["assembly", "ucontext"])
 def session(request: pytest.FixtureRequest) -> Session:
     """With both ways to switch between threads; on other processors than x86-64 they are the same."""
-    defines = ("FASTPREFIX_UCONTEXT=1",) if request.param == "ucontext" else ()
-    return Session(library("tests/emulator/values.cpp", defines=defines))
+    if request.param == "assembly":
+        return Session(library("tests/emulator/values.cpp"))
+    return Session(library("tests/emulator/values.cpp", defines=("FASTPREFIX_UCONTEXT=1",), extra_flags=("-O0",)))
 
 
 def launch(session: Session, kernel: str, *arguments: Tensor | int, outputs: int = 1, blocks: int = 1) -> None:

@@ -140,6 +140,25 @@ V ld_shared(uint32_t address) {
   return x;
 }
 
+// Until the copy lands its place holds NaN, unless it came at once. Nobody may look before the wait in either case.
+inline void cp_async_16(uint32_t to, const void* from, int bytes) {
+  uint8_t* place = block->shared_at(to, 16, 16, "cp_async");
+  if (!place) return;
+  block->counters.cp_async++;
+  block->trace_write(to, 16, block->actor(), "cp_async", true);
+  const auto copy = [=] {
+    std::memset(place, 0, 16);
+    if (bytes) std::memcpy(place, from, 16);
+  };
+  std::memset(place, 0xFF, 16);
+  const Mode mode = session.options.mode;
+  if (mode == EAGER || (mode == RANDOM && block->scheduler.random() % 2)) copy();
+  block->cp_async[position.thread].open.push_back([=] {
+    copy();
+    block->trace_landing(to, 16, block->actor());
+  });
+}
+
 }  // namespace emulator
 
 inline float ld_shared(uint32_t a) { return emulator::ld_shared<float>(a); }
@@ -153,12 +172,12 @@ void st_shared(uint32_t a, V x) {
 inline void cp_async_16(uint32_t to, const void* from, int bytes) {
   if (bytes != 0 && bytes != 16) emulator::report("cp_async of %d bytes", bytes);
   if (bytes != 16 || !emulator::global_memory.read(from, 16, 16, "cp_async")) bytes = 0;
-  emulator::block->issue({to, from, bytes});
+  emulator::cp_async_16(to, from, bytes);
 }
-inline void cp_async_commit_group() { emulator::block->commit(); }
+inline void cp_async_commit_group() { emulator::block->cp_async[emulator::position.thread].commit(); }
 template <int N>
 void cp_async_wait_group() {
-  emulator::block->wait_for_copies(N);
+  emulator::block->cp_async[emulator::position.thread].wait(N);
 }
 
 inline void ldmatrix_x4(uint32_t (&r)[4], uint32_t a) { emulator::ldmatrix_x4(r, a, false, "ldmatrix_x4"); }
@@ -166,9 +185,17 @@ inline void ldmatrix_x4_trans(uint32_t (&r)[4], uint32_t a) { emulator::ldmatrix
 
 namespace emulator {
 
-// What a lane gives to an mma. Lane l holds, with g = l / 4 and t = l % 4 * 2: of a the elements (g + 8 (i % 2),
-// t + 8 (i / 2)) and their right neighbours in register i; of b (t + 8 i, g) and its lower neighbour; of c
-// (g + 8 (i / 2), t + i % 2).
+// Lane l holds, with g = l / 4 and t = l % 4 * 2: of a the elements (g + 8 (i % 2), t + 8 (i / 2)) and their right
+// neighbours in register i; of b (t + 8 i, g) and its lower neighbour; of c (g + 8 (i / 2), t + i % 2).
+template <class T>
+void unpack_a(const uint32_t* registers, int lane, float (*a)[16]) {
+  for (int i = 0; i < 8; i++) {
+    const uint16_t x = static_cast<uint16_t>(registers[i / 2] >> i % 2 * 16);
+    a[lane / 4 + i / 2 % 2 * 8][lane % 4 * 2 + i / 4 * 8 + i % 2] = widen<T>(x);
+  }
+}
+
+// What a lane gives to an mma.
 struct Mma {
   float* c;
   const uint32_t* a;
@@ -181,11 +208,9 @@ void mma_m16n8k16(void** lanes) {
   for (int lane = 0; lane < 32; lane++) {
     const Mma& mine = *static_cast<Mma*>(lanes[lane]);
     const int g = lane / 4, t = lane % 4 * 2;
+    unpack_a<T>(mine.a, lane, a);
     for (int i = 0; i < 4; i++) {
-      for (int half = 0; half < 2; half++) {
-        a[g + i % 2 * 8][t + i / 2 * 8 + half] = widen<T>(static_cast<uint16_t>(mine.a[i] >> 16 * half));
-        if (i < 2) b[t + i * 8 + half][g] = widen<T>(static_cast<uint16_t>(mine.b[i] >> 16 * half));
-      }
+      b[t + i / 2 * 8 + i % 2][g] = widen<T>(static_cast<uint16_t>(mine.b[i / 2] >> i % 2 * 16));
       c[g + i / 2 * 8][t + i % 2] = mine.c[i];
     }
   }
