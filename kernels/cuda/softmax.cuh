@@ -6,7 +6,7 @@
 namespace fastprefix {
 
 // tanh by the exponential that the hardware has; exact at both ends.
-FP_DEVICE float tanh_approx(float x) { return 1.0f - 2.0f / (ex2_approx(x * (2.0f * LOG2E)) + 1.0f); }
+FP_DEVICE float tanh_approx(float x) { return 1.0f - 2.0f * rcp_approx(ex2_approx(x * (2.0f * LOG2E)) + 1.0f); }
 
 // A product q k as a base-2 logit. Softcap 0 is none.
 struct Logits {

@@ -43,6 +43,8 @@ FP_DEVICE void sync_warp() { __syncwarp(); }
 FP_DEVICE float shfl_xor(float x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
 FP_DEVICE float shfl_idx(float x, int lane) { return __shfl_sync(0xffffffffu, x, lane); }
 FP_DEVICE int shfl_idx(int x, int lane) { return __shfl_sync(0xffffffffu, x, lane); }
+// 9.7.13.7 vote.sync.all: whether x holds in all lanes.
+FP_DEVICE bool vote_all(bool x) { return __all_sync(0xffffffffu, x); }
 FP_DEVICE int shfl_up(int x, int delta) { return __shfl_up_sync(0xffffffffu, x, delta); }
 
 // 9.7.3.21 ex2.approx and 9.7.3.20 lg2.approx: 2 ulp. ex2 of -inf is 0.
@@ -54,6 +56,13 @@ FP_DEVICE float ex2_approx(float x) {
 FP_DEVICE float lg2_approx(float x) {
   float y;
   asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// 9.7.3.13 rcp.approx: 1 ulp. That of infinity is 0.
+FP_DEVICE float rcp_approx(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
 

@@ -110,8 +110,15 @@ inline int shfl_up(int x, int delta) {
   delta &= 31;
   return emulator::shuffle("shfl_up", x, [delta](int lane) { return lane >= delta ? lane - delta : lane; });
 }
+inline bool vote_all(bool x) {
+  int all = x;
+  for (int mask = 16; mask > 0; mask /= 2)
+    all &= emulator::shuffle("vote_all", all, [mask](int lane) { return lane ^ mask; });
+  return all != 0;
+}
 
 inline float ex2_approx(float x) { return emulator::flush_denormal(std::exp2(emulator::flush_denormal(x))); }
+inline float rcp_approx(float x) { return emulator::flush_denormal(1.0f / emulator::flush_denormal(x)); }
 inline float lg2_approx(float x) { return std::log2(emulator::flush_denormal(x)); }
 
 template <class T>

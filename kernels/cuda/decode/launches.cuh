@@ -34,6 +34,7 @@ const char* launch_decode(const DecodeParams& params, void* stream) {
 inline const char* refusal(const AttentionCall& c) {
   if (c.D % 8 || c.D_v % 8 || c.D > 256 || c.D_v > 256) return "head dims: expected multiples of 8 up to 256";
   if (c.B < 1 || c.S < 1 || c.H_kv < 1 || c.H < 1 || c.H % c.H_kv) return "shapes: expected rows, and groups of query heads";
+  if (c.segments.data) return "segment_ids: expected none";
   if (c.ids_by_row && c.route == SPLIT_KV) return "route split_kv: expected one prefix a sample";
   if (int64_t{c.B} * c.H * c.S >= int64_t{1} << 30) return "shapes: expected fewer than 2^30 query rows";
   return nullptr;
