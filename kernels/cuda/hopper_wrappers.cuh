@@ -139,8 +139,8 @@ FP_DEVICE void pin(float (&r)[N]) {
 #define FP_D_128(i) FP_D_64(i), FP_D_64(i + 64)
 
 // 9.7.15.5.2 wgmma.mma_async: d = a b, or d += a b, of 64 rows, N = 2 R columns and 16 elements of K. A thread has R
-// accumulators, the asm's first operands. The next ones are B, the descriptor of b; P, whether to accumulate; T, whether
-// b is MN-major; and A, the descriptor of a, or A to A3, its registers.
+// accumulators, the asm's first operands. The next are B, the descriptor of b; P, whether to accumulate; T, whether b
+// is MN-major; and A, the descriptor of a, or A to A3, its registers.
 #define FP_WGMMA(TYPE, N, R, TEXT_A, SCALES, B, P, T, ...)                                                             \
   asm volatile("{.reg .pred p; setp.ne.b32 p, %" #P ", 0; wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "."   \
                TYPE " {" FP_TEXT_##R "}, " TEXT_A ", %" #B ", p, " SCALES ", %" #T ";}"                               \

@@ -6,6 +6,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <new>
 
 #if defined(__x86_64__) && !defined(FASTPREFIX_UCONTEXT)
 #define FASTPREFIX_UCONTEXT 0
@@ -92,6 +93,7 @@ class Stacks {
   explicit Stacks(int count) : count(count) {
     const int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
     memory = static_cast<uint8_t*>(mmap(nullptr, count * BYTES, PROT_READ | PROT_WRITE, flags, -1, 0));
+    if (memory == MAP_FAILED) throw std::bad_alloc();
     for (int i = 0; i < count; i++) mprotect(memory + i * BYTES, page(), PROT_NONE);
   }
   ~Stacks() { munmap(memory, count * BYTES); }

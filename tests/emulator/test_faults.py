@@ -11,6 +11,8 @@ import torch
 from tests.emulator.build import library
 from tests.emulator.session import Mode, Session
 
+# A compiler runs.
+pytestmark = pytest.mark.slow
 # Which copies arrive when, and who runs first, may not matter.
 WAYS = {
     "late": {"mode": Mode.LATE},

@@ -14,6 +14,8 @@ from torch import Tensor
 from tests.emulator.build import library
 from tests.emulator.session import Mode, Session
 
+# A compiler runs.
+pytestmark = pytest.mark.slow
 WAYS = [
     {"mode": mode, "wgmma_mode": wgmma_mode, "seed": seed}
     for mode, wgmma_mode, seed in (
