@@ -46,8 +46,9 @@ def library(
     """The shared library made of a .cpp file, whose path is absolute or relative to the repository.
 
     ``defines`` are ``NAME`` or ``NAME=value``, and ``include_first`` are headers that come before everything;
-    ``kernels`` is the folder of the kernels' sources. A library is compiled once for the same text of all headers and
-    the same flags, also when several processes want it.
+    ``kernels`` is the folder of the kernels' sources. A library is compiled once for the same flags and the same text of
+    itself, those headers, and all sources of the emulator, the kernels and its own folder, also when several processes
+    want it.
     """
     command, version = compiler()
     first = [ROOT / header for header in include_first]
@@ -55,7 +56,14 @@ def library(
     flags = [*FLAGS, *(f"-I{folder}" for folder in includes), *(f"-D{define}" for define in defines), *extra_flags]
     for header in first:
         flags += ["-include", str(header)]
-    texts = [ROOT / source, *first, *(path for folder in includes for path in sorted(folder.rglob("*.[hc]*")))]
+    folders = (*includes, (ROOT / source).parent)
+    headers = (
+        path
+        for folder in folders
+        for ending in ("h", "hpp", "cuh", "cu")
+        for path in sorted(folder.rglob(f"*.{ending}"))
+    )
+    texts = [ROOT / source, *first, *headers]
     digest = hashlib.sha256("\0".join([command, version, *flags]).encode())
     for path in texts:
         digest.update(path.name.encode() + path.read_bytes())
