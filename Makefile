@@ -35,7 +35,7 @@ $(INSTALLED): pyproject.toml constraints.txt Makefile
 	@touch $@
 
 # Compiles what changed. Where that is impossible it says why, the package works without, and the next make tries again.
-$(STAMP): $(INSTALLED) setup.py $(wildcard csrc/* csrc/*/*.cpp csrc/*/*.h)
+$(STAMP): $(INSTALLED) setup.py $(wildcard csrc/* csrc/*/*.cpp csrc/*/*.h kernels/cuda/*)
 	$(BIN)/python setup.py --quiet build_ext --inplace
 	@test -f fastprefix/_C_absent.txt || touch $@
 
@@ -92,5 +92,5 @@ docs: $(STAMP)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks .hypothesis
-	rm -f fastprefix/_C.*.so fastprefix/_C_absent.txt
+	rm -f fastprefix/_C.*.so fastprefix/libfastprefix_cuda.*.so fastprefix/_*_absent.txt
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

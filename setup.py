@@ -1,9 +1,16 @@
-"""The compiled part of the package, ``fastprefix._C``. The rest of the project's description is in pyproject.toml.
+"""The compiled parts of the package. The rest of the project's description is in pyproject.toml.
 
-The package works without it, so an install goes on where it cannot be built: the reason is printed and written to
-``fastprefix/_C_absent.txt``, from which ``fastprefix._extension`` tells it. Environment variables:
+- ``fastprefix._C`` has the kernels for processors. Where it cannot be built, the reason is printed and written to
+  ``fastprefix/_C_absent.txt``, from which ``fastprefix._extension`` tells it.
+- ``fastprefix/libfastprefix_cuda.*.so`` has the CUDA kernels. It is built where there are nvcc and a torch with CUDA.
+  Elsewhere the reason is written to ``fastprefix/_cuda_absent.txt``, from which ``fastprefix.cuda_library`` tells it;
+  most machines have no use for it, so nothing is printed but the failure of a compiler.
 
-- ``FASTPREFIX_BUILD_NATIVE``: 0 leaves it out; 1 makes an install without it an error;
+The package works without either, so an install goes on. Environment variables:
+
+- ``FASTPREFIX_BUILD_NATIVE``: 0 leaves the extension out; 1 makes an install without it an error;
+- ``FASTPREFIX_BUILD_CUDA``: 0 leaves the CUDA kernels out; 1 builds them with any torch, and makes an install without
+  them an error; ``fastprefix/cuda_library/build.py`` has the variables that say how;
 - ``FASTPREFIX_SANITIZE``: names of sanitizers, as in ``address,undefined``, with which it is built for debugging;
 - ``CXX`` and ``MAX_JOBS``: the compiler and how many of it may run at once, as for every extension of torch.
 """
@@ -11,6 +18,7 @@ The package works without it, so an install goes on where it cannot be built: th
 from __future__ import annotations
 
 import glob
+import importlib.util
 import os
 import platform
 import shlex
@@ -18,6 +26,7 @@ import shutil
 import sys
 import sysconfig
 from pathlib import Path
+from types import ModuleType
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -25,6 +34,8 @@ from setuptools.command.build_ext import build_ext
 NAME = "fastprefix._C"
 REASON = "_C_absent.txt"
 REQUEST = os.environ.get("FASTPREFIX_BUILD_NATIVE", "")
+CUDA_REASON = "_cuda_absent.txt"
+CUDA_REQUEST = os.environ.get("FASTPREFIX_BUILD_CUDA", "")
 SANITIZERS = os.environ.get("FASTPREFIX_SANITIZE", "")
 # setuptools wants paths relative to this file's folder, which is the working folder of every build.
 SOURCES = sorted(glob.glob("csrc/ops/*.cpp") + glob.glob("csrc/cpu/*.cpp"))
@@ -62,6 +73,30 @@ def obstacle() -> str:
     return ""
 
 
+def load_cuda_builder() -> ModuleType:
+    """The package's own builder, by its path: the package itself would need torch."""
+    spec = importlib.util.spec_from_file_location("cuda_builder", "fastprefix/cuda_library/build.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def cuda_obstacle() -> str:
+    """Why the CUDA kernels are not to be built here, or nothing."""
+    if CUDA_REQUEST == "0":
+        return "it was left out by FASTPREFIX_BUILD_CUDA=0"
+    if not sys.platform.startswith("linux"):
+        return f"it is for Linux, and this is {platform.system()}"
+    try:
+        import torch
+    except (ImportError, OSError) as error:
+        return f"torch could not be imported during the build ({error})"
+    if torch.version.cuda is None and CUDA_REQUEST != "1":
+        return f"the torch of the build, {torch.__version__}, had no CUDA"
+    return ""
+
+
 OBSTACLE = obstacle()
 if OBSTACLE:
     Base, extension = build_ext, Extension(NAME, SOURCES)
@@ -85,8 +120,8 @@ else:
     )
 
 
-class BuildNative(Base):
-    """Builds the extension, or leaves the reason where it would lie. It never leaves an older build there."""
+class BuildLibraries(Base):
+    """Builds the libraries, or leaves the reasons where they would lie. It never leaves an older build there."""
 
     def finalize_options(self) -> None:
         super().finalize_options()
@@ -95,6 +130,33 @@ class BuildNative(Base):
             self.build_temp = os.path.join("build", f"temp.{self.plat_name}-{sys.implementation.cache_tag}")
 
     def run(self) -> None:
+        folder = Path(self.get_ext_fullpath(NAME)).parent
+        self._build_native()
+        self._build_cuda(folder)
+
+    def _build_cuda(self, folder: Path) -> None:
+        builder = load_cuda_builder()
+        for old in folder.glob(f"{builder.NAME}.*.so"):
+            old.unlink()
+        record = folder / CUDA_REASON
+        record.unlink(missing_ok=True)
+        reason = cuda_obstacle()
+        try:
+            if not reason:
+                sources, nvcc = builder.find_sources(Path("fastprefix").resolve()), builder.find_nvcc()
+                torch_folder = Path(sys.modules["torch"].__file__).parent
+                builder.build(folder / builder.installed_name(sources), sources, nvcc, torch_folder)
+                return
+        except builder.BuildError as error:
+            reason = str(error)
+            if error.output:
+                print(f"{error.output}\nfastprefix: its CUDA kernels are not built: {reason}", file=sys.stderr)
+        folder.mkdir(parents=True, exist_ok=True)
+        record.write_text(f"{reason}\n")
+        if CUDA_REQUEST == "1":
+            raise SystemExit(f"fastprefix: FASTPREFIX_BUILD_CUDA=1 asks for the CUDA kernels: {reason}")
+
+    def _build_native(self) -> None:
         library = Path(self.get_ext_fullpath(NAME))
         record = library.with_name(REASON)
         reason = OBSTACLE or self._failure()
@@ -119,4 +181,4 @@ class BuildNative(Base):
         return ""
 
 
-setup(ext_modules=[extension], cmdclass={"build_ext": BuildNative})
+setup(ext_modules=[extension], cmdclass={"build_ext": BuildLibraries})

@@ -17,8 +17,7 @@ if not torch.cuda.is_available():
 os.environ["FASTPREFIX_VERIFY"] = "off"
 
 from fastprefix.backends import native
-from fastprefix.types import BACKENDS
-from tests.support.operator_calls import backend_params
+from tests.support.operator_calls import GENERAL, backend_params
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
@@ -33,9 +32,9 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     gc.unfreeze()
 
 
-@pytest.fixture(params=backend_params(BACKENDS))
+@pytest.fixture(params=backend_params(GENERAL))
 def backend(request: pytest.FixtureRequest) -> str:
-    """Every backend in turn; no test names one. One that was not built is skipped with the reason."""
+    """Every general backend in turn; no test names one. One that was not built is skipped with the reason."""
     name = str(request.param)
     if name == "native" and native.ABSENCE:
         pytest.skip(native.ABSENCE)

@@ -9,12 +9,15 @@ from typing import Literal, get_args
 import torch
 
 from benches.device_suite.model_correctness import MODELS
+from fastprefix.dispatch import has_backward
 from fastprefix.measure import Mode, Problem
 from fastprefix.types import BACKENDS, BackendName
 
 Part = Literal["correctness", "operator", "step"]
 PARTS: tuple[Part, ...] = get_args(Part)
 
+# Checks compare gradients. A backend without any is checked by `fastprefix verify`, and timed with the others.
+DIFFERENTIABLE: tuple[BackendName, ...] = tuple(name for name in BACKENDS if has_backward(name))
 BF16 = torch.bfloat16
 HEADS = ((32, 8, 128), (12, 12, 64))  # H, H_kv, D
 LENGTHS = ((32, 512), (8, 2048), (2, 8192))  # B, S
@@ -101,7 +104,7 @@ def jobs(device: str, smoke: bool, only: Collection[Part] = PARTS) -> list[Job]:
 
 def _checks() -> Iterator[Job]:
     """Checks by backend: while those of the first backends run, the kernels of the last are compiled in parallel."""
-    for backend in BACKENDS:
+    for backend in DIFFERENTIABLE:
         for dtype in ("bf16", "fp16", "fp32"):
             yield OperatorCheck("shapes", backend, dtype)
         yield OperatorCheck("arguments", backend, "bf16")
@@ -109,24 +112,24 @@ def _checks() -> Iterator[Job]:
             yield OperatorCheck("shapes", backend, dtype, compiled=True)
     for model in MODELS:
         for dtype in ("fp32", "bf16"):
-            for backend in BACKENDS:
+            for backend in DIFFERENTIABLE:
                 yield ModelCheck(model, backend, dtype)
 
 
 def _more_checks() -> Iterator[Job]:
     """Every argument in a second dtype, which doubles its kernels: last, as plain shapes were checked in that dtype."""
-    for backend in BACKENDS:
+    for backend in DIFFERENTIABLE:
         yield OperatorCheck("arguments", backend, "fp16")
 
 
 def _smoke_checks() -> Iterator[Job]:
-    for backend in BACKENDS:
+    for backend in DIFFERENTIABLE:
         for dtype in ("bf16", "fp16", "fp32"):
             yield OperatorCheck("shapes", backend, dtype)
         yield OperatorCheck("arguments", backend, "fp32")
         yield OperatorCheck("shapes", backend, "fp32", compiled=True)
     for model in MODELS:
-        for backend in BACKENDS:
+        for backend in DIFFERENTIABLE:
             yield ModelCheck(model, backend, "fp32")
 
 

@@ -171,7 +171,9 @@ int64_t decode_route(FASTPREFIX_PARAMETERS) {
 #ifndef FASTPREFIX_EMULATED
   const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
 #endif
-  return fastprefix_decode_route(&call);
+  const int found = fastprefix_decode_route(&call);
+  if (found != SPLIT_KV && found != CASCADE) throw std::runtime_error("the CUDA kernels of decoding have no route");
+  return found;
 }
 
 }  // namespace

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..cuda_library import library
+from ..cuda_library.library import Library
 from ..errors import UnsupportedError
 from ..machine import device as machine
 from ..types import AttentionArgs, Grads, Needs
@@ -36,7 +37,7 @@ _AUTO = 0  # of the library's routes, of which the others are numbered as in ROU
 class _Emulated(NamedTuple):
     """A library whose kernels run elsewhere than on CUDA."""
 
-    ops: Any
+    library: Library
     device_type: str
 
 
@@ -44,20 +45,24 @@ _emulated: _Emulated | None = None
 
 
 @contextmanager
-def emulated(path: str, namespace: str, device_type: str = "cpu") -> Iterator[None]:
-    """Take another library in the block, whose operators take tensors of another device; for tests."""
+def emulated(path: str | None, namespace: str = "", device_type: str = "cpu") -> Iterator[None]:
+    """Take another library in the block, whose operators take tensors of another device; for tests.
+
+    Without a path the backend can be asked what it takes, and not called.
+    """
     global _emulated
-    torch.ops.load_library(path)
-    before, _emulated = _emulated, _Emulated(getattr(torch.ops, namespace), device_type)
+    if path is not None:
+        torch.ops.load_library(path)
+    ops = None if path is None else getattr(torch.ops, namespace)
+    before, _emulated = _emulated, _Emulated(Library(ops, ""), device_type)
     try:
         yield
     finally:
         _emulated = before
 
 
-def _ops() -> tuple[Any, str]:
-    """The library's operators, or None and why there is none."""
-    return library.load() if _emulated is None else (_emulated.ops, "")
+def _library() -> Library:
+    return library.load() if _emulated is None else _emulated.library
 
 
 def _device_type() -> str:
@@ -72,12 +77,12 @@ def prepare(place: torch.device) -> None:
 
 def routes(device_type: str) -> tuple[str, ...]:
     """Names of the ways in which a call can be computed, where the library has been built."""
-    return ROUTES if device_type == _device_type() and _ops()[0] is not None else ()
+    return ROUTES if device_type == _device_type() and _library().ops is not None else ()
 
 
 def guess(args: AttentionArgs) -> str:
     """The route that the library takes where none is asked for."""
-    ops, _ = _ops()
+    ops = _library().ops
     if ops is None or unsupported(args):
         return ROUTES[0]
     return ROUTES[ops.decode_route.default(*_inputs(args, None)) - 1]
@@ -85,10 +90,9 @@ def guess(args: AttentionArgs) -> str:
 
 def unsupported(args: AttentionArgs, route: str | None = None) -> list[str]:
     """Why this backend cannot take the call; empty when it can."""
-    ops, absence = _ops()
     place, q, wanted = args.q.device, args.q, _device_type()
     reasons = []
-    if ops is None:
+    if absence := _library().absence:
         reasons.append(absence)
     if place.type != wanted:
         reasons.append(f"device {place.type}: its kernels are for {wanted}")
@@ -116,9 +120,9 @@ def unsupported(args: AttentionArgs, route: str | None = None) -> list[str]:
 
 def fwd(args: AttentionArgs, route: str | None = None) -> tuple[Tensor, Tensor]:
     """``o [B, H, S, D_v]`` and ``lse [B, H, S]`` of the merged softmax; without a route, by the one that is guessed."""
-    ops, absence = _ops()
+    ops = _library().ops
     if ops is None:
-        raise UnsupportedError(f"backend 'cuda' cannot take this call:\n  {absence}")
+        raise UnsupportedError(f"backend 'cuda' cannot take this call:\n  {_library().absence}")
     found: tuple[Tensor, Tensor] = ops.decode.default(*_inputs(args, route))
     return found
 

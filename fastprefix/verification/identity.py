@@ -1,4 +1,4 @@
-"""What a verdict holds for: a device, its driver, torch, Triton, and the sources of the package's own kernels."""
+"""What a verdict holds for: a device, its driver, torch, Triton, and the package's own kernels."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from .._extension import load
+from ..cuda_library import library
 from ..machine import device
 
 PACKAGE = Path(__file__).resolve().parent.parent
@@ -35,6 +36,7 @@ def identity(place: torch.device) -> Identity:
         "torch": torch.__version__,
         "triton": _triton_version() + (" interpreted" if _is_interpreted() else ""),
         "sources": sources(os.environ.get("FASTPREFIX_TILES")),
+        "cuda": _cuda_library() if device.kind(place) == "cuda" else "",
     }
 
 
@@ -65,6 +67,12 @@ def _files(tiles: str | None) -> Iterator[Path]:
     extension, _ = load()
     if extension is not None and extension.__file__:
         yield Path(extension.__file__)
+
+
+def _cuda_library() -> str:
+    """What the library of CUDA kernels holds: its compiler decides, with the sources, what its kernels compute."""
+    path = library.load().path
+    return "none" if path is None else library.digest(path)
 
 
 @functools.cache

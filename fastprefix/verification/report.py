@@ -8,7 +8,7 @@ from ..machine.text_table import text_table
 from .cells import Cell
 from .table import Table, Verdict
 
-TITLES = {"driver": "driver", "threads": "threads", "torch": "torch", "triton": "Triton"}
+TITLES = {"driver": "driver", "threads": "threads", "torch": "torch", "triton": "Triton", "cuda": "CUDA library"}
 ORDER = ("wrong", "failed", "crashed", "hung", "refused")
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from ..backends import cuda
 from ..errors import fail
 from ..machine import device as machine
 from ..machine import processor
@@ -100,6 +101,7 @@ def verify(
     if file is not None:  # now, not when the work is done
         file.parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=file.parent).close()
+    cuda.prepare(chosen)  # before the table is opened, which holds for the library's kernels
     store.open_table(chosen, need_file=False)
     start = time.monotonic()
     with store.alone(chosen, patience=2 * seconds):

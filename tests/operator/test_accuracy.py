@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from fastprefix import prefix_attention
-from fastprefix.types import BACKENDS
-from tests.support.operator_calls import backend_params, backends_of, interpreted, make_call, run
+from tests.support.operator_calls import GENERAL, backend_params, backends_of, interpreted, make_call, run
 from tests.support.operator_cases import CASES, EAGER, EAGER_BANKS
 from tests.support.operator_oracle import assert_close, assert_within_rule, truth
 
@@ -31,7 +30,7 @@ def in_dtypes(*dtypes: torch.dtype) -> pytest.MarkDecorator:
 
 def test_which_backends_compute_in_which_dtypes() -> None:
     for dtype in (torch.float16, torch.float32):
-        assert backends_of(dtype) == list(BACKENDS)
+        assert backends_of(dtype) == list(GENERAL)
     for dtype in (torch.bfloat16, torch.float64):
         assert {"reference", "aten"} <= set(backends_of(dtype))
 
@@ -43,7 +42,7 @@ def test_fp64(case: str, backend: str) -> None:
     assert_close(run(call, backend), truth(call), 1e-10)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)  # in the quick run too, as the one look that it takes at the kernels
+@pytest.mark.parametrize("backend", GENERAL)  # in the quick run too, as the one look that it takes at the kernels
 @pytest.mark.parametrize("case", CASES)
 def test_fp32(case: str, backend: str) -> None:
     """Near the truth and, where eager can compute the case, within the error rule too."""

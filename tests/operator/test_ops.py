@@ -11,8 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastprefix import ops, prefix_attention
 from fastprefix.backends import aten_ops, native
 from fastprefix.measure.training.saved_bytes import saved_bytes
-from fastprefix.types import BACKENDS
-from tests.support.operator_calls import Call, interpreted, make_call, run
+from tests.support.operator_calls import GENERAL, Call, interpreted, make_call, run
 from tests.support.operator_cases import CASES
 
 
@@ -37,7 +36,7 @@ def on_every_backend(*cases: str) -> list[Any]:
     return [
         pytest.param(case, name, marks=pytest.mark.exhaustive if interpreted(name) and case not in FEW else ())
         for case in cases
-        for name in BACKENDS
+        for name in GENERAL
     ]
 
 

@@ -23,7 +23,7 @@ def source(tmp_path: Path) -> Path:
     """A copy of what packages are made from, as a checkout has it: without what an editable install leaves in it."""
     folder = tmp_path / "source"
     folder.mkdir()
-    ignored = shutil.ignore_patterns("__pycache__", "_triton", "_C*")
+    ignored = shutil.ignore_patterns("__pycache__", "_triton", "_C*", "*.so", "_cuda_absent.txt")
     for name in ("fastprefix", "kernels", "csrc"):
         shutil.copytree(ROOT / name, folder / name, ignore=ignored)
     for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE"):

@@ -12,8 +12,11 @@ import torch
 from torch import Tensor
 
 from fastprefix import prefix_attention
-from fastprefix.dispatch import UnsupportedError, module
-from fastprefix.types import BACKENDS, AttentionArgs
+from fastprefix.dispatch import UnsupportedError, has_backward, module
+from fastprefix.types import BACKENDS, AttentionArgs, BackendName
+
+# Backends that take calls of every kind, with gradients; one that only decodes has tests of its own.
+GENERAL: tuple[BackendName, ...] = tuple(name for name in BACKENDS if has_backward(name))
 
 
 @dataclass
@@ -90,9 +93,9 @@ def backend_params(names: Iterable[str]) -> list[Any]:
 
 
 def backends_of(dtype: torch.dtype) -> list[str]:
-    """The backends that compute in a dtype here; a test that is of one dtype is made for these alone."""
+    """The general backends that compute in a dtype here; a test that is of one dtype is made for these alone."""
     args = arguments(make_call(dtype=dtype))
-    return [name for name in BACKENDS if not module(name).unsupported(args)]
+    return [name for name in GENERAL if not module(name).unsupported(args)]
 
 
 def run(call: Call, backend: str) -> dict[str, Tensor]:
