@@ -11,11 +11,15 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
 import fastprefix
+from tests.support.cuda_libraries import nvcc
 
 ROOT = Path(fastprefix.__file__).parent.parent
 RECORD = "fastprefix/_C_absent.txt"
+CUDA_RECORD = "fastprefix/_cuda_absent.txt"
+LEFT_OUT = {"FASTPREFIX_BUILD_NATIVE": "0", "FASTPREFIX_BUILD_CUDA": "0"}
 
 
 @pytest.fixture
@@ -31,11 +35,16 @@ def source(tmp_path: Path) -> Path:
     return folder
 
 
-def wheel(source: Path, out: Path, **environment: str) -> zipfile.ZipFile:
-    """The wheel that pip makes of a folder or an archive, under other environment variables."""
+def make_wheel(source: Path, out: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Have pip make a wheel of a folder or an archive, under other environment variables."""
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
     given = {**os.environ, **environment}
-    done = subprocess.run([*command, "-w", str(out), str(source)], env=given, capture_output=True, text=True)
+    return subprocess.run([*command, "-w", str(out), str(source)], env=given, capture_output=True, text=True)
+
+
+def wheel(source: Path, out: Path, **environment: str) -> zipfile.ZipFile:
+    """The wheel that pip makes."""
+    done = make_wheel(source, out, **environment)
     assert done.returncode == 0, done.stderr
     (path,) = out.glob("*.whl")
     assert path.name.split("-")[1] == fastprefix.__version__
@@ -44,14 +53,19 @@ def wheel(source: Path, out: Path, **environment: str) -> zipfile.ZipFile:
 
 def test_the_wheel_holds_everything(source: Path, tmp_path: Path) -> None:
     # A library of another build, and its record, are no part of this one.
-    for name in ("_C.cpython-399-x86_64-linux-gnu.so", "_C_absent.txt"):
+    others = ("_C.cpython-399-x86_64-linux-gnu.so", "_C_absent.txt", "libfastprefix_cuda.0.so", "_cuda_absent.txt")
+    for name in others:
         (source / "fastprefix" / name).write_text("of an editable install")
-    found = wheel(source, tmp_path, FASTPREFIX_BUILD_NATIVE="0")
+    found = wheel(source, tmp_path, **LEFT_OUT)
     held = set(found.namelist())
     kernels = {f"fastprefix/_triton/{path.name}" for path in (ROOT / "kernels" / "triton").glob("*.py")}
     modules = {path.relative_to(source).as_posix() for path in (source / "fastprefix").rglob("*.py")}
     tables = {f"fastprefix/backends/launch/tiles/{name}.json" for name in ("interpreter", "sm_80", "sm_90")}
-    assert kernels | modules | tables | {"fastprefix/py.typed"} <= held
+    compiled = {f"fastprefix/_cuda/{path.name}" for path in (ROOT / "kernels" / "cuda").glob("*.*")}
+    compiled |= {f"fastprefix/_cuda/operators/{path.name}" for path in (ROOT / "csrc" / "cuda").glob("*.*")}
+    assert kernels | modules | tables | compiled | {"fastprefix/py.typed"} <= held
+    assert not any("libfastprefix_cuda" in name for name in held)
+    assert found.read(CUDA_RECORD).decode() == "it was left out by FASTPREFIX_BUILD_CUDA=0\n"
     assert not any(name.startswith(("kernels/", "csrc/", "hub/", "tests/")) for name in held)
     assert [name for name in held if "/_C" in name] == [RECORD]
     assert found.read(RECORD).decode() == "it was left out by FASTPREFIX_BUILD_NATIVE=0\n"
@@ -62,12 +76,13 @@ def test_an_sdist_that_cannot_be_compiled_is_installed_with_the_reason(source: P
     """And one that can is compiled from the same files: the archive has all of them."""
     code = f"from setuptools import build_meta; build_meta.build_sdist({str(tmp_path)!r})"
     # The archive has the sources even where nothing can be built.
-    given = {**os.environ, "FASTPREFIX_BUILD_NATIVE": "0"}
+    given = {**os.environ, **LEFT_OUT}
     subprocess.run([sys.executable, "-c", code], cwd=source, env=given, capture_output=True, check=True)
     (archive,) = tmp_path.glob("*.tar.gz")
     with tarfile.open(archive) as opened:
         held = {name.partition("/")[2] for name in opened.getnames()}
-    sources = {path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").rglob("*.*") if path.is_file()}
+    files = [*(ROOT / "csrc").rglob("*.*"), *(ROOT / "kernels" / "cuda").glob("*.*")]
+    sources = {path.relative_to(ROOT).as_posix() for path in files if path.is_file()}
     assert sources | {"setup.py"} <= held
     broken = str(shutil.which("false"))
     found = wheel(archive, tmp_path, CXX=broken, FASTPREFIX_BUILD_NATIVE="")
@@ -75,3 +90,21 @@ def test_an_sdist_that_cannot_be_compiled_is_installed_with_the_reason(source: P
     # The compiler is not reached where something else is in the way.
     reasons = ("the build failed (", "Python's headers", "its kernels are for")
     assert found.read(RECORD).decode().startswith(reasons)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.version.cuda is not None, reason="it is built there")
+def test_the_cuda_kernels_are_built_where_they_are_asked_for(source: Path, tmp_path: Path) -> None:
+    """A torch without CUDA has no use for them, but can build them."""
+    found = wheel(source, tmp_path / "plain", FASTPREFIX_BUILD_NATIVE="0", FASTPREFIX_BUILD_CUDA="")
+    assert found.read(CUDA_RECORD).decode() == f"the torch of the build, {torch.__version__}, had no CUDA\n"
+    nvcc()
+    if not list((source / "kernels" / "cuda").glob("*.cu")):
+        shutil.copy(ROOT / "tests" / "cuda" / "fill_decode.cu", source / "kernels" / "cuda")
+    asked = {"FASTPREFIX_BUILD_NATIVE": "0", "FASTPREFIX_BUILD_CUDA": "1"}
+    held = wheel(source, tmp_path / "asked", **asked).namelist()
+    assert CUDA_RECORD not in held
+    assert len([name for name in held if name.startswith("fastprefix/libfastprefix_cuda.")]) == 1
+    done = make_wheel(source, tmp_path / "failed", **asked, CUDA_HOME=str(tmp_path))
+    told = f"FASTPREFIX_BUILD_CUDA=1 asks for the CUDA kernels: CUDA_HOME: got {tmp_path}, expected a CUDA toolkit"
+    assert done.returncode != 0 and told in done.stdout + done.stderr
