@@ -3,7 +3,7 @@
 #include <cstring>
 #include <vector>
 
-#include "decode_call.h"
+#include "attention_call.h"
 
 #define SEEN extern "C" __attribute__((visibility("default")))
 
@@ -52,7 +52,7 @@ struct Key {
   const void* v;
 };
 
-void attend(const DecodeCall& call, int64_t b, int64_t h, int64_t s) {
+void attend(const AttentionCall& call, int64_t b, int64_t h, int64_t s) {
   const int64_t kv = h / (call.H / call.H_kv), row = b * call.q.batch + h * call.q.head + s * call.q.row;
   std::vector<Key> keys;
   const auto add = [&](const Rows& k, const Rows& v, int64_t first, int64_t first_v, int64_t j) {
@@ -95,12 +95,12 @@ void attend(const DecodeCall& call, int64_t b, int64_t h, int64_t s) {
 
 }  // namespace
 
-extern "C" int fastprefix_decode_route(const DecodeCall* call) { return call->route ? call->route : plain_route; }
+extern "C" int fastprefix_decode_route(const AttentionCall* call) { return call->route ? call->route : plain_route; }
 
-extern "C" int64_t fastprefix_decode_workspace(const DecodeCall* call) { return 40 * int64_t{call->B}; }
+extern "C" int64_t fastprefix_decode_workspace(const AttentionCall* call) { return 40 * int64_t{call->B}; }
 
 // The workspace, which these rows have no use for, has to be there, aligned and, where a test looks, nan.
-extern "C" const char* fastprefix_decode(const DecodeCall* call, void* workspace, void* stream) {
+extern "C" const char* fastprefix_decode(const AttentionCall* call, void* workspace, void* stream) {
   if (stream) return "a stream on a processor";
   if (!workspace || reinterpret_cast<uintptr_t>(workspace) % 16) return "no workspace of the size that was asked for";
   if (!plain_writes) return std::isnan(static_cast<float*>(workspace)[10 * call->B - 1]) ? nullptr : "a workspace of numbers";

@@ -121,7 +121,7 @@ def test_another_source_option_or_compiler_is_another_library(tmp_path: Path, mo
     files, nvcc = sources(tmp_path / "k", KERNEL), Nvcc(Path("nvcc"), "13.0.88")
     keys = [build.key(files, nvcc), build.key(files, Nvcc(Path("nvcc"), "13.1.0"))]
     assert keys[0] == build.key(files, Nvcc(Path("/elsewhere/nvcc"), "13.0.88"))
-    for name in ("decode_call.h", KERNEL.name):
+    for name in ("attention_call.h", KERNEL.name):
         (files.kernels / name).write_text("// changed\n" + (files.kernels / name).read_text())
         keys.append(build.key(files, nvcc))
     (files.kernels / "another.cuh").write_text("")
