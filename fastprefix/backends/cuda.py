@@ -75,6 +75,11 @@ def prepare(place: torch.device) -> None:
         library.load(build=True)
 
 
+def absence() -> str:
+    """Why there is no library, in one line; empty where there is one."""
+    return _library().absence
+
+
 def routes(device_type: str) -> tuple[str, ...]:
     """Names of the ways in which a call can be computed, where the library has been built."""
     return ROUTES if device_type == _device_type() and _library().ops is not None else ()
@@ -92,8 +97,8 @@ def unsupported(args: AttentionArgs, route: str | None = None) -> list[str]:
     """Why this backend cannot take the call; empty when it can."""
     place, q, wanted = args.q.device, args.q, _device_type()
     reasons = []
-    if absence := _library().absence:
-        reasons.append(absence)
+    if missing := absence():
+        reasons.append(missing)
     if place.type != wanted:
         reasons.append(f"device {place.type}: its kernels are for {wanted}")
     elif place.type == "cuda" and 0 < machine.compute_capability(place) < LEAST_CAPABILITY:
@@ -122,7 +127,7 @@ def fwd(args: AttentionArgs, route: str | None = None) -> tuple[Tensor, Tensor]:
     """``o [B, H, S, D_v]`` and ``lse [B, H, S]`` of the merged softmax; without a route, by the one that is guessed."""
     ops = _library().ops
     if ops is None:
-        raise UnsupportedError(f"backend 'cuda' cannot take this call:\n  {_library().absence}")
+        raise UnsupportedError(f"backend 'cuda' cannot take this call:\n  {absence()}")
     found: tuple[Tensor, Tensor] = ops.decode.default(*_inputs(args, route))
     return found
 

@@ -24,6 +24,7 @@ def run(options: argparse.Namespace) -> int:
     Returns:
         0; 1 where a backend was wrong, failed, crashed or hung.
     """
+    from fastprefix.backends import cuda
     from fastprefix.verification.run import verify
 
     if options.out is not None:
@@ -37,6 +38,8 @@ def run(options: argparse.Namespace) -> int:
     finally:
         line.clear()
     print(found)
+    if found.table.identity["cuda"] == "none":
+        print(f"the backend cuda was not checked: {cuda.absence()}")
     return int(bool(found.wrong))
 
 

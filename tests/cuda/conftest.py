@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from fastprefix.backends import cuda
-from tests.support.cuda_libraries import compile_host, once
+from tests.cuda.libraries import compile_host, once
 
 NAMESPACE = "fastprefix_plain"
 

@@ -10,7 +10,7 @@ import pytest
 
 from fastprefix.cuda_library import build
 from fastprefix.cuda_library.build import BuildError, Nvcc, Sources
-from tests.support.cuda_libraries import OPERATORS, TORCH, sources
+from tests.cuda.libraries import OPERATORS, TORCH, sources
 
 KERNEL = Path(__file__).with_name("fill_decode.cu")
 

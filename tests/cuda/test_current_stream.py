@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from fastprefix.cuda_library import build
-from tests.support.cuda_libraries import OPERATORS, TORCH
+from tests.cuda.libraries import OPERATORS, TORCH
 
 ASK = """
 #include "current_stream.h"

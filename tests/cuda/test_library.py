@@ -15,7 +15,7 @@ from fastprefix.backends import cuda
 from fastprefix.cuda_library import build, library
 from fastprefix.cuda_library.build import BuildError, Nvcc, Sources
 from fastprefix.verification.identity import identity
-from tests.support.cuda_libraries import ROOT, nvcc, sources
+from tests.cuda.libraries import ROOT, nvcc, sources
 
 ABSENT = "the CUDA library is absent: "
 KERNEL = Path(__file__).with_name("fill_decode.cu")

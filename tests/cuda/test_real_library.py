@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from fastprefix.cuda_library import build
-from tests.support.cuda_libraries import KERNELS, OPERATORS, TORCH, nvcc, sources
+from tests.cuda.libraries import KERNELS, OPERATORS, TORCH, nvcc, sources
 
 pytestmark = pytest.mark.slow
 STAND_IN = Path(__file__).with_name("fill_decode.cu")
