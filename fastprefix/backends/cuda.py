@@ -1,8 +1,9 @@
-"""CUDA kernels of our own for decoding: few query tokens, many keys. The forward alone.
+"""CUDA kernels of our own: decoding, which is few query tokens and many keys, and on Hopper any forward.
 
 ``split_kv`` lets each sample read its prefix and then its content, cut into parts that run side by side and are merged
 (Flash-Decoding, Dao et al. 2023); ``cascade`` reads a tile of the prefix once for the rows of all samples (Juravsky et
-al. 2024). Both read heads of a group together. The library with the kernels is found by ``cuda_library``.
+al. 2024). ``fused`` reads prefix and content in one warp-specialised loop (after FlashAttention-3, Shah et al. 2024).
+All multiply the heads of a group together. The library with the kernels is found by ``cuda_library``.
 """
 
 from __future__ import annotations
@@ -20,18 +21,18 @@ from ..errors import UnsupportedError
 from ..machine import device as machine
 from ..types import AttentionArgs, Grads, Needs
 
-ROUTES = ("split_kv", "cascade")
-DECODE_ROUTES = ROUTES  # those that only decode
-NO_BACKWARD = "gradients: its kernels compute none; under torch.no_grad() it can decode"
+DECODE_ROUTES = ("split_kv", "cascade")  # those that only decode
+ROUTES = (*DECODE_ROUTES, "fused")
+NO_BACKWARD = "gradients: its kernels compute none yet; under torch.no_grad() it computes the forward"
 
 LARGEST_SEQ = 16
-LARGEST_HEAD_DIM = 256
+LARGEST_HEAD_DIM, LARGEST_FUSED_HEAD_DIM = 256, 128
 LARGEST_INT = 2**31 - 1
-LEAST_CAPABILITY = 80
+LEAST_CAPABILITY, HOPPER = 80, 90
 # Kernels copy 16 bytes at a time, which are 8 elements.
 ALIGNMENT, STEP = 16, 8
 _DTYPES = (torch.bfloat16, torch.float16)
-_AUTO = 0  # of the library's routes, of which the others are numbered as in ROUTES, from 1
+_AUTO = 0  # of decoding's routes, of which the others are numbered from 1
 
 
 class _Emulated(NamedTuple):
@@ -86,15 +87,16 @@ def routes(device_type: str) -> tuple[str, ...]:
 
 
 def guess(args: AttentionArgs) -> str:
-    """The route that the library takes where none is asked for."""
-    ops = _library().ops
-    if ops is None or unsupported(args):
+    """The route that is taken where none is asked for: of decoding's, the one that the library estimates."""
+    if unsupported(args):
         return ROUTES[0]
-    return ROUTES[ops.decode_route.default(*_inputs(args, None)) - 1]
+    if _cannot(args, decodes=True):
+        return "fused"
+    return DECODE_ROUTES[_library().ops.decode_route.default(*_inputs(args, None)) - 1]
 
 
 def unsupported(args: AttentionArgs, route: str | None = None) -> list[str]:
-    """Why this backend cannot take the call; empty when it can."""
+    """Why this backend, or one route of it, cannot take the call; empty when it can."""
     place, q, wanted = args.q.device, args.q, _device_type()
     reasons = []
     if missing := absence():
@@ -105,21 +107,40 @@ def unsupported(args: AttentionArgs, route: str | None = None) -> list[str]:
         reasons.append(f"device: compute capability {machine.compute_capability(place) / 10}, the kernels need 8.0")
     if q.dtype not in _DTYPES:
         reasons.append(f"dtype {q.dtype}: its kernels take bf16 and fp16")
-    if q.shape[2] > LARGEST_SEQ:
-        reasons.append(f"q: {q.shape[2]} tokens, at most {LARGEST_SEQ}: its kernels decode")
-    for name, dim in (("q", q.shape[3]), ("v", args.v.shape[3])):
-        if dim % 8 or not 0 < dim <= LARGEST_HEAD_DIM:
-            reasons.append(f"{name}: head dim {dim}, its kernels take multiples of 8 up to {LARGEST_HEAD_DIM}")
     if q.shape[0] * q.shape[1] * q.shape[2] > LARGEST_INT:
         reasons.append(f"q: more than {LARGEST_INT} rows")
     if args.window is not None and args.window > LARGEST_INT:
         reasons.append(f"window: at most {LARGEST_INT}")
-    if args.segment_ids is not None:
-        reasons.append("segment_ids: not in its kernels")
     if args.bias is not None:
         reasons.append("bias: not in its kernels")
     if args.dropout_p > 0.0:
         reasons.append("dropout_p: not in its kernels")
+    if route is not None:
+        return reasons + _cannot(args, route in DECODE_ROUTES, route)
+    decoding = _cannot(args, decodes=True)
+    if not decoding or not (fused := _cannot(args, decodes=False)):
+        return reasons
+    return reasons + (decoding if q.shape[2] <= LARGEST_SEQ else fused)
+
+
+def _cannot(args: AttentionArgs, decodes: bool, route: str | None = None) -> list[str]:
+    """Reasons of decoding's kernels, or of the forward's for many query tokens."""
+    reasons, q = [], args.q
+    widest = LARGEST_HEAD_DIM if decodes else LARGEST_FUSED_HEAD_DIM
+    for name, dim in (("q", q.shape[3]), ("v", args.v.shape[3])):
+        if dim % 8 or not 0 < dim <= widest:
+            reasons.append(f"{name}: head dim {dim}, its kernels take multiples of 8 up to {widest}")
+    if not decodes:
+        if q.device.type == "cuda" and machine.compute_capability(q.device) != HOPPER:
+            found = machine.compute_capability(q.device) / 10
+            reasons.append(f"device: compute capability {found}, its kernel for many query tokens is for 9.0")
+        return reasons
+    if q.shape[2] > LARGEST_SEQ:
+        reasons.append(f"q: {q.shape[2]} tokens, at most {LARGEST_SEQ} are decoded")
+    if args.segment_ids is not None:
+        reasons.append("segment_ids: not in its kernels that decode")
+    if route == "split_kv" and args.prefix_ids is not None and args.prefix_ids.dim() == 2:
+        reasons.append("split_kv: takes one prefix for all tokens of a sample")
     return reasons
 
 
@@ -128,7 +149,9 @@ def fwd(args: AttentionArgs, route: str | None = None) -> tuple[Tensor, Tensor]:
     ops = _library().ops
     if ops is None:
         raise UnsupportedError(f"backend 'cuda' cannot take this call:\n  {absence()}")
-    found: tuple[Tensor, Tensor] = ops.decode.default(*_inputs(args, route))
+    fused = route == "fused" or (route is None and bool(_cannot(args, decodes=True)))
+    run = ops.fused.default if fused else ops.decode.default
+    found: tuple[Tensor, Tensor] = run(*_inputs(args, route))
     return found
 
 
@@ -138,7 +161,7 @@ def bwd(args: AttentionArgs, o: Tensor, lse: Tensor, do: Tensor, needs: Needs, r
 
 
 def _inputs(args: AttentionArgs, route: str | None) -> tuple[Any, ...]:
-    """The arguments in the order of the schema in ``csrc/cuda/decode_op.cpp``."""
+    """The arguments in the order of the schema in ``csrc/cuda/operators.cpp``."""
     q, start = args.q, args.q_start
     start_tensor, number = (start, 0) if isinstance(start, Tensor) else (None, start)
     sinks, padding, prefix_k, prefix_v = args.sinks, args.key_padding_mask, args.prefix_k, args.prefix_v
@@ -152,6 +175,7 @@ def _inputs(args: AttentionArgs, route: str | None) -> tuple[Any, ...]:
         aligned(prefix_v),
         None if sinks is None else sinks.to(torch.float32).contiguous(),
         None if padding is None else padding.view(torch.uint8),
+        args.segment_ids,
         start_tensor,
         args.prefix_ids,
         args.prefix_lens,
@@ -160,7 +184,7 @@ def _inputs(args: AttentionArgs, route: str | None) -> tuple[Any, ...]:
         args.scale,
         args.window or 0,
         args.softcap or 0.0,
-        _AUTO if route is None else ROUTES.index(route) + 1,
+        DECODE_ROUTES.index(route) + 1 if route in DECODE_ROUTES else _AUTO,
     )
 
 

@@ -61,7 +61,7 @@ class Sources(NamedTuple):
     def files(self) -> list[Path]:
         """All that is compiled or included, in an order that is the same in a checkout and in an installed package."""
         ends = (".cu", ".cuh", ".h", ".cpp")
-        return [x for folder in self for x in sorted(folder.glob("*")) if x.suffix in ends]
+        return [x for folder in self for x in sorted(folder.rglob("*")) if x.suffix in ends]
 
     def digest(self, *others: str) -> str:
         """A short name of what the files say, and of other texts."""
@@ -85,7 +85,7 @@ def find_sources(package: Path) -> Sources:
         BuildError: this copy of the package has none.
     """
     for found in (
-        Sources(package / "_cuda", package / "_cuda" / "operators"),
+        Sources(package / "_cuda", package / "_cuda_operators"),
         Sources(package.parent / "kernels" / "cuda", package.parent / "csrc" / "cuda"),
     ):
         if found.operators.is_dir() and any(found.kernels.glob("*.cu")):

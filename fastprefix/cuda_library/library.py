@@ -26,7 +26,7 @@ from . import build as builder
 from .build import BuildError
 
 VARIABLE = "FASTPREFIX_CUDA"
-NAMESPACE = "fastprefix_cuda"  # of torch, in which csrc/cuda/decode_op.cpp registers the operators
+NAMESPACE = "fastprefix_cuda"  # of torch, in which csrc/cuda/operators.cpp registers the operators
 RECORD = "_cuda_absent.txt"  # why an install did not build it
 PACKAGE = Path(__file__).resolve().parent.parent
 PATIENCE = 600.0  # seconds that another process may take to build the same file

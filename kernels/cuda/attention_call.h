@@ -58,4 +58,4 @@ extern "C" int64_t fastprefix_decode_workspace(const fastprefix::AttentionCall* 
 // is launched is the same whatever the tensors hold, so that it may be captured in a CUDA graph.
 extern "C" const char* fastprefix_decode(const fastprefix::AttentionCall* call, void* workspace, void* stream);
 // The forward of many query tokens, for devices of compute capability 9.0. It needs no workspace, and takes no route.
-extern "C" const char* fastprefix_forward(const fastprefix::AttentionCall* call, void* stream);
+extern "C" const char* fastprefix_fused(const fastprefix::AttentionCall* call, void* stream);

@@ -17,6 +17,10 @@ extern "C" int fastprefix_decode_route(const AttentionCall*) { return fastprefix
 
 extern "C" int64_t fastprefix_decode_workspace(const AttentionCall*) { return 0; }
 
+extern "C" const char* fastprefix_fused(const AttentionCall* call, void* stream) {
+  return fastprefix_decode(call, nullptr, stream);
+}
+
 extern "C" const char* fastprefix_decode(const AttentionCall* call, void*, void* stream) {
   fill<<<call->B * call->H * call->S, 32, 0, static_cast<cudaStream_t>(stream)>>>(
       *call, call->dtype == fastprefix::BF16 ? 0x3f80 : 0x3c00);

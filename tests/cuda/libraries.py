@@ -31,8 +31,13 @@ def nvcc() -> build.Nvcc:
 def sources(folder: Path, *kernels: Path) -> build.Sources:
     """A folder with these kernels and the headers of ``kernels/cuda``, and the operators of the checkout."""
     folder.mkdir(parents=True, exist_ok=True)
-    for path in (*KERNELS.glob("*.h"), *KERNELS.glob("*.cuh"), *kernels):
-        shutil.copy(path, folder)
+    headers = [path for path in KERNELS.rglob("*") if path.suffix in (".h", ".cuh")]
+    for path, name in (
+        *((path, path.relative_to(KERNELS)) for path in headers),
+        *((path, path.name) for path in kernels),
+    ):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, folder / name)
     return build.Sources(folder, OPERATORS)
 
 

@@ -1,4 +1,4 @@
-// A call of decoding as its fields say, one row after the other: what lies around the kernels is tested with it.
+// A call as its fields say, one row after the other: what lies around the kernels is tested with it.
 #include <cmath>
 #include <cstring>
 #include <vector>
@@ -76,6 +76,10 @@ void attend(const AttentionCall& call, int64_t b, int64_t h, int64_t s) {
   for (int64_t j = 0; j < call.T; j++) {
     if (call.causal && j > position) continue;
     if (call.window && j <= position - call.window) continue;
+    if (call.segments.data) {
+      const int64_t own = position < 0 ? 0 : position < call.T ? position : call.T - 1;
+      if (number(call.segments, b, j) != number(call.segments, b, own)) continue;
+    }
     if (call.padding && !call.padding[b * call.padding_batch + j * call.padding_key]) continue;
     add(call.k, call.v, b * call.k.batch, b * call.v.batch, j);
   }
@@ -95,6 +99,13 @@ void attend(const AttentionCall& call, int64_t b, int64_t h, int64_t s) {
 
 }  // namespace
 
+extern "C" const char* fastprefix_fused(const AttentionCall* call, void*) {
+  for (int64_t b = 0; b < call->B; b++)
+    for (int64_t h = 0; h < call->H; h++)
+      for (int64_t s = 0; s < call->S; s++) attend(*call, b, h, s);
+  return nullptr;
+}
+
 extern "C" int fastprefix_decode_route(const AttentionCall* call) { return call->route ? call->route : plain_route; }
 
 extern "C" int64_t fastprefix_decode_workspace(const AttentionCall* call) { return 40 * int64_t{call->B}; }
@@ -104,8 +115,5 @@ extern "C" const char* fastprefix_decode(const AttentionCall* call, void* worksp
   if (stream) return "a stream on a processor";
   if (!workspace || reinterpret_cast<uintptr_t>(workspace) % 16) return "no workspace of the size that was asked for";
   if (!plain_writes) return std::isnan(static_cast<float*>(workspace)[10 * call->B - 1]) ? nullptr : "a workspace of numbers";
-  for (int64_t b = 0; b < call->B; b++)
-    for (int64_t h = 0; h < call->H; h++)
-      for (int64_t s = 0; s < call->S; s++) attend(*call, b, h, s);
-  return nullptr;
+  return fastprefix_fused(call, nullptr);
 }

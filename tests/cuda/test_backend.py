@@ -30,11 +30,11 @@ def args(**options: Any) -> AttentionArgs:
 
 REASONS: list[tuple[dict[str, Any], str]] = [
     ({"dtype": torch.float32}, "dtype torch.float32: its kernels take bf16 and fp16"),
-    ({"S": 17}, "q: 17 tokens, at most 16: its kernels decode"),
+    ({"S": 17, "D": 136, "D_v": 16}, "q: head dim 136, its kernels take multiples of 8 up to 128"),
     ({"D": 12, "D_v": 16}, "q: head dim 12, its kernels take multiples of 8 up to 256"),
     ({"D_v": 264}, "v: head dim 264, its kernels take multiples of 8 up to 256"),
     ({"window": 2**31}, "window: at most 2147483647"),
-    ({"segment_ids": torch.zeros(2, 5, dtype=torch.long)}, "segment_ids: not in its kernels"),
+    ({"segment_ids": torch.zeros(2, 5, dtype=torch.long), "D": 256}, "segment_ids: not in its kernels that decode"),
     ({"bias": torch.zeros(5)}, "bias: not in its kernels"),
     ({"dropout_p": 0.1}, "dropout_p: not in its kernels"),
 ]
@@ -48,11 +48,23 @@ class TestUnsupported:
 
     def test_all_at_once(self) -> None:
         both = replace(args(dtype=torch.float32, S=17, dropout_p=0.5), bias=torch.zeros(17))
-        assert len(cuda.unsupported(both)) == 4
+        assert len(cuda.unsupported(both)) == 3
 
     def test_what_it_takes(self) -> None:
         for options in ({}, {"S": 16}, {"D": 256, "D_v": 8}, {"H": 64, "H_kv": 1}, {"T": 0, "P": 0}):
             assert cuda.unsupported(args(**options)) == [] == cuda.unsupported(args(**options), "cascade")
+        for options in ({"S": 17}, {"segment_ids": torch.zeros(2, 5, dtype=torch.long)}):
+            assert cuda.unsupported(args(**options)) == [] == cuda.unsupported(args(**options), "fused")
+            assert cuda.guess(args(**options)) == "fused"
+
+    def test_what_a_route_does_not_take(self) -> None:
+        many = args(S=17)
+        assert cuda.unsupported(many, "split_kv") == ["q: 17 tokens, at most 16 are decoded"]
+        wide = ["q: head dim 256, its kernels take multiples of 8 up to 128"]
+        assert cuda.unsupported(args(D=256, D_v=16), "fused") == wide
+        by_token = args(N=2, prefix_ids=torch.zeros(2, 5, dtype=torch.long))
+        assert cuda.unsupported(by_token, "split_kv") == ["split_kv: takes one prefix for all tokens of a sample"]
+        assert cuda.unsupported(by_token, "cascade") == [] == cuda.unsupported(by_token)
 
     def test_another_device(self) -> None:
         moved = replace(args(), q=args().q.to("meta"))
@@ -137,11 +149,11 @@ class TestAuto:
         assert all(x.module is not cuda for x in ranking.known(args(), "forward"))
         assert dispatch.choose(args(), "auto").module is not cuda
 
-    def test_its_routes_decode(self) -> None:
+    def test_two_of_its_routes_decode_alone(self) -> None:
         own = [f"cuda:{name}" for name in cuda.ROUTES]
         for direction in DIRECTIONS:
             found = [name for name in routes("cpu", direction) if name.startswith("cuda:")]
-            assert found == (own if direction == "decode" else [])
+            assert found == (own if direction == "decode" else ["cuda:fused"])
         assert not any(name.startswith("cuda:") for name in routes("meta", "decode"))
 
     def test_a_proof(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

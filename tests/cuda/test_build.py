@@ -104,7 +104,7 @@ def test_sources(tmp_path: Path) -> None:
     with pytest.raises(BuildError, match="no sources"):
         build.find_sources(tmp_path / "package")
     checkout = Sources(tmp_path / "kernels" / "cuda", tmp_path / "csrc" / "cuda")
-    wheel = Sources(tmp_path / "package" / "_cuda", tmp_path / "package" / "_cuda" / "operators")
+    wheel = Sources(tmp_path / "package" / "_cuda", tmp_path / "package" / "_cuda_operators")
     for found in (checkout, wheel):
         for folder, name in zip(found, ("a.cu", "a.cpp")):
             folder.mkdir(parents=True)

@@ -25,7 +25,7 @@ KERNEL = Path(__file__).with_name("fill_decode.cu")
 def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """An installed package of its own with sources, a torch with CUDA, an nvcc, and nothing built."""
     package = tmp_path / "package"
-    for folder, name in ((package / "_cuda", "a.cu"), (package / "_cuda" / "operators", "a.cpp")):
+    for folder, name in ((package / "_cuda", "a.cu"), (package / "_cuda_operators", "a.cpp")):
         folder.mkdir(parents=True)
         (folder / name).write_text("")
     monkeypatch.delenv(library.VARIABLE, raising=False)
@@ -124,7 +124,7 @@ def test_it_is_built_once_when_it_is_asked_for(
 
 
 def test_an_installed_one_is_found_first(install: Path, built: list[Path]) -> None:
-    name = build.installed_name(Sources(install / "_cuda", install / "_cuda" / "operators"))
+    name = build.installed_name(Sources(install / "_cuda", install / "_cuda_operators"))
     (install / name).write_text("a library")
     assert library.load(build=True).path == install / name and not built
     library.forget()
@@ -218,9 +218,9 @@ def start(package: Path, cache: Path, *rest: str) -> subprocess.Popen[str]:
 def package_with(kernel: Path, folder: Path) -> Path:
     """An installed package's sources."""
     files = sources(folder / "_cuda", kernel)
-    (folder / "_cuda" / "operators").mkdir()
+    (folder / "_cuda_operators").mkdir()
     for path in files.operators.glob("*"):
-        (folder / "_cuda" / "operators" / path.name).write_bytes(path.read_bytes())
+        (folder / "_cuda_operators" / path.name).write_bytes(path.read_bytes())
     return folder
 
 

@@ -12,8 +12,8 @@ from tests.cuda.conftest import NAMESPACE
 
 pytestmark = pytest.mark.usefixtures("plain")
 NAMES = (
-    "q", "k", "v", "prefix_k", "prefix_v", "sinks", "key_padding_mask", "q_start_tensor", "prefix_ids", "prefix_lens",
-    "q_start", "causal", "scale", "window", "softcap", "route",
+    "q", "k", "v", "prefix_k", "prefix_v", "sinks", "key_padding_mask", "segment_ids", "q_start_tensor", "prefix_ids",
+    "prefix_lens", "q_start", "causal", "scale", "window", "softcap", "route",
 )  # fmt: skip
 
 

@@ -46,9 +46,9 @@ def library(
     """The shared library made of a .cpp file, whose path is absolute or relative to the repository.
 
     ``defines`` are ``NAME`` or ``NAME=value``, and ``include_first`` are headers that come before everything;
-    ``kernels`` is the folder of the kernels' sources. A library is compiled once for the same flags and the same text of
-    itself, those headers, and all sources of the emulator, the kernels and its own folder, also when several processes
-    want it.
+    ``kernels`` is the folder of the kernels' sources. A library is compiled once for the same flags and the same text
+    of itself, those headers, and all sources of the emulator, the kernels and its own folder, also when several
+    processes want it.
     """
     command, version = compiler()
     first = [ROOT / header for header in include_first]

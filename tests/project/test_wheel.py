@@ -61,8 +61,9 @@ def test_the_wheel_holds_everything(source: Path, tmp_path: Path) -> None:
     kernels = {f"fastprefix/_triton/{path.name}" for path in (ROOT / "kernels" / "triton").glob("*.py")}
     modules = {path.relative_to(source).as_posix() for path in (source / "fastprefix").rglob("*.py")}
     tables = {f"fastprefix/backends/launch/tiles/{name}.json" for name in ("interpreter", "sm_80", "sm_90")}
-    compiled = {f"fastprefix/_cuda/{path.name}" for path in (ROOT / "kernels" / "cuda").glob("*.*")}
-    compiled |= {f"fastprefix/_cuda/operators/{path.name}" for path in (ROOT / "csrc" / "cuda").glob("*.*")}
+    cuda = ROOT / "kernels" / "cuda"
+    compiled = {f"fastprefix/_cuda/{path.relative_to(cuda).as_posix()}" for path in cuda.rglob("*.*")}
+    compiled |= {f"fastprefix/_cuda_operators/{path.name}" for path in (ROOT / "csrc" / "cuda").glob("*.*")}
     assert kernels | modules | tables | compiled | {"fastprefix/py.typed"} <= held
     assert not any("libfastprefix_cuda" in name for name in held)
     assert found.read(CUDA_RECORD).decode() == "it was left out by FASTPREFIX_BUILD_CUDA=0\n"
@@ -81,7 +82,7 @@ def test_an_sdist_that_cannot_be_compiled_is_installed_with_the_reason(source: P
     (archive,) = tmp_path.glob("*.tar.gz")
     with tarfile.open(archive) as opened:
         held = {name.partition("/")[2] for name in opened.getnames()}
-    files = [*(ROOT / "csrc").rglob("*.*"), *(ROOT / "kernels" / "cuda").glob("*.*")]
+    files = [*(ROOT / "csrc").rglob("*.*"), *(ROOT / "kernels" / "cuda").rglob("*.*")]
     sources = {path.relative_to(ROOT).as_posix() for path in files if path.is_file()}
     assert sources | {"setup.py"} <= held
     broken = str(shutil.which("false"))

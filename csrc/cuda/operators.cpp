@@ -1,4 +1,4 @@
-// Decoding as operators of torch, on its stable ABI: one file serves every torch from 2.11 on and every Python.
+// The kernels as operators of torch, on its stable ABI: one file serves every torch from 2.11 on and every Python.
 //
 // FASTPREFIX_LIBRARY names their namespace. With FASTPREFIX_EMULATED they take tensors of a processor, and what they call
 // is an emulator's.
@@ -29,15 +29,15 @@ using OptionalTensor = std::optional<Tensor>;
 // In the order of the schema below.
 #define FASTPREFIX_PARAMETERS                                                                                             \
   const Tensor &q, const Tensor &k, const Tensor &v, const Tensor &prefix_k, const Tensor &prefix_v,                      \
-      const OptionalTensor &sinks, const OptionalTensor &padding, const OptionalTensor &start_tensor,                     \
-      const OptionalTensor &prefix_ids, const OptionalTensor &prefix_lens, int64_t start, bool causal, double scale,      \
-      int64_t window, double softcap, int64_t route
+      const OptionalTensor &sinks, const OptionalTensor &padding, const OptionalTensor &segments,                         \
+      const OptionalTensor &start_tensor, const OptionalTensor &prefix_ids, const OptionalTensor &prefix_lens, int64_t start,   \
+      bool causal, double scale, int64_t window, double softcap, int64_t route
 #define FASTPREFIX_ARGUMENTS                                                                                              \
-  q, k, v, prefix_k, prefix_v, sinks, padding, start_tensor, prefix_ids, prefix_lens, start, causal, scale, window,       \
-      softcap, route
+  q, k, v, prefix_k, prefix_v, sinks, padding, segments, start_tensor, prefix_ids, prefix_lens, start, causal, scale,     \
+      window, softcap, route
 constexpr const char* SCHEMA =
     "(Tensor q, Tensor k, Tensor v, Tensor prefix_k, Tensor prefix_v, Tensor? sinks, Tensor? key_padding_mask, "
-    "Tensor? q_start_tensor, Tensor? prefix_ids, Tensor? prefix_lens, int q_start, bool causal, float scale, int window, "
+    "Tensor? segment_ids, Tensor? q_start_tensor, Tensor? prefix_ids, Tensor? prefix_lens, int q_start, bool causal, float scale, int window, "
     "float softcap, int route) -> ";
 
 void read_sizes(const Shape& q, const Shape& k, const Shape& v, const Shape& prefix, bool bank, AttentionCall& call) {
@@ -122,6 +122,10 @@ AttentionCall read(FASTPREFIX_PARAMETERS) {
     call.padding_batch = shape.step(0);
     call.padding_key = shape.step(1);
   }
+  if (segments) {
+    call.segments = integers("segment_ids", segments, place);
+    Shape(*segments).expect("segment_ids", {B, T});
+  }
   if (route < AUTO || route > CASCADE) fail("route", std::to_string(route), "0 (auto), 1 (split_kv) or 2 (cascade)");
   call.start = start;
   call.causal = causal;
@@ -142,8 +146,19 @@ Tensor with_heads_first(const Tensor& x, const AttentionCall& call) {
   return Tensor(found);
 }
 
-std::tuple<Tensor, Tensor> decode(FASTPREFIX_PARAMETERS) {
-  AttentionCall call = read(FASTPREFIX_ARGUMENTS);
+// Launches a call whose outputs are there, on a stream; null, or what is wrong.
+using Launch = const char* (*)(const AttentionCall&, const Tensor& q, void* stream);
+
+const char* launch_decode(const AttentionCall& call, const Tensor& q, void* stream) {
+  const int64_t bytes = fastprefix_decode_workspace(&call);
+  std::optional<Tensor> workspace;
+  if (bytes > 0) workspace = torch::stable::new_empty(q, {(bytes + 3) / 4}, ScalarType::Float);
+  return fastprefix_decode(&call, workspace ? workspace->data_ptr() : nullptr, stream);
+}
+
+const char* launch_fused(const AttentionCall& call, const Tensor&, void* stream) { return fastprefix_fused(&call, stream); }
+
+std::tuple<Tensor, Tensor> forward(AttentionCall call, const Tensor& q, const char* name, Launch launch) {
   // Allocated by the operators that fill new memory with nan where that is asked for.
   const Tensor storage = torch::stable::new_empty(q, {call.B, call.S, call.H, call.D_v});
   Tensor lse = torch::stable::new_empty(q, {call.B, call.H, call.S}, ScalarType::Float);
@@ -158,12 +173,16 @@ std::tuple<Tensor, Tensor> decode(FASTPREFIX_PARAMETERS) {
   const torch::stable::accelerator::DeviceGuard guard(device);
   void* stream = current_stream(device);
 #endif
-  const int64_t bytes = fastprefix_decode_workspace(&call);
-  std::optional<Tensor> workspace;
-  if (bytes > 0) workspace = torch::stable::new_empty(q, {(bytes + 3) / 4}, ScalarType::Float);
-  if (const char* wrong = fastprefix_decode(&call, workspace ? workspace->data_ptr() : nullptr, stream))
-    throw std::runtime_error(std::string("the CUDA kernels of decoding: ") + wrong);
+  if (const char* wrong = launch(call, q, stream)) throw std::runtime_error(std::string("the CUDA kernels of ") + name + ": " + wrong);
   return {o, lse};
+}
+
+std::tuple<Tensor, Tensor> decode(FASTPREFIX_PARAMETERS) {
+  return forward(read(FASTPREFIX_ARGUMENTS), q, "decoding", launch_decode);
+}
+
+std::tuple<Tensor, Tensor> fused(FASTPREFIX_PARAMETERS) {
+  return forward(read(FASTPREFIX_ARGUMENTS), q, "the forward", launch_fused);
 }
 
 int64_t decode_route(FASTPREFIX_PARAMETERS) {
@@ -185,10 +204,12 @@ int64_t decode_route(FASTPREFIX_PARAMETERS) {
 
 DEFINE(FASTPREFIX_LIBRARY, m) {
   m.def((std::string("decode") + fastprefix::SCHEMA + "(Tensor o, Tensor lse)").c_str());
+  m.def((std::string("fused") + fastprefix::SCHEMA + "(Tensor o, Tensor lse)").c_str());
   m.def((std::string("decode_route") + fastprefix::SCHEMA + "int").c_str());
 }
 
 IMPLEMENT(FASTPREFIX_LIBRARY, FASTPREFIX_KEY, m) {
   m.impl("decode", TORCH_BOX(&fastprefix::decode));
+  m.impl("fused", TORCH_BOX(&fastprefix::fused));
   m.impl("decode_route", TORCH_BOX(&fastprefix::decode_route));
 }

@@ -1,4 +1,4 @@
-"""Decoding's kernels in the emulator, called as C++ calls them: without torch's operators in front."""
+"""The kernels in the emulator, called as C++ calls them: without torch's operators in front."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fastprefix.types import AttentionArgs
 from tests.emulator.build import library
 from tests.emulator.session import Mode, Session
 
-ROUTES = {"split_kv": 1, "cascade": 2}
+ROUTES = {"split_kv": 1, "cascade": 2, "fused": 0}
 
 
 class Rows(ctypes.Structure):
@@ -72,41 +72,45 @@ class Call(ctypes.Structure):
         return call
 
 
-class Decode:
-    """``fastprefix_decode`` of a compiled library, on tensors of a processor."""
+class Kernels:
+    """The C interface of a compiled library, on tensors of a processor."""
 
     def __init__(self, path: Path) -> None:
         self.session = Session(path)
         self.library = self.session.library
-        self.library.fastprefix_decode.restype = ctypes.c_char_p
-        self.library.fastprefix_decode.argtypes = [ctypes.c_void_p] * 3
-        self.library.fastprefix_decode_workspace.restype = ctypes.c_int64
 
     def __call__(
-        self, args: AttentionArgs, route: str, mode: Mode = Mode.LATE, seed: int = 0, multiprocessors: int = 4
+        self,
+        args: AttentionArgs,
+        route: str,
+        mode: Mode = Mode.LATE,
+        seed: int = 0,
+        multiprocessors: int = 4,
+        wgmma_mode: Mode = Mode.LATE,
     ) -> tuple[Tensor, Tensor]:
         """``o`` and ``lse``; what the emulator has against the launches is in ``session.errors``."""
         B, H, S, _ = args.q.shape
         o = args.q.new_full((B, S, H, args.v.shape[3]), float("nan")).transpose(1, 2)
         lse = torch.full((B, H, S), float("nan"))
         sinks = None if args.sinks is None else args.sinks.float().contiguous()
-        call = Call.of(args, o, lse, sinks, route)
-        self.session.reset(mode, seed, multiprocessors=multiprocessors)
-        size = self.library.fastprefix_decode_workspace(ctypes.byref(call))
-        workspace = torch.full((size // 4,), float("nan"))
-        read = {name: getattr(args, name) for name in ("q", "k", "v", "prefix_k", "prefix_v")}
-        read |= {name: getattr(args, name) for name in ("key_padding_mask", "prefix_ids", "prefix_lens", "q_start")}
-        for name, x in {**read, "sinks": sinks}.items():
-            if isinstance(x, Tensor):
-                self.session.add(name, x)
-        for name, x in (("o", o), ("lse", lse), ("workspace", workspace)):
-            self.session.add(name, x, writable=True)
-        error = self.library.fastprefix_decode(ctypes.byref(call), workspace.data_ptr(), None)
+        call = ctypes.byref(Call.of(args, o, lse, sinks, route))
+        self.session.reset(mode=mode, seed=seed, multiprocessors=multiprocessors, wgmma_mode=wgmma_mode)
+        if route == "fused":
+            run = self.library.fastprefix_fused
+            run.restype, run.argtypes = ctypes.c_char_p, [ctypes.c_void_p] * 2
+            error = run(call, None)
+        else:
+            size = self.library.fastprefix_decode_workspace
+            size.restype, size.argtypes = ctypes.c_int64, [ctypes.c_void_p]
+            workspace = torch.full((size(call) // 4,), float("nan"))
+            run = self.library.fastprefix_decode
+            run.restype, run.argtypes = ctypes.c_char_p, [ctypes.c_void_p] * 3
+            error = run(call, workspace.data_ptr(), None)
         assert error is None or self.session.errors, error
         return o, lse
 
 
 @functools.cache
-def decode() -> Decode:
-    """The kernels as they are."""
-    return Decode(library("tests/cuda/emulated_decode.cpp"))
+def kernels() -> Kernels:
+    """All of them, as they are."""
+    return Kernels(library("tests/cuda/emulated/kernels.cpp"))

@@ -1,0 +1,41 @@
+// Tells the emulator which memory a call's kernels may touch, by its sizes and strides.
+#pragma once
+
+#include "attention_call.h"
+#include "launch.cuh"
+
+namespace fastprefix {
+
+inline void add_rows(const char* name, const Rows& x, int64_t batch, int64_t heads, int64_t rows, int64_t columns, bool writable = false) {
+  if (batch * heads * rows * columns == 0) return;
+  const int64_t elements = (batch - 1) * x.batch + (heads - 1) * x.head + (rows - 1) * x.row + columns;
+  emulator::global_memory.add(name, x.data, elements * 2, writable);
+}
+
+inline void add_integers(const char* name, const Integers& x, int64_t batch, int64_t rows) {
+  if (!x.data || batch * rows == 0) return;
+  emulator::global_memory.add(name, x.data, ((batch - 1) * x.batch + (rows - 1) * x.row + 1) * x.bytes, false);
+}
+
+inline void add_buffers(const AttentionCall& c, void* workspace, int64_t bytes) {
+  emulator::global_memory.clear();
+  add_rows("q", c.q, c.B, c.H, c.S, c.D);
+  add_rows("k", c.k, c.B, c.H_kv, c.T, c.D);
+  add_rows("v", c.v, c.B, c.H_kv, c.T, c.D_v);
+  const int64_t prefixes = c.packed ? 1 : c.N;
+  add_rows("prefix_k", c.prefix_k, prefixes, c.H_kv, c.P, c.D);
+  add_rows("prefix_v", c.prefix_v, prefixes, c.H_kv, c.P, c.D_v);
+  add_rows("o", c.o, c.B, c.H, c.S, c.D_v, true);
+  const int64_t rows = int64_t{c.B} * c.H * c.S;
+  emulator::global_memory.add("lse", c.lse, rows * 4, true);
+  if (c.sinks) emulator::global_memory.add("sinks", c.sinks, c.H * 4, false);
+  add_integers("prefix_ids", c.prefix_ids, c.B, c.ids_by_row ? c.S : 1);
+  add_integers("prefix_lens", {c.prefix_lens.data, c.prefix_lens.bytes, 1, 0}, c.N, 1);
+  add_integers("q_start", c.q_start, c.B, 1);
+  add_integers("segment_ids", c.segments, c.B, c.T);
+  if (c.padding && c.T > 0)
+    emulator::global_memory.add("key_padding_mask", c.padding, (c.B - 1) * c.padding_batch + (c.T - 1) * c.padding_key + 1, false);
+  if (bytes) emulator::global_memory.add("workspace", workspace, bytes, true);
+}
+
+}  // namespace fastprefix

@@ -1,0 +1,50 @@
+"""Calls in the emulator: of kernels as they are, in every order, and of kernels with a fault."""
+
+from __future__ import annotations
+
+from random import Random
+
+import torch
+
+from fastprefix.types import AttentionArgs
+from tests.cuda.emulated.calls import Kernels, kernels
+from tests.cuda.emulated.mutant import Mutant
+from tests.cuda.emulated.random_calls import assert_right
+from tests.emulator.session import Mode
+
+
+def faults(faulty: Kernels, args: AttentionArgs, route: str) -> tuple[list[str], bool]:
+    """The emulator's errors, and whether a result is wrong, on machines of two sizes."""
+    said: list[str] = []
+    wrong = False
+    for multiprocessors in (2, 132):
+        o, lse = faulty(args, route, multiprocessors=multiprocessors)
+        said += faulty.session.errors
+        try:
+            assert_right(args, o, lse)
+        except AssertionError:
+            wrong = True
+        if said or wrong:
+            break
+    return said, wrong
+
+
+def assert_found(mutant: Mutant, said: list[str], wrong: bool) -> None:
+    """By its name; or, where the machine obeys and the numbers are wrong, by those."""
+    if mutant.says:
+        assert mutant.is_named_in(said), said
+    else:
+        assert wrong
+
+
+def check(args: AttentionArgs, route: str, random: Random) -> None:
+    """Right, clean, and the same bits whatever the order of blocks, warps and copies."""
+    multiprocessors, session = random.choice([1, 4, 16, 132]), kernels().session
+    first = kernels()(args, route, Mode.LATE, 0, multiprocessors)
+    assert not session.errors, (args, route, session.errors)
+    assert_right(args, *first)
+    modes = random.choice([Mode.LATE, Mode.EAGER, Mode.RANDOM]), random.randrange(1, 1000)
+    again = kernels()(args, route, *modes, multiprocessors, random.choice([Mode.LATE, Mode.EAGER]))
+    assert not session.errors, (args, route, session.errors)
+    for x, y in zip(first, again):
+        assert torch.equal(x, y)
