@@ -21,6 +21,11 @@ using torch::stable::Tensor;
   throw std::runtime_error(std::string(name) + ": got " + got + ", expected " + expected);
 }
 
+// torch's own macro for this is called differently in 2.11 and in 2.13.
+inline void check(AOTITorchError code) {
+  if (code != AOTI_TORCH_SUCCESS) throw std::runtime_error("torch refused a question about a tensor");
+}
+
 // Kernels copy 16 bytes at a time, which are 8 elements.
 constexpr int64_t ALIGNMENT = 16;
 constexpr int64_t ELEMENTS = 8;
@@ -64,7 +69,7 @@ struct Place {
   int32_t type, index;
 
   explicit Place(const Tensor& x) : index(x.get_device_index()) {
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &type));
+    check(aoti_torch_get_device_type(x.get(), &type));
   }
 
   void expect(const char* name, const Tensor& x) const {

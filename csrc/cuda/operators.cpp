@@ -142,7 +142,7 @@ Tensor with_heads_first(const Tensor& x, const AttentionCall& call) {
   const int64_t row = int64_t{1} * call.H * call.D_v;
   const int64_t strides[4] = {row * call.S, call.D_v, row, 1};
   AtenTensorHandle found = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(x.get(), 4, sizes, strides, 0, &found));
+  check(aoti_torch__reinterpret_tensor(x.get(), 4, sizes, strides, 0, &found));
   return Tensor(found);
 }
 

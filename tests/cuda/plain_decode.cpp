@@ -5,11 +5,11 @@
 
 #include "attention_call.h"
 
-#define SEEN extern "C" __attribute__((visibility("default")))
-
 // What a test sets: whether results are written, and the route that AUTO takes.
-SEEN int plain_writes = 1;
-SEEN int plain_route = 1;
+extern "C" {
+__attribute__((visibility("default"))) int plain_writes = 1;
+__attribute__((visibility("default"))) int plain_route = 1;
+}
 
 namespace {
 
