@@ -6,7 +6,7 @@ import argparse
 
 import torch
 
-from fastprefix.cli import bench_kernels
+from fastprefix.cli import bench_kernels, bench_predict
 from fastprefix.cli.options import whole_number
 from fastprefix.machine import device
 from fastprefix.machine.text_table import text_table
@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     sizes = "batch, query heads, key/value heads, tokens (with --decode: keys in the cache), prefix tokens, head dim"
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--shape", type=_shape, action="append", metavar="B,H,H_kv,S,P,D", help=f"{sizes}; repeatable")
-    parser.add_argument("--dtype", choices=sorted(DTYPES), help="(fp32; with --tune bf16)")
+    parser.add_argument("--dtype", choices=sorted(DTYPES), help="(fp32; with --tune and --predict bf16)")
     parser.add_argument("--device", default=device, help="(%(default)s)")
     parser.add_argument("--repeats", type=whole_number(), default=7, metavar="N", help="timed rounds (%(default)s)")
     parser.add_argument("--decode", action="store_true", help="one new token instead of training")
@@ -40,10 +40,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--peer", action="append", metavar="NAME", help="only these peers; repeatable")
     parser.add_argument("--markdown", action="store_true", help="print Markdown tables")
     bench_kernels.add_kernel_arguments(parser)
+    bench_predict.add_predict_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Time the operator against the other candidates, a table for each shape; or run :mod:`bench_kernels`.
+    """Time the operator against the other candidates, a table for each shape; or run :mod:`bench_kernels`
+    or :mod:`bench_predict`.
 
     Returns:
         1 if a candidate's result disagrees with the others, or a kernel is bad, else 0.
@@ -56,6 +58,8 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("--decode and --lowest: expected one of the two")
     if args.resources:
         return bench_kernels.resources_main(args.target, args.quick, args.markdown)
+    if args.predict:
+        return bench_predict.predict_main(args)
     _check_device(args.device)
     if args.tune:
         return bench_kernels.tune_main(args)

@@ -22,6 +22,11 @@ if TYPE_CHECKING:
     from fastprefix.measure.kernels.compile_report import CompileResult
 
 TARGETS = {"sm_80": 80, "sm_90": 90}
+# Options, each with those that it belongs to.
+OWNERS = (
+    *(("target", "resources"), ("quick", "resources"), ("kernel", "tune", "predict"), ("out", "tune")),
+    *(("gpu", "predict"), ("sms", "predict"), ("binary", "predict")),
+)
 # The shapes of --tune without --shape: B, H, H_kv, S, P, D; S counts tokens in training and cached keys in decoding.
 TRAINING = [
     (B, *heads, S, 128, D) for *heads, D in ((32, 8, 128), (12, 12, 64)) for B, S in ((32, 512), (8, 2048), (2, 8192))
@@ -36,17 +41,19 @@ def add_kernel_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--target", choices=sorted(TARGETS), help="of --resources (all); no GPU is needed")
     group.add_argument("--quick", action="store_true", help="of --resources: each tile once")
     group.add_argument("--tune", action="store_true", help="time other tiles on this device, write the best as a table")
-    group.add_argument("--kernel", action="append", metavar="NAME", help="of --tune (all), as in the table; repeatable")
+    group.add_argument(
+        "--kernel", action="append", metavar="NAME", help="of --tune and --predict (all), as in the table; repeatable"
+    )
     group.add_argument("--out", type=Path, metavar="FILE", help="of --tune (./tiles-DEVICE.json)")
 
 
 def check_options(args: argparse.Namespace) -> None:
     """Raise ValueError where options contradict each other."""
-    if args.resources and args.tune:
-        raise ValueError("--resources and --tune: expected one of the two")
-    for option, owner in (("target", "resources"), ("quick", "resources"), ("kernel", "tune"), ("out", "tune")):
-        if getattr(args, option) not in (None, False) and not getattr(args, owner):
-            raise ValueError(f"--{option}: expected --{owner} with it")
+    if sum((args.resources, args.tune, args.predict)) > 1:
+        raise ValueError("--resources, --tune and --predict: expected one of them")
+    for option, *owners in OWNERS:
+        if getattr(args, option) not in (None, False) and not any(getattr(args, owner) for owner in owners):
+            raise ValueError(f"--{option}: expected --{' or --'.join(owners)} with it")
 
 
 def resources_main(target: str | None, quick: bool, markdown: bool) -> int:

@@ -63,7 +63,7 @@ ROOMS = {
     "measure": (("report_tables",), ("operator",), ("training", "kernels")),
     "cli": (
         ("options", "quiet_imports"),
-        ("bench_kernels",),
+        ("bench_kernels", "bench_predict"),
         ("bench", "demo", "explain", "generate", "memory", "train", "verify"),
         ("__main__",),
     ),

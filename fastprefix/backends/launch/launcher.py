@@ -19,6 +19,7 @@ Launch = Callable[[Any, int, tuple[Any, ...], dict[str, Any]], object]
 # device that is assumed.
 _receiver: Launch | None = None
 _assumed: tuple[int, str] | None = None
+_assumed_sms: int | None = None
 
 # Whether Triton's interpreter runs the kernels, on the CPU.
 LEAST = int(SAFE.removeprefix("sm_"))
@@ -27,15 +28,18 @@ INTERPRETER = isinstance(dot, InterpretedFunction)
 
 
 @contextmanager
-def dry_run(receiver: Launch, capability: int, name: str = "") -> Iterator[None]:
-    """Launch nothing: hand every launch to ``receiver``, as on a device of ``capability`` (90 for sm_90)."""
-    global _receiver, _assumed
-    before = _receiver, _assumed
-    _receiver, _assumed = receiver, (capability, name)
+def dry_run(receiver: Launch, capability: int, name: str = "", sms: int | None = None) -> Iterator[None]:
+    """Launch nothing: hand every launch to ``receiver``, as on a device of ``capability`` (90 for sm_90).
+
+    With ``sms`` the device has so many streaming multiprocessors, else those of the tensors' device.
+    """
+    global _receiver, _assumed, _assumed_sms
+    before = _receiver, _assumed, _assumed_sms
+    _receiver, _assumed, _assumed_sms = receiver, (capability, name), sms
     try:
         yield
     finally:
-        _receiver, _assumed = before
+        _receiver, _assumed, _assumed_sms = before
 
 
 def is_dry_run() -> bool:
@@ -55,6 +59,8 @@ def device(x: torch.Tensor) -> tuple[int, str]:
 
 def num_sms(x: torch.Tensor) -> int:
     """Streaming multiprocessors of the tensor's device; 132, as in an H100 or H200, where it is no GPU."""
+    if _assumed_sms is not None:
+        return _assumed_sms
     return machine.num_multiprocessors(x.device)
 
 

@@ -10,7 +10,6 @@ import importlib.util
 import multiprocessing
 import os
 import re
-import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,6 +23,7 @@ from fastprefix.machine.device_errors import describe_error
 from fastprefix.measure.kernels.compile_matrix import CompileJob, trace_launches
 from fastprefix.measure.kernels.kernel_calls import matmul_rows
 from fastprefix.measure.kernels.launch_recording import Launch
+from fastprefix.measure.kernels.sass import tool
 
 # Bytes of shared memory that one block can have. Devices without a table use that of sm_80; among them 8.6, 8.9 and
 # 12.0 give a block 99 KiB only, where 8.0 gives 163 KiB.
@@ -119,14 +119,21 @@ def _innermost_message(error: Exception) -> str:
 
 def usage_of(launch: Launch, capability: int) -> Usage:
     """Compile the kernel of a launch for a target and read the resources that it uses."""
+    return read_usage(compile_launch(launch, capability))
+
+
+def compile_launch(launch: Launch, capability: int) -> Any:
+    """Triton's compiled kernel of a launch, for a target that need not be there."""
     with _target(capability):
-        binary = launch.kernel.warmup(*launch.args, grid=(1,), **launch.options)
+        return launch.kernel.warmup(*launch.args, grid=(1,), **launch.options)
+
+
+def read_usage(binary: Any) -> Usage:
+    """The resources that a compiled kernel uses."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(binary.asm["cubin"])
-        command = [cuobjdump(), "--dump-resource-usage", str(path)]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    found = {name: int(number) for name, number in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text)}
+        (found,) = resource_usage(path, "--resources").values()
     ptx = binary.asm["ptx"]
     return Usage(
         registers=found["REG"],
@@ -138,26 +145,28 @@ def usage_of(launch: Launch, capability: int) -> Usage:
     )
 
 
-def cuobjdump() -> str:
-    """The path of cuobjdump, NVIDIA's reader of binaries: the one in Triton's package, or one on the path.
+def resource_usage(cubin: Path, option: str) -> dict[str, dict[str, int]]:
+    """What cuobjdump tells of each kernel of a binary: REG, STACK, LOCAL, and SHARED without what a launch asks for."""
+    command = [tool("cuobjdump", option), "--dump-resource-usage", str(cubin)]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.findall(r"Function (\S+):\s+(.*)", text)
+    return {name: {key: int(number) for key, number in re.findall(r"\b([A-Z]+):(\d+)", line)} for name, line in found}
+
+
+def cuobjdump(option: str = "--resources") -> str:
+    """The path of cuobjdump, where kernels can be compiled for an option of ``fastprefix bench``.
 
     Raises:
         ValueError: cuobjdump or Triton's compiler is not installed.
     """
     if importlib.util.find_spec("triton") is None:
-        raise ValueError("--resources: got no triton, expected triton 3.6 or later: pip install 'fastprefix[triton]'")
+        raise ValueError(f"{option}: got no triton, expected triton 3.6 or later: pip install 'fastprefix[triton]'")
     from fastprefix.backends.launch import launcher
 
     if launcher.INTERPRETER:
         value = os.environ.get("TRITON_INTERPRET")
-        raise ValueError(f"--resources: got TRITON_INTERPRET={value}, expected it unset: it leaves nothing to compile")
-    import triton
-
-    own = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    found = str(own) if own.exists() else shutil.which("cuobjdump")
-    if found is None:
-        raise ValueError(f"--resources: got no cuobjdump, expected {own} or one on the path")
-    return found
+        raise ValueError(f"{option}: got TRITON_INTERPRET={value}, expected it unset: it leaves nothing to compile")
+    return tool("cuobjdump", option)
 
 
 class _Driver:

@@ -11,11 +11,12 @@ import torch
 
 
 class Launch(NamedTuple):
-    """One recorded launch: the Triton kernel, its arguments and its compile-time options."""
+    """One recorded launch: the Triton kernel, its arguments, its compile-time options and how many programs it has."""
 
     kernel: Any
     args: tuple[Any, ...]
     options: dict[str, Any]
+    programs: int = 1
 
     @property
     def name(self) -> str:
@@ -31,14 +32,18 @@ class Launch(NamedTuple):
 
 
 @contextmanager
-def recorded_launches(capability: int, name: str = "") -> Iterator[list[Launch]]:
-    """Collect the launches inside the block, as they would be on a device of ``capability`` (90 for sm_90)."""
+def recorded_launches(capability: int, name: str = "", sms: int | None = None) -> Iterator[list[Launch]]:
+    """Collect the launches inside the block, as they would be on a device of ``capability`` (90 for sm_90) with ``sms``
+    multiprocessors.
+    """
     from fastprefix.backends.launch import launcher
 
     launches: list[Launch] = []
-    with launcher.dry_run(
-        lambda kernel, grid, args, options: launches.append(Launch(kernel, args, options)), capability, name
-    ):
+
+    def record(kernel: Any, grid: int, args: tuple[Any, ...], options: dict[str, Any]) -> None:
+        launches.append(Launch(kernel, args, options, grid))
+
+    with launcher.dry_run(record, capability, name, sms):
         yield launches
 
 

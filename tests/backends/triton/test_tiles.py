@@ -244,7 +244,7 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     assert f"FASTPREFIX_TILES={out}" in told and tile_config.read(out)
     for words, message in (
         (["--tune", "--kernel", "forward"], "--kernel forward: expected one of fwd"),
-        (["--tune", "--resources"], "expected one of the two"),
+        (["--tune", "--resources"], "expected one of them"),
         (["--out", "x.json"], "--out: expected --tune with it"),
         (["--target", "sm_80"], "--target: expected --resources with it"),
         (["--tune", "--shape", "1,2,1,16,8,16", "--dtype", "fp64"], "torch.float64"),
