@@ -133,6 +133,7 @@ AttentionCall read(FASTPREFIX_PARAMETERS) {
   call.window = narrow("window", window);
   call.softcap = static_cast<float>(softcap);
   call.route = static_cast<Route>(route);
+  call.device = q.get_device_index();
   return call;
 }
 

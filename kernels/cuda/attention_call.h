@@ -5,6 +5,9 @@
 
 namespace fastprefix {
 
+// What is null or has no elements is not read. Strides along a dimension of one element may be 0. Of a packed bank P is the
+// sum of the lengths, and N their number; an id outside of [0, N) is none, and lengths are taken as 0 to P.
+//
 // B samples, H query heads, H_kv key/value heads, G = H / H_kv, S query tokens, T content keys, P prefix tokens,
 // N prefixes of a bank, D and D_v head dims. Strides are in elements, and the last dimension's is 1.
 struct Rows {
@@ -47,6 +50,7 @@ struct AttentionCall {
   float scale, softcap;      // softcap 0: none
   Dtype dtype;
   Route route;
+  int32_t device;            // which one of the machine's
 };
 
 }  // namespace fastprefix
@@ -54,8 +58,8 @@ struct AttentionCall {
 // The route that the call takes, and how many bytes of workspace, aligned to 16, it needs.
 extern "C" int fastprefix_decode_route(const fastprefix::AttentionCall* call);
 extern "C" int64_t fastprefix_decode_workspace(const fastprefix::AttentionCall* call);
-// Launches the call on a stream of the current device. Null, or what is wrong in one line. No host synchronisation; what
-// is launched is the same whatever the tensors hold, so that it may be captured in a CUDA graph.
+// Launches the call on a stream of its device. Null, or in one line what is wrong: words that stay where they are. The host
+// does not wait, and what is launched is the same whatever the tensors hold, so that it may be captured in a CUDA graph.
 extern "C" const char* fastprefix_decode(const fastprefix::AttentionCall* call, void* workspace, void* stream);
 // The forward of many query tokens, for devices of compute capability 9.0. It needs no workspace, and takes no route.
 extern "C" const char* fastprefix_fused(const fastprefix::AttentionCall* call, void* stream);

@@ -18,13 +18,13 @@ const char* launch_width(const DecodeParams& params, void* stream) {
 
 extern "C" int fastprefix_decode_route(const AttentionCall* call) {
   const char* reason = nullptr;
-  const int count = multiprocessors(&reason);
+  const int count = use_device(call->device, &reason);
   return route_of(*call, count ? count : 132);   // without a device: an H100's
 }
 
 extern "C" int64_t fastprefix_decode_workspace(const AttentionCall* call) {
   const char* reason = refusal(*call);
-  const int count = reason ? 0 : multiprocessors(&reason);
+  const int count = reason ? 0 : use_device(call->device, &reason);
   return count ? workspace_of(*call, plan_of(*call, count)).bytes : 0;
 }
 

@@ -22,6 +22,8 @@ const char* launch_width(const AttentionCall& call, void* stream) {
 }  // namespace
 
 extern "C" const char* fastprefix_fused(const AttentionCall* call, void* stream) {
-  if (const char* reason = forward_refusal(*call)) return reason;
+  const char* reason = forward_refusal(*call);
+  if (!reason) use_device(call->device, &reason);
+  if (reason) return reason;
   return call->dtype == BF16 ? launch_width<bf16_t>(*call, stream) : launch_width<half_t>(*call, stream);
 }

@@ -8,6 +8,8 @@
 
 #include <cuda_runtime.h>
 
+#include <atomic>
+
 namespace fastprefix {
 
 template <class Kernel>
@@ -16,27 +18,47 @@ kernel_entry(const __grid_constant__ typename Kernel::Params params) {
   Kernel::run(params);
 }
 
-// Null, or the runtime's own words. The stream is a cudaStream_t.
+constexpr int MOST_DEVICES = 64;   // of which something is remembered
+
+// More shared memory than by default has to be asked for, once a kernel and device.
+template <class Kernel>
+cudaError_t allow_shared_memory(int device) {
+  if (Kernel::SHARED_BYTES <= 48 * 1024) return cudaSuccess;
+  static std::atomic<bool> allowed[MOST_DEVICES];
+  const bool remembered = device < MOST_DEVICES;
+  if (remembered && allowed[device].load(std::memory_order_relaxed)) return cudaSuccess;
+  const cudaError_t error = cudaFuncSetAttribute(kernel_entry<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                                 static_cast<int>(Kernel::SHARED_BYTES));
+  if (remembered && error == cudaSuccess) allowed[device].store(true, std::memory_order_relaxed);
+  return error;
+}
+
+// Null, or the runtime's own words. The device is the current one, and the stream, a cudaStream_t, is of it.
 template <class Kernel>
 const char* launch(int64_t blocks, const typename Kernel::Params& params, void* stream) {
   if (blocks <= 0) return nullptr;
-  if (Kernel::SHARED_BYTES > 48 * 1024) {
-    // More than the default has to be asked for, once a device.
-    const cudaError_t error = cudaFuncSetAttribute(kernel_entry<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                                   static_cast<int>(Kernel::SHARED_BYTES));
-    if (error != cudaSuccess) return cudaGetErrorString(error);
+  if (blocks > 0x7fffffff) return "more blocks than a launch has";
+  int device = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) error = allow_shared_memory<Kernel>(device);
+  if (error == cudaSuccess) {
+    kernel_entry<Kernel><<<static_cast<unsigned>(blocks), Kernel::THREADS, Kernel::SHARED_BYTES,
+                           static_cast<cudaStream_t>(stream)>>>(params);
+    error = cudaGetLastError();
   }
-  kernel_entry<Kernel><<<static_cast<unsigned>(blocks), Kernel::THREADS, Kernel::SHARED_BYTES,
-                         static_cast<cudaStream_t>(stream)>>>(params);
-  const cudaError_t error = cudaGetLastError();
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
-// What decides how work is cut: multiprocessors of the current device; 0 with a reason where there is none.
-inline int multiprocessors(const char** reason) {
-  int device = 0, count = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+// Makes a device the current one of this library's runtime, which is another than torch's. Its number of multiprocessors,
+// by which work is cut; 0 and a reason where there is none.
+inline int use_device(int device, const char** reason) {
+  static std::atomic<int> known[MOST_DEVICES];
+  cudaError_t error = cudaSetDevice(device);
+  int count = device < MOST_DEVICES ? known[device].load(std::memory_order_relaxed) : 0;
+  if (error == cudaSuccess && count == 0) {
+    error = cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+    if (error == cudaSuccess && device < MOST_DEVICES) known[device].store(count, std::memory_order_relaxed);
+  }
   *reason = error == cudaSuccess ? nullptr : cudaGetErrorString(error);
   return error == cudaSuccess ? count : 0;
 }

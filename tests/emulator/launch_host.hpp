@@ -1,4 +1,4 @@
-// launch() and multiprocessors() of kernels/cuda/launch.cuh, which includes this file, as a processor runs them. The
+// launch() and use_device() of kernels/cuda/launch.cuh, which includes this file, as a processor runs them. The
 // session's C interface, for tests in Python, follows.
 #pragma once
 
@@ -63,7 +63,7 @@ const char* launch(int64_t blocks, const typename Kernel::Params& params, void*)
   return emulator::run_grid({blocks, Kernel::THREADS, Kernel::SHARED_BYTES, run, &params});
 }
 
-inline int multiprocessors(const char** reason) {
+inline int use_device(int, const char** reason) {
   *reason = nullptr;
   return emulator::session.options.multiprocessors;
 }

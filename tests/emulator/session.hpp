@@ -21,7 +21,7 @@ struct Options {
   uint64_t seed = 0;          // 0: blocks and warps take turns in order. Else they run in an order of chance.
   bool races = true;          // Whether every access is checked against those before it.
   int workers = 1;            // OS threads, each of which runs whole blocks.
-  int multiprocessors = 132;  // What multiprocessors() answers.
+  int multiprocessors = 132;  // What use_device() answers.
 };
 
 struct Counters {

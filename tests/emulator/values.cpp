@@ -173,6 +173,6 @@ extern "C" float exp2_of(float x) { return ex2_approx(x); }
 extern "C" float log2_of(float x) { return lg2_approx(x); }
 extern "C" int multiprocessors_of_session() {
   const char* reason = "unset";
-  const int count = multiprocessors(&reason);
+  const int count = use_device(0, &reason);
   return reason ? -1 : count;
 }

@@ -44,7 +44,7 @@ inline const char* refusal(const AttentionCall& c) {
 inline const char* prepare_decode(const AttentionCall& call, void* workspace, DecodeParams& params) {
   const char* reason = refusal(call);
   if (reason) return reason;
-  const int count = multiprocessors(&reason);
+  const int count = use_device(call.device, &reason);
   if (!count) return reason;
   params.call = call;
   params.plan = plan_of(call, count);

@@ -46,7 +46,7 @@ class Call(ctypes.Structure):
         *((name, ctypes.c_int32) for name in ("B", "H", "H_kv", "S", "T", "D", "D_v", "P", "N")),
         *((name, ctypes.c_int32) for name in ("window", "causal", "packed", "ids_by_row")),
         *((name, ctypes.c_float) for name in ("scale", "softcap")),
-        *((name, ctypes.c_int32) for name in ("dtype", "route")),
+        *((name, ctypes.c_int32) for name in ("dtype", "route", "device")),
     ]
 
     @classmethod

@@ -6,7 +6,7 @@ using namespace fastprefix;
 
 extern "C" int64_t fastprefix_decode_workspace(const AttentionCall* call) {
   const char* reason = nullptr;
-  return workspace_of(*call, plan_of(*call, multiprocessors(&reason))).bytes;
+  return workspace_of(*call, plan_of(*call, use_device(call->device, &reason))).bytes;
 }
 
 extern "C" const char* fastprefix_decode(const AttentionCall* call, void* workspace, void* stream) {
