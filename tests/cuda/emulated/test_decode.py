@@ -91,7 +91,7 @@ def test_the_calls_for_faulty_kernels_are_right_without_faults(name: str) -> Non
 @pytest.mark.parametrize("mutant", DECODE_MUTANTS, ids=lambda mutant: mutant.name)
 def test_a_faulty_kernel_is_found(mutant: Mutant) -> None:
     faulty = Kernels(
-        library("tests/cuda/emulated/mutant_decode.cpp", kernels=mutant.write(), extra_flags=["-w", "-O1"])
+        library("tests/cuda/emulated/mutant_decode.cpp", kernels=mutant.write(), extra_flags=["-w", "-O0"])
     )
     args = arguments(CALLS[mutant.call])
     assert_found(mutant, *faults(faulty, args, decode_routes(args)[-1]))

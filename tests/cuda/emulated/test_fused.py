@@ -63,5 +63,5 @@ def test_the_calls_for_faulty_kernels_are_right_without_faults(name: str) -> Non
 
 @pytest.mark.parametrize("mutant", FUSED_MUTANTS, ids=lambda mutant: mutant.name)
 def test_a_faulty_kernel_is_found(mutant: Mutant) -> None:
-    faulty = Kernels(library("tests/cuda/emulated/mutant_fused.cpp", kernels=mutant.write(), extra_flags=["-w", "-O1"]))
+    faulty = Kernels(library("tests/cuda/emulated/mutant_fused.cpp", kernels=mutant.write(), extra_flags=["-w", "-O0"]))
     assert_found(mutant, *faults(faulty, arguments(CALLS[mutant.call]), "fused"))
