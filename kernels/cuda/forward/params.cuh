@@ -1,8 +1,7 @@
-// What the forward for sm_90a is launched with, and the rows and keys of a block: 128 packed rows of one sample and
-// key/value head, row r being token r / G and head r % G of the group.
+// What the forward for sm_90a is launched with.
 #pragma once
 
-#include "decode/params.cuh"
+#include "forward/row_tile.cuh"
 #include "hopper_wrappers.cuh"
 
 namespace fastprefix {
@@ -14,41 +13,5 @@ struct ForwardParams {
   Divisor by_G;
   int tiles;                       // of rows, of a sample and key/value head
 };
-
-// Which tile a block has. The longest of a causal head begin first, and the tiles of a head run side by side.
-struct RowTile {
-  int b, h_kv, first_row, rows, start;
-  int low, high;                   // content keys that any of its rows may see
-  int first_position, last_position;
-  int least_segment, most_segment; // of its rows; 0 where there are none
-};
-
-// The segment of a content key, or of the query row at that position.
-FP_DEVICE int segment_at(const AttentionCall& c, int b, int position) {
-  const int64_t place = larger(0, smaller(c.T - 1, position));
-  return static_cast<int>(integer_at(c.segments, b * c.segments.batch + place * c.segments.row));
-}
-
-template <int BLOCK_M>
-FP_DEVICE RowTile row_tile(const ForwardParams& p) {
-  const AttentionCall& c = p.call;
-  const int tile = p.tiles - 1 - block_index() % p.tiles, head = block_index() / p.tiles;
-  RowTile t{};
-  t.b = head / c.H_kv;
-  t.h_kv = head % c.H_kv;
-  t.first_row = tile * BLOCK_M;
-  t.rows = c.S * static_cast<int>(p.by_G.divisor);
-  t.start = bounded(c.q_start.data ? integer_at(c.q_start, t.b * c.q_start.batch) : c.start);
-  t.first_position = t.start + quotient(t.first_row, p.by_G);
-  t.last_position = t.start + quotient(smaller(t.first_row + BLOCK_M, t.rows) - 1, p.by_G);
-  t.low = c.window ? smaller(c.T, larger(0, t.first_position - c.window + 1)) : 0;
-  t.high = larger(t.low, c.causal ? smaller(c.T, t.last_position + 1) : c.T);
-  return t;
-}
-
-FP_DEVICE Place place_of(const ForwardParams& p, const RowTile& t, int row) {
-  const int token = quotient(row, p.by_G);
-  return {t.b, token, t.h_kv * static_cast<int>(p.by_G.divisor) + remainder(row, token, p.by_G)};
-}
 
 }  // namespace fastprefix

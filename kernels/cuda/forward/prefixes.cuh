@@ -1,7 +1,7 @@
 // Which prefixes a tile of rows reads. A GRPO batch that is packed into one text has rows of several prompts in a tile.
 #pragma once
 
-#include "forward/shared.cuh"
+#include "forward/row_tile.cuh"
 
 namespace fastprefix {
 
@@ -15,10 +15,9 @@ FP_DEVICE int prefix_of_token(const AttentionCall& c, int b, int s) {
 
 // By one warp: the list in shared memory, in ascending order, without prefixes that have no tokens.
 template <class Shared, int BLOCK_M, int BLOCK_P>
-FP_DEVICE void list_prefixes(const ForwardParams& p, const RowTile& t) {
-  const AttentionCall& c = p.call;
-  const int lane = thread_index() % 32, first = quotient(t.first_row, p.by_G);
-  const int last = quotient(smaller(t.first_row + BLOCK_M, t.rows) - 1, p.by_G);
+FP_DEVICE void list_prefixes(const AttentionCall& c, const Divisor& by_G, const RowTile& t) {
+  const int lane = thread_index() % 32, first = quotient(t.first_row, by_G);
+  const int last = quotient(smaller(t.first_row + BLOCK_M, t.rows) - 1, by_G);
   int count = 0, tiles = 0, shared_by_all = 1;
   for (int after = -2;;) {
     int next = NO_PREFIX;   // the smallest number above `after`

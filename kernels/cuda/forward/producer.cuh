@@ -3,6 +3,7 @@
 #pragma once
 
 #include "forward/prefixes.cuh"
+#include "forward/shared.cuh"
 
 namespace fastprefix {
 

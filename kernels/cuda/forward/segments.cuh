@@ -2,7 +2,7 @@
 // short document walk its keys alone. Ids are compared, not searched, for they need not be sorted.
 #pragma once
 
-#include "forward/shared.cuh"
+#include "forward/row_tile.cuh"
 
 namespace fastprefix {
 
@@ -34,8 +34,7 @@ FP_DEVICE Bounds bounds_of_block(Bounds x, uint32_t room) {
 
 // By all threads of the block together.
 template <class Shared, int BLOCK_M, int THREADS>
-FP_DEVICE void find_segments(const ForwardParams& p, RowTile& t) {
-  const AttentionCall& c = p.call;
+FP_DEVICE void find_segments(const AttentionCall& c, RowTile& t) {
   if (!c.segments.data || c.T == 0) return;
   constexpr int NONE = 0x7fffffff, WARPS = THREADS / 32;
   Bounds ids{NONE, -NONE};

@@ -19,7 +19,7 @@ struct ForwardSm90 {
   static constexpr int BLOCKS_PER_SM = 1, CONSUMER_WARPS = 4 * GROUPS;
   using Shared = ForwardShared<D, BLOCK_M, BLOCK_N, STAGES>;
   using Producer = ForwardProducer<Shared, D, BLOCK_N, BLOCK_P, STAGES>;
-  using Consumer = ForwardConsumer<T, Shared, D, BLOCK_N, BLOCK_P, STAGES>;
+  using Consumer = ForwardConsumer<T, Shared, D, STAGES>;
   static constexpr uint32_t SHARED_BYTES = Shared::BYTES;
 
   static int64_t blocks(const ForwardParams& p) { return int64_t{p.call.B} * p.call.H_kv * p.tiles; }
@@ -35,7 +35,7 @@ struct ForwardSm90 {
       const int row = group * 64 + i / (D / 8), chunk = i % (D / 8);
       Bits4 bits{};
       if (t.first_row + row < t.rows && chunk * 8 < p.call.D)
-        bits = ld_global(reinterpret_cast<const Bits4*>(q + offset(p.call.q, place_of(p, t, t.first_row + row)) + chunk * 8));
+        bits = ld_global(reinterpret_cast<const Bits4*>(q + offset(p.call.q, place_of(p.by_G, t, t.first_row + row)) + chunk * 8));
       FP_UNROLL for (int e = 0; e < 4; e++) bits.x[e] = (bits.x[e] ^ sign) & keep;
       st_shared(Shared::rows() + chunk / 8 * (BLOCK_M * 128) + panel_offset(row, chunk % 8), bits);
     }
@@ -52,11 +52,18 @@ struct ForwardSm90 {
       bar_sync(2, 128);
   }
 
+  template <int ELEMENTS>
+  FP_DEVICE void cap_logits(float (&x)[ELEMENTS], const Lane& me) {
+    if (me.cap == 0.0f) return;
+    const Logits to{fabsf(me.c.scale) / me.c.softcap, me.cap};   // its sign is in q
+    FP_UNROLL for (int e = 0; e < ELEMENTS; e++) x[e] = logit(x[e], to);
+  }
+
   FP_DEVICE void consume(const ForwardParams& p, const RowTile& t, int group) {
     load_rows(p, t, group);
     const AttentionCall& c = p.call;
     const bool scaled = c.softcap == 0.0f && c.scale != 0.0f;
-    const typename Consumer::Lane me{p, t, thread_index() % 32, group, scaled ? fabsf(c.scale) * LOG2E : 1.0f, c.softcap * LOG2E};
+    const Lane me{c, p.by_G, t, thread_index() % 32, group, scaled ? fabsf(c.scale) * LOG2E : 1.0f, c.softcap * LOG2E};
     typename Consumer::State state;
     FP_UNROLL for (int e = 0; e < D / 2; e++) state.o[e] = 0.0f;
     FP_UNROLL
@@ -70,28 +77,30 @@ struct ForwardSm90 {
     Walk walk{};
     if (prefix_tiles) walk = Walk::begin();
     Consumer::template attend<BLOCK_P>(state, me, prefix_tiles, [&](float(&x)[BLOCK_P / 2]) {
-      Consumer::see_prefix(x, me, walk.prefix, walk.first, walk.keys, shared_by_all);
+      cap_logits(x, me);
+      hide_prefix(x, me, walk.prefix, walk.first, walk.keys, shared_by_all);
       Walk::advance(walk);
     });
     int first = t.low;
     Consumer::template attend<BLOCK_N>(state, me, cdiv(t.high - t.low, BLOCK_N), [&](float(&x)[BLOCK_N / 2]) {
-      Consumer::see_content(x, me, first);
+      cap_logits(x, me);
+      hide_content(x, me, first);
       first += BLOCK_N;
     });
     store(p, t, me, state);
   }
 
   // o goes through shared memory, where the group's rows of q were, so that whole rows are written side by side.
-  FP_DEVICE void store(const ForwardParams& p, const RowTile& t, const typename Consumer::Lane& me, typename Consumer::State& state) {
+  FP_DEVICE void store(const ForwardParams& p, const RowTile& t, const Lane& me, typename Consumer::State& state) {
     const AttentionCall& c = p.call;
     sync_group(me.group);   // every warp's products with q are done
     FP_UNROLL
     for (int half = 0; half < 2; half++) {
       state.l[half] += shfl_xor(state.l[half], 1);
       state.l[half] += shfl_xor(state.l[half], 2);
-      const int row = Consumer::row_of_lane(me, half);
+      const int row = row_of_lane(me, half);
       const bool exists = row < t.rows;
-      const Place place = place_of(p, t, exists ? row : t.first_row);
+      const Place place = place_of(p.by_G, t, exists ? row : t.first_row);
       const Finish end = finish(state.m[half] * me.scale, state.l[half], c.sinks, place.h);
       if (exists && me.lane % 4 == 0) st_global(c.lse + place_in_lse(c, place), end.lse);
       FP_UNROLL
@@ -106,14 +115,14 @@ struct ForwardSm90 {
       const int row = me.group * 64 + thread_index() / 32 % 4 * 16 + i / (D / 8), chunk = i % (D / 8);
       if (t.first_row + row >= t.rows || chunk * 8 >= c.D_v) continue;
       const Float4 eight = ld_shared4(Shared::rows() + chunk / 8 * (BLOCK_M * 128) + panel_offset(row, chunk % 8));
-      uint16_t* o = static_cast<uint16_t*>(c.o.data) + offset(c.o, place_of(p, t, t.first_row + row)) + chunk * 8;
+      uint16_t* o = static_cast<uint16_t*>(c.o.data) + offset(c.o, place_of(p.by_G, t, t.first_row + row)) + chunk * 8;
       st_global(reinterpret_cast<Float4*>(o), eight);
     }
   }
 
   FP_DEVICE void run(const ForwardParams& p) {
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)   // other devices' binaries have no such instructions
-    RowTile t = row_tile<BLOCK_M>(p);
+    RowTile t = row_tile<BLOCK_M>(p.call, p.by_G, p.tiles);
     const int warp = thread_index() / 32;
     if (thread_index() == 0) {
       FP_UNROLL
@@ -125,8 +134,8 @@ struct ForwardSm90 {
       }
       fence_mbarrier_init();
     }
-    if (warp == 1) list_prefixes<Shared, BLOCK_M, BLOCK_P>(p, t);
-    find_segments<Shared, BLOCK_M, THREADS>(p, t);
+    if (warp == 1) list_prefixes<Shared, BLOCK_M, BLOCK_P>(p.call, p.by_G, t);
+    find_segments<Shared, BLOCK_M, THREADS>(p.call, t);
     sync_block();   // barriers and list are there
     if (warp < 4) {
       setmaxnreg_dec<40>();
