@@ -77,6 +77,14 @@ FP_DEVICE uint32_t pack(float low, float high) {
   return y;
 }
 
+// A number by its bits: fp32, and fp16 by 9.7.9.21 cvt.
+FP_DEVICE float bits_to_float(uint32_t x) { return __uint_as_float(x); }
+FP_DEVICE float half_to_float(uint16_t x) {
+  float y;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x));
+  return y;
+}
+
 // 9.7.9.8 ld.global and 9.7.9.11 st.global of a number or one of the structs above.
 template <class V>
 FP_DEVICE V ld_global(const V* p) { return *p; }

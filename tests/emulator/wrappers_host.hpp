@@ -126,6 +126,17 @@ uint32_t pack(float low, float high) {
   return emulator::narrow<T>(low) | static_cast<uint32_t>(emulator::narrow<T>(high)) << 16;
 }
 
+inline float bits_to_float(uint32_t x) {
+  float y;
+  std::memcpy(&y, &x, sizeof y);
+  return y;
+}
+inline float half_to_float(uint16_t x) {
+  _Float16 y;
+  std::memcpy(&y, &x, sizeof y);
+  return static_cast<float>(y);
+}
+
 template <class V>
 V ld_global(const V* p) {
   V x;

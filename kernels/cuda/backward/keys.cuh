@@ -1,0 +1,326 @@
+// Backward of keys: dK and dV of a tile of keys, over the rows that see them. Of the content, those of one sample; of the
+// prefix, a share of the rows of the whole batch.
+//
+// Scores are held transposed, keys by rows, so that weights are a wgmma's operand in registers as they are. Two warpgroups
+// have 64 keys each and the same rows, or, where a prefix has no more keys, the same keys and every other step of rows.
+#pragma once
+
+#include "backward/params.cuh"
+#include "forward/visible.cuh"
+
+namespace fastprefix {
+
+// Keys of a block, and its packed rows, which are numbered through the batch: (b * S + s) * G + g.
+struct KeyTask {
+  int b, h_kv, first_key, end_key, share;
+  int first_row, end_row;
+  int start;   // of the content: position of the sample's token 0
+};
+
+template <class T, int D, int KEY_GROUPS, bool OF_PREFIX>
+struct BackwardKeys {
+  using Params = BackwardParams;
+  static constexpr int GROUPS = 2, THREADS = 128 * (GROUPS + 1), BLOCK_M = 64, BLOCK_N = 64 * KEY_GROUPS, STAGES = 2;
+  static constexpr int BLOCKS_PER_SM = 1;
+  // Shares of a prefix's sums: a block's groups leave one each where they have the same keys.
+  static constexpr int SHARES_OF_BLOCK = GROUPS / KEY_GROUPS;
+  static constexpr uint32_t KEYS = BLOCK_N * D * 2, TILE = BLOCK_M * D * 2, STATS = BLOCK_M * sizeof(Float2);
+  static constexpr uint32_t K = 0, V = KEYS, Q = 2 * KEYS, DOUT = Q + STAGES * TILE, ROWS = DOUT + STAGES * TILE;
+  static constexpr uint32_t BARRIERS = ROWS + STAGES * STATS, SHARED_BYTES = BARRIERS + 2 * STAGES * 8;
+
+  FP_DEVICE uint32_t q_tile(int stage) { return shared_base() + Q + stage * TILE; }
+  FP_DEVICE uint32_t dout_tile(int stage) { return shared_base() + DOUT + stage * TILE; }
+  FP_DEVICE uint32_t stats(int stage) { return shared_base() + ROWS + stage * STATS; }
+  FP_DEVICE uint32_t full(int stage) { return shared_base() + BARRIERS + 8 * stage; }
+  FP_DEVICE uint32_t empty(int stage) { return full(STAGES + stage); }
+
+  static int64_t blocks(const BackwardParams& p) {
+    const AttentionCall& c = p.call.forward;
+    return int64_t{p.tiles} * c.H_kv * (OF_PREFIX ? p.shares : c.B);
+  }
+
+  FP_DEVICE KeyTask task_of(const BackwardParams& p) {
+    const AttentionCall& c = p.call.forward;
+    const int rest = block_index() / p.tiles, rows_of_sample = c.S * static_cast<int>(p.by_G.divisor);
+    KeyTask t{};
+    t.first_key = block_index() % p.tiles * BLOCK_N;   // the longest of a causal head begin first
+    t.h_kv = rest % c.H_kv;
+    if constexpr (OF_PREFIX) {
+      t.share = rest / c.H_kv;
+      t.end_key = smaller(t.first_key + BLOCK_N, c.P);
+      const Share steps = share_of(cdiv(c.B * rows_of_sample, BLOCK_M), t.share, p.shares);
+      t.first_row = steps.first * BLOCK_M;
+      t.end_row = smaller(steps.end * BLOCK_M, c.B * rows_of_sample);
+    } else {
+      t.b = rest / c.H_kv;
+      t.end_key = smaller(t.first_key + BLOCK_N, c.T);
+      t.start = first_position_of(c, t.b);
+      // Tokens that a causal row or a window lets see any of the keys.
+      const int first = c.causal ? larger(0, smaller(c.S, t.first_key - t.start)) : 0;
+      const int end = c.window ? larger(first, smaller(c.S, t.end_key - 1 + c.window - t.start)) : c.S;
+      const int G = static_cast<int>(p.by_G.divisor);
+      t.first_row = t.b * rows_of_sample + first * G;
+      t.end_row = t.b * rows_of_sample + end * G;
+    }
+    return t;
+  }
+
+  FP_DEVICE Place place(const BackwardParams& p, const KeyTask& t, int row) {
+    const int token = quotient(row, p.by_G), b = quotient(token, p.by_S);
+    return {b, remainder(token, b, p.by_S), t.h_kv * static_cast<int>(p.by_G.divisor) + remainder(row, token, p.by_G)};
+  }
+
+  FP_DEVICE void produce(const BackwardParams& p, const KeyTask& t) {
+    const AttentionCall& c = p.call.forward;
+    const int steps = cdiv(t.end_row - t.first_row, BLOCK_M), thread = thread_index() % 128;
+    const int64_t before = int64_t{t.h_kv} * c.B * c.S * p.by_G.divisor;
+    FP_NO_UNROLL
+    for (int step = 0; step <= steps; step++) {
+      if (step < steps) {
+        const int stage = step % STAGES, first = t.first_row + step * BLOCK_M;
+        mbarrier_wait(empty(stage), ((step / STAGES) & 1) ^ 1);
+        sync_warp();   // lanes overwrite what others of them have written
+        const auto row = [&](const Rows& x) {
+          return [&p, &t, &x, first](int i) { return first + i < t.end_row ? element(x, offset(x, place(p, t, first + i))) : nullptr; };
+        };
+        copy_tile<BLOCK_M, D>(q_tile(stage), c.D, c.q.data, row(c.q));
+        copy_tile<BLOCK_M, D>(dout_tile(stage), c.D_v, p.call.dout.data, row(p.call.dout));
+        // A row that does not exist is 0 in q and do, so that any finite weight will do.
+        if (thread < BLOCK_M)
+          st_shared(stats(stage) + thread * 8, first + thread < t.end_row ? ld_global(p.rows + before + first + thread) : Float2{{0.0f, 0.0f}});
+      }
+      cp_async_commit_group();
+      if (step > 0) {
+        cp_async_wait_group<1>();
+        fence_proxy_async();   // wgmma reads by another proxy than these threads write
+        mbarrier_arrive(full((step - 1) % STAGES));
+      }
+    }
+    cp_async_wait_group<0>();
+  }
+
+  // Keys by rows: 64 of K or V against 64 of q or do.
+  FP_DEVICE void multiply(float (&x)[BLOCK_M / 2], uint32_t keys, uint32_t tile) {
+    FP_UNROLL
+    for (int step = 0; step < D / 16; step++) {
+      const uint32_t panel = step / 4, columns = step % 4 * 32;
+      wgmma_ss<T, false>(x, matrix_descriptor(keys + panel * (BLOCK_N * 128) + columns, 16, 1024),
+                         matrix_descriptor(tile + panel * (BLOCK_M * 128) + columns, 16, 1024), step > 0);
+    }
+  }
+  // Their sum over the rows: keys by columns.
+  FP_DEVICE void add_products(float (&sum)[D / 2], const uint32_t (&weights)[BLOCK_M / 16][4], uint32_t tile) {
+    FP_UNROLL
+    for (int i = 0; i < BLOCK_M / 16; i++)
+      wgmma_rs<T, true>(sum, weights[i], matrix_descriptor(tile + i * 16 * 128, BLOCK_M * 128, 1024), true);
+  }
+  FP_DEVICE void pack_weights(uint32_t (&weights)[BLOCK_M / 16][4], const float (&x)[BLOCK_M / 2]) {
+    FP_UNROLL
+    for (int i = 0; i < BLOCK_M / 16; i++)
+      FP_UNROLL for (int j = 0; j < 4; j++) weights[i][j] = pack<T>(x[8 * i + 2 * j], x[8 * i + 2 * j + 1]);
+  }
+
+  FP_DEVICE int key_of_lane(const KeyTask& t, int group, int half) {
+    const int warp = thread_index() / 32 % 4, group_keys = KEY_GROUPS == 1 ? 0 : group * 64;
+    return t.first_key + group_keys + warp * 16 + accumulator_row(thread_index() % 32, half);
+  }
+
+  // Hides the rows of a step that do not see a key; `shown`: whether padding shows the lane's two keys.
+  FP_DEVICE void hide(float (&x)[BLOCK_M / 2], const BackwardParams& p, const KeyTask& t, int group, int first, const bool (&shown)[2]) {
+    const AttentionCall& c = p.call.forward;
+    const int before = t.b * c.S * static_cast<int>(p.by_G.divisor);   // rows of other samples
+    const int first_position = t.start + quotient(first - before, p.by_G);
+    const int last_position = t.start + quotient(smaller(first + BLOCK_M, t.end_row) - 1 - before, p.by_G);
+    const bool whole = (!c.causal || t.end_key - 1 <= first_position) && (!c.window || t.first_key > last_position - c.window) && !c.segments.data;
+    if (whole && vote_all(shown[0] && shown[1])) return;
+    int key[2], segment[2] = {0, 0};
+    FP_UNROLL
+    for (int half = 0; half < 2; half++) {
+      key[half] = key_of_lane(t, group, half);
+      if (c.segments.data) segment[half] = segment_at(c, t.b, key[half]);
+    }
+    // In a loop that is not unrolled, one bit for each of the lane's scores of a key.
+    uint32_t bits[2] = {0, 0};
+    FP_NO_UNROLL
+    for (int i = 0; i < BLOCK_M / 4; i++) {
+      const int row = first + i / 2 * 8 + accumulator_column(thread_index() % 32) + i % 2;
+      const int position = t.start + quotient(row - before, p.by_G), own = c.segments.data ? segment_at(c, t.b, position) : 0;
+      FP_UNROLL
+      for (int half = 0; half < 2; half++) {
+        const bool hidden = (c.causal && key[half] > position) || (c.window && key[half] <= position - c.window) || own != segment[half];
+        if (shown[half] && !hidden) bits[half] |= 1u << i;
+      }
+    }
+    FP_UNROLL
+    for (int e = 0; e < BLOCK_M / 2; e++)
+      if (!(bits[row_of(e)] >> (e / 4 * 2 + e % 2) & 1)) x[e] = NEGATIVE_INFINITY;
+  }
+
+  FP_DEVICE void consume(const BackwardParams& p, const KeyTask& t, int group) {
+    const AttentionCall& c = p.call.forward;
+    const int lane = thread_index() % 32, steps = cdiv(t.end_row - t.first_row, BLOCK_M);
+    const uint32_t keys = KEY_GROUPS == 1 ? 0 : group * 64 * 128;
+    const bool needs_k = OF_PREFIX ? p.call.dprefix_k != nullptr : p.call.dk.data != nullptr;
+    const bool needs_v = OF_PREFIX ? p.call.dprefix_v != nullptr : p.call.dv.data != nullptr;
+    const Logits logits = Logits::of(c.scale, c.softcap);
+    const float cap = c.softcap * LOG2E;
+    bool shown[2] = {true, true};
+    if (!OF_PREFIX && c.padding) {
+      FP_UNROLL
+      for (int half = 0; half < 2; half++) {
+        const int key = key_of_lane(t, group, half);
+        shown[half] = key < c.T && ld_global(c.padding + t.b * c.padding_batch + key * c.padding_key) != 0;
+      }
+    }
+    float dk[D / 2], dv[D / 2];
+    FP_UNROLL for (int e = 0; e < D / 2; e++) dk[e] = dv[e] = 0.0f;
+    FP_NO_UNROLL
+    for (int step = KEY_GROUPS == 1 ? group : 0; step < steps; step += SHARES_OF_BLOCK) {
+      const int stage = step % STAGES;
+      float x[BLOCK_M / 2], dp[BLOCK_M / 2];
+      mbarrier_wait(full(stage), step / STAGES & 1);
+      wgmma_fence();
+      multiply(x, shared_base() + K + keys, q_tile(stage));
+      wgmma_commit_group();
+      if (needs_k) {
+        wgmma_fence();
+        multiply(dp, shared_base() + V + keys, dout_tile(stage));
+        wgmma_commit_group();
+      }
+      wgmma_wait_group<0>();
+      pin(x);
+      if (needs_k) pin(dp);
+      FP_UNROLL for (int e = 0; e < BLOCK_M / 2; e++) x[e] = logit(x[e], logits);
+      if constexpr (!OF_PREFIX) hide(x, p, t, group, t.first_row + step * BLOCK_M, shown);
+      FP_UNROLL
+      for (int j = 0; j < BLOCK_M / 8; j++) {
+        const Float4 two = ld_shared4(stats(stage) + (j * 8 + accumulator_column(lane)) * 8);   // of two rows
+        FP_UNROLL
+        for (int e = 4 * j; e < 4 * j + 4; e++) {
+          if (needs_k) dp[e] = through_cap(dp[e] - two.x[e % 2 * 2 + 1], x[e], cap);
+          x[e] = ex2_approx(x[e] - two.x[e % 2 * 2]);
+        }
+      }
+      uint32_t weights[BLOCK_M / 16][4], ds[BLOCK_M / 16][4];
+      pack_weights(weights, x);
+      if (needs_k) {
+        FP_UNROLL for (int e = 0; e < BLOCK_M / 2; e++) dp[e] *= x[e];
+        pack_weights(ds, dp);
+      }
+      if (needs_v) {
+        wgmma_fence();
+        add_products(dv, weights, dout_tile(stage));
+        wgmma_commit_group();
+      }
+      if (needs_k) {
+        wgmma_fence();
+        add_products(dk, ds, q_tile(stage));
+        wgmma_commit_group();
+      }
+      wgmma_wait_group<0>();
+      pin(dv);
+      pin(dk);
+      if (lane == 0) mbarrier_arrive(empty(stage));
+    }
+    FP_UNROLL for (int e = 0; e < D / 2; e++) dk[e] *= c.scale;
+    if constexpr (OF_PREFIX) {
+      const int64_t share = t.share * SHARES_OF_BLOCK + (KEY_GROUPS == 1 ? group : 0), at = (share * c.H_kv + t.h_kv) * c.P;
+      if (needs_k) leave_share(p.share_k + at * c.D, dk, t, group, c.D);
+      if (needs_v) leave_share(p.share_v + at * c.D_v, dv, t, group, c.D_v);
+    } else {
+      const int64_t h = t.h_kv, b = t.b;
+      if (needs_k) store(p.call.dk, b * p.call.dk.batch + h * p.call.dk.head, dk, t, group, c.D);
+      if (needs_v) store(p.call.dv, b * p.call.dv.batch + h * p.call.dv.head, dv, t, group, c.D_v);
+    }
+  }
+
+  FP_DEVICE void leave_share(float* to, const float (&x)[D / 2], const KeyTask& t, int group, int columns) {
+    FP_UNROLL
+    for (int half = 0; half < 2; half++) {
+      const int64_t key = key_of_lane(t, group, half);
+      if (key >= t.end_key) continue;
+      FP_UNROLL
+      for (int j = 0; j < D / 8; j++) {
+        const int column = j * 8 + accumulator_column(thread_index() % 32);
+        if (column < columns)
+          st_global(reinterpret_cast<Float2*>(to + key * columns + column), Float2{{x[4 * j + 2 * half], x[4 * j + 2 * half + 1]}});
+      }
+    }
+  }
+  FP_DEVICE void store(const Rows& to, int64_t before, const float (&x)[D / 2], const KeyTask& t, int group, int columns) {
+    FP_UNROLL
+    for (int half = 0; half < 2; half++) {
+      const int64_t key = key_of_lane(t, group, half);
+      if (key >= t.end_key) continue;
+      FP_UNROLL
+      for (int j = 0; j < D / 8; j++) {
+        const int column = j * 8 + accumulator_column(thread_index() % 32);
+        if (column < columns)
+          st_global(reinterpret_cast<uint32_t*>(static_cast<uint16_t*>(to.data) + before + key * to.row + column),
+                    pack<T>(x[4 * j + 2 * half], x[4 * j + 2 * half + 1]));
+      }
+    }
+  }
+
+  FP_DEVICE void run(const BackwardParams& p) {
+#if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
+    const AttentionCall& c = p.call.forward;
+    const KeyTask t = task_of(p);
+    if (thread_index() == 0) {
+      FP_UNROLL
+      for (int stage = 0; stage < STAGES; stage++) {
+        mbarrier_init(full(stage), 128);
+        mbarrier_init(empty(stage), 4 * KEY_GROUPS);   // warps that read a step's rows
+      }
+      fence_mbarrier_init();
+    }
+    if (thread_index() < 256) {
+      const bool of_k = thread_index() < 128;
+      const Rows& x = OF_PREFIX ? (of_k ? c.prefix_k : c.prefix_v) : (of_k ? c.k : c.v);
+      const int64_t before = t.b * x.batch + t.h_kv * x.head;
+      copy_tile<BLOCK_N, D>(shared_base() + (of_k ? K : V), of_k ? c.D : c.D_v, x.data, [&](int key) {
+        const int64_t number = t.first_key + key;
+        return number < t.end_key ? element(x, before + number * x.row) : nullptr;
+      });
+      cp_async_commit_group();
+      cp_async_wait_group<0>();
+      fence_proxy_async();
+    }
+    sync_block();   // barriers and keys are there
+    if (thread_index() < 128) {
+      setmaxnreg_dec<24>();
+      produce(p, t);
+    } else {
+      setmaxnreg_inc<240>();
+      consume(p, t, thread_index() / 128 - 1);
+    }
+#endif
+  }
+};
+
+// The shares of a prefix's sums, added up in their own order. A thread has four numbers of [H_kv, P, D].
+struct AddShares {
+  struct Params {
+    const float* from;   // [shares, count]
+    float* to;           // [count]
+    int64_t count;
+    int shares;
+  };
+  static constexpr int THREADS = 128, BLOCKS_PER_SM = 8;
+  static constexpr uint32_t SHARED_BYTES = 0;
+
+  static int64_t blocks(const Params& p) { return cdiv(p.count, 4 * THREADS); }
+
+  FP_DEVICE void run(const Params& p) {
+    const int64_t place = (static_cast<int64_t>(block_index()) * THREADS + thread_index()) * 4;
+    if (place >= p.count) return;
+    Float4 sum{};
+    for (int share = 0; share < p.shares; share++) {
+      const Float4 x = ld_global(reinterpret_cast<const Float4*>(p.from + share * p.count + place));
+      FP_UNROLL for (int e = 0; e < 4; e++) sum.x[e] += x.x[e];
+    }
+    st_global(reinterpret_cast<Float4*>(p.to + place), sum);
+  }
+};
+
+}  // namespace fastprefix

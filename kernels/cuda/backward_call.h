@@ -1,0 +1,21 @@
+// One call of the backward. Plain data and a C interface, free of torch and of CUDA's headers.
+#pragma once
+
+#include "attention_call.h"
+
+namespace fastprefix {
+
+struct BackwardCall {
+  AttentionCall forward;     // its o and lse are read
+  Rows dout;                 // [B, H, S, D_v], the gradient of o
+  // Written where data is not null; the others are not computed.
+  Rows dq;                   // [B, H, S, D]
+  Rows dk, dv;               // [B, H_kv, T, D], [B, H_kv, T, D_v]
+  float *dprefix_k, *dprefix_v;   // [H_kv, P, D], [H_kv, P, D_v]
+};
+
+}  // namespace fastprefix
+
+// As of the forward. For devices of compute capability 9.0; a bank is not taken.
+extern "C" int64_t fastprefix_backward_workspace(const fastprefix::BackwardCall* call);
+extern "C" const char* fastprefix_backward(const fastprefix::BackwardCall* call, void* workspace, void* stream);
