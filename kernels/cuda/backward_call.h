@@ -11,11 +11,11 @@ struct BackwardCall {
   // Written where data is not null; the others are not computed.
   Rows dq;                   // [B, H, S, D]
   Rows dk, dv;               // [B, H_kv, T, D], [B, H_kv, T, D_v]
-  float *dprefix_k, *dprefix_v;   // [H_kv, P, D], [H_kv, P, D_v]
+  float *dprefix_k, *dprefix_v;   // [N, H_kv, P, D] and D_v; packed, [H_kv, P of all, D]
 };
 
 }  // namespace fastprefix
 
-// As of the forward. For devices of compute capability 9.0; a bank is not taken.
+// As of the forward. For devices of compute capability 9.0.
 extern "C" int64_t fastprefix_backward_workspace(const fastprefix::BackwardCall* call);
 extern "C" const char* fastprefix_backward(const fastprefix::BackwardCall* call, void* workspace, void* stream);

@@ -10,12 +10,52 @@
 
 namespace fastprefix {
 
-// Keys of a block, and its packed rows, which are numbered through the batch: (b * S + s) * G + g.
+// Keys of a block, and its packed rows: token r / G and head r % G of the group. Tokens are numbered through the batch,
+// b * S + s, or, of a bank, through the units that read the prefix.
 struct KeyTask {
-  int b, h_kv, first_key, end_key, share;
+  int b, h_kv, first_key, end_key;
   int first_row, end_row;
-  int start;   // of the content: position of the sample's token 0
+  int start;              // of the content: position of the sample's token 0
+  int prefix, share;
+  int keys;               // tokens that the prefix has: those from there to end_key get 0
+  int first_unit;         // of a bank
+  int64_t token;          // of the prefix's token 0 among those of all, as gradients lie
 };
+
+// Of a packed bank: which prefix has tile number `tile`, and which of its tiles that is. Behind the last prefix's tiles
+// come those of tokens that no prefix has. By all lanes of a warp together.
+template <int BLOCK_N>
+FP_DEVICE void find_packed(const AttentionCall& c, int tile, KeyTask& t) {
+  const int lane = thread_index() % 32;
+  int tiles_before = 0, tokens_before = 0;
+  for (int base = 0; base < c.N; base += 32) {
+    const int keys = base + lane < c.N ? prefix_length(c, base + lane) : 0;
+    int tiles = cdiv(keys, BLOCK_N), tokens = keys;
+    FP_UNROLL
+    for (int delta = 1; delta < 32; delta *= 2) {
+      const int more_tiles = shfl_up(tiles, delta), more_tokens = shfl_up(tokens, delta);
+      if (lane >= delta) {
+        tiles += more_tiles;
+        tokens += more_tokens;
+      }
+    }
+    int mine = tiles_before + tiles <= tile;   // how many prefixes lie before
+    FP_UNROLL for (int mask = 16; mask > 0; mask /= 2) mine += shfl_idx(mine, lane ^ mask);
+    if (mine < 32) {
+      t.prefix = base + mine;
+      t.keys = shfl_idx(keys, mine);
+      t.token = tokens_before + shfl_idx(tokens, mine) - t.keys;
+      t.first_key = (tile - tiles_before - shfl_idx(tiles, mine) + cdiv(t.keys, BLOCK_N)) * BLOCK_N;
+      t.end_key = smaller(t.first_key + BLOCK_N, t.keys);
+      return;
+    }
+    tiles_before += shfl_idx(tiles, 31);
+    tokens_before += shfl_idx(tokens, 31);
+  }
+  t.prefix = -1;
+  t.token = tokens_before + int64_t{tile - tiles_before} * BLOCK_N;
+  t.end_key = larger(0, smaller(BLOCK_N, static_cast<int>(c.P - t.token)));
+}
 
 template <class T, int D, int KEY_GROUPS, bool OF_PREFIX>
 struct BackwardKeys {
@@ -36,7 +76,7 @@ struct BackwardKeys {
 
   static int64_t blocks(const BackwardParams& p) {
     const AttentionCall& c = p.call.forward;
-    return int64_t{p.tiles} * c.H_kv * (OF_PREFIX ? p.shares : c.B);
+    return int64_t{p.tiles} * c.H_kv * (OF_PREFIX ? int64_t{p.shares} * (c.packed ? 1 : c.N) : c.B);
   }
 
   FP_DEVICE KeyTask task_of(const BackwardParams& p) {
@@ -46,13 +86,27 @@ struct BackwardKeys {
     t.first_key = block_index() % p.tiles * BLOCK_N;   // the longest of a causal head begin first
     t.h_kv = rest % c.H_kv;
     if constexpr (OF_PREFIX) {
-      t.share = rest / c.H_kv;
-      t.end_key = smaller(t.first_key + BLOCK_N, c.P);
-      const Share steps = share_of(cdiv(c.B * rows_of_sample, BLOCK_M), t.share, p.shares);
+      t.share = rest / c.H_kv % p.shares;
+      if (c.packed) {
+        find_packed<BLOCK_N>(c, block_index() % p.tiles, t);
+      } else {
+        t.prefix = rest / c.H_kv / p.shares;
+        t.keys = prefix_length(c, t.prefix);
+        t.end_key = smaller(t.first_key + BLOCK_N, c.P);
+      }
+      int rows = c.B * rows_of_sample;
+      if (p.bank_first) {
+        t.first_unit = t.prefix < 0 ? 0 : ld_global(p.bank_first + t.prefix);
+        const int units = t.prefix < 0 ? 0 : ld_global(p.bank_first + t.prefix + 1) - t.first_unit;
+        rows = units * static_cast<int>(p.by_G.divisor) * (c.ids_by_row ? 1 : c.S);
+      }
+      if (t.first_key >= t.keys) rows = 0;
+      const Share steps = share_of(cdiv(rows, BLOCK_M), t.share, p.shares);
       t.first_row = steps.first * BLOCK_M;
-      t.end_row = smaller(steps.end * BLOCK_M, c.B * rows_of_sample);
+      t.end_row = smaller(steps.end * BLOCK_M, rows);
     } else {
       t.b = rest / c.H_kv;
+      t.keys = c.T;
       t.end_key = smaller(t.first_key + BLOCK_N, c.T);
       t.start = first_position_of(c, t.b);
       // Tokens that a causal row or a window lets see any of the keys.
@@ -66,14 +120,20 @@ struct BackwardKeys {
   }
 
   FP_DEVICE Place place(const BackwardParams& p, const KeyTask& t, int row) {
-    const int token = quotient(row, p.by_G), b = quotient(token, p.by_S);
-    return {b, remainder(token, b, p.by_S), t.h_kv * static_cast<int>(p.by_G.divisor) + remainder(row, token, p.by_G)};
+    const int token = quotient(row, p.by_G), h = t.h_kv * static_cast<int>(p.by_G.divisor) + remainder(row, token, p.by_G);
+    int b = quotient(token, p.by_S), s = remainder(token, b, p.by_S);
+    if (OF_PREFIX && p.bank_first) {
+      const int unit = ld_global(p.bank_units + t.first_unit + (p.call.forward.ids_by_row ? token : b));
+      b = p.call.forward.ids_by_row ? quotient(unit, p.by_S) : unit;
+      if (p.call.forward.ids_by_row) s = remainder(unit, b, p.by_S);
+    }
+    return {b, s, h};
   }
 
   FP_DEVICE void produce(const BackwardParams& p, const KeyTask& t) {
     const AttentionCall& c = p.call.forward;
     const int steps = cdiv(t.end_row - t.first_row, BLOCK_M), thread = thread_index() % 128;
-    const int64_t before = int64_t{t.h_kv} * c.B * c.S * p.by_G.divisor;
+    const int G = static_cast<int>(p.by_G.divisor);
     FP_NO_UNROLL
     for (int step = 0; step <= steps; step++) {
       if (step < steps) {
@@ -86,8 +146,14 @@ struct BackwardKeys {
         copy_tile<BLOCK_M, D>(q_tile(stage), c.D, c.q.data, row(c.q));
         copy_tile<BLOCK_M, D>(dout_tile(stage), c.D_v, p.call.dout.data, row(p.call.dout));
         // A row that does not exist is 0 in q and do, so that any finite weight will do.
-        if (thread < BLOCK_M)
-          st_shared(stats(stage) + thread * 8, first + thread < t.end_row ? ld_global(p.rows + before + first + thread) : Float2{{0.0f, 0.0f}});
+        if (thread < BLOCK_M) {
+          Float2 found{{0.0f, 0.0f}};
+          if (first + thread < t.end_row) {
+            const Place at = place(p, t, first + thread);
+            found = ld_global(p.rows + ((int64_t{t.h_kv} * c.B + at.b) * c.S + at.s) * G + at.h - t.h_kv * G);
+          }
+          st_shared(stats(stage) + thread * 8, found);
+        }
       }
       cp_async_commit_group();
       if (step > 0) {
@@ -224,7 +290,8 @@ struct BackwardKeys {
     }
     FP_UNROLL for (int e = 0; e < D / 2; e++) dk[e] *= c.scale;
     if constexpr (OF_PREFIX) {
-      const int64_t share = t.share * SHARES_OF_BLOCK + (KEY_GROUPS == 1 ? group : 0), at = (share * c.H_kv + t.h_kv) * c.P;
+      const int64_t share = t.share * SHARES_OF_BLOCK + (KEY_GROUPS == 1 ? group : 0), prefixes = c.packed ? 1 : c.N;
+      const int64_t head = (share * prefixes + (c.packed ? 0 : t.prefix)) * c.H_kv + t.h_kv, at = head * c.P + t.token;
       if (needs_k) leave_share(p.share_k + at * c.D, dk, t, group, c.D);
       if (needs_v) leave_share(p.share_v + at * c.D_v, dv, t, group, c.D_v);
     } else {
@@ -243,7 +310,8 @@ struct BackwardKeys {
       for (int j = 0; j < D / 8; j++) {
         const int column = j * 8 + accumulator_column(thread_index() % 32);
         if (column < columns)
-          st_global(reinterpret_cast<Float2*>(to + key * columns + column), Float2{{x[4 * j + 2 * half], x[4 * j + 2 * half + 1]}});
+          st_global(reinterpret_cast<Float2*>(to + key * columns + column),
+                    key < t.keys ? Float2{{x[4 * j + 2 * half], x[4 * j + 2 * half + 1]}} : Float2{{0.0f, 0.0f}});
       }
     }
   }
@@ -277,10 +345,12 @@ struct BackwardKeys {
     if (thread_index() < 256) {
       const bool of_k = thread_index() < 128;
       const Rows& x = OF_PREFIX ? (of_k ? c.prefix_k : c.prefix_v) : (of_k ? c.k : c.v);
-      const int64_t before = t.b * x.batch + t.h_kv * x.head;
+      int64_t before = t.b * x.batch + t.h_kv * x.head;
+      if (OF_PREFIX) before += c.packed ? t.token * x.row : larger(t.prefix, 0) * x.batch;
+      const int end = smaller(t.end_key, t.keys);
       copy_tile<BLOCK_N, D>(shared_base() + (of_k ? K : V), of_k ? c.D : c.D_v, x.data, [&](int key) {
         const int64_t number = t.first_key + key;
-        return number < t.end_key ? element(x, before + number * x.row) : nullptr;
+        return number < end ? element(x, before + number * x.row) : nullptr;
       });
       cp_async_commit_group();
       cp_async_wait_group<0>();

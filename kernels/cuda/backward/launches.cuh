@@ -6,6 +6,8 @@
 #include "backward/delta.cuh"
 #include "backward/keys.cuh"
 #include "backward/rows.cuh"
+#include "decode/bank.cuh"
+#include "decode/plan.h"
 #include "launch.cuh"
 
 namespace fastprefix {
@@ -14,19 +16,27 @@ inline const char* backward_refusal(const BackwardCall& call) {
   const AttentionCall& c = call.forward;
   if (c.D % 8 || c.D_v % 8 || c.D > 128 || c.D_v > 128) return "head dims: expected multiples of 8 up to 128";
   if (c.B < 1 || c.S < 1 || c.H_kv < 1 || c.H < 1 || c.H % c.H_kv) return "shapes: expected rows, and groups of query heads";
-  if (c.prefix_ids.data) return "prefix_ids: expected one prefix for all";
   if (int64_t{c.B} * c.S * (c.H / c.H_kv) >= int64_t{1} << 30) return "shapes: expected fewer than 2^30 rows of a head";
   return nullptr;
 }
 
 // A prefix of 64 tokens is one group's keys; of a longer one, two groups share the rows.
-inline int prefix_key_groups(const AttentionCall& c) { return c.P <= 64 ? 1 : 2; }
+inline int mean_tokens(const AttentionCall& c) { return c.packed ? cdiv(c.P, larger(c.N, 1)) : c.P; }
+inline int prefix_key_groups(const AttentionCall& c) { return mean_tokens(c) <= 64 ? 1 : 2; }
+inline int64_t prefix_tensors(const AttentionCall& c) { return c.packed ? 1 : c.N; }
+// Tiles of keys, of a packed bank those of all its prefixes, each of which may end in one that is not full, as may the
+// tokens behind the last.
+inline int64_t prefix_key_tiles(const AttentionCall& c) {
+  const int64_t tiles = cdiv(c.P, 64 * prefix_key_groups(c));
+  return c.packed ? tiles + c.N + 1 : tiles;
+}
 inline bool needs_prefix(const BackwardCall& call) { return call.forward.P > 0 && (call.dprefix_k || call.dprefix_v); }
 
 // Shares that fill the machine, each at least one step of rows.
 inline int prefix_shares(const AttentionCall& c, int multiprocessors) {
-  const int64_t tiles = cdiv(c.P, 64 * prefix_key_groups(c)) * int64_t{c.H_kv}, steps = cdiv(int64_t{c.B} * c.S * (c.H / c.H_kv), 64);
-  return static_cast<int>(std::max<int64_t>(1, std::min(cdiv(int64_t{multiprocessors}, tiles), steps)));
+  const int64_t used = prefixes_in_use(c), tiles = used * cdiv(mean_tokens(c), 64 * prefix_key_groups(c)) * c.H_kv;
+  const int64_t steps = cdiv(int64_t{c.B} * c.S * (c.H / c.H_kv), 64 * used);
+  return static_cast<int>(std::max<int64_t>(1, std::min(cdiv(int64_t{multiprocessors}, std::max<int64_t>(1, tiles)), steps)));
 }
 // Their number in memory: where two groups have the same keys, each leaves its own.
 inline int64_t shares_in_memory(const AttentionCall& c, int multiprocessors) {
@@ -34,15 +44,18 @@ inline int64_t shares_in_memory(const AttentionCall& c, int multiprocessors) {
 }
 
 struct BackwardWorkspace {
-  int64_t rows, share_k, share_v, bytes;
+  int64_t rows, share_k, share_v, units, first, bytes;
 };
 inline BackwardWorkspace workspace_of(const BackwardCall& call, int multiprocessors) {
   const AttentionCall& c = call.forward;
   const int64_t rows = int64_t{c.B} * c.H * c.S * 8;
-  const int64_t tokens = needs_prefix(call) ? shares_in_memory(c, multiprocessors) * c.H_kv * c.P * 4 : 0;
+  const int64_t tokens = needs_prefix(call) ? shares_in_memory(c, multiprocessors) * prefix_tensors(c) * c.H_kv * c.P * 4 : 0;
   const auto padded = [](int64_t bytes) { return cdiv(bytes, 16) * 16; };
   const int64_t k = padded(rows), v = k + padded(call.dprefix_k ? tokens * c.D : 0);
-  return {0, k, v, v + padded(call.dprefix_v ? tokens * c.D_v : 0)};
+  const int64_t units = v + padded(call.dprefix_v ? tokens * c.D_v : 0);
+  const bool bank = needs_prefix(call) && c.prefix_ids.data;
+  const int64_t first = units + padded(bank ? int64_t{4} * c.B * (c.ids_by_row ? c.S : 1) : 0);
+  return {0, k, v, units, first, first + padded(bank ? int64_t{4} * (c.N + 1) : 0)};
 }
 
 template <class Kernel>
@@ -53,8 +66,21 @@ const char* launch_tiles(BackwardParams params, int64_t tiles, void* stream) {
 
 inline const char* add_shares(const BackwardParams& p, const float* from, float* to, int64_t width, int multiprocessors, void* stream) {
   const AttentionCall& c = p.call.forward;
-  const AddShares::Params params{from, to, int64_t{c.H_kv} * c.P * width, static_cast<int>(shares_in_memory(c, multiprocessors))};
+  const AddShares::Params params{from, to, prefix_tensors(c) * c.H_kv * c.P * width, static_cast<int>(shares_in_memory(c, multiprocessors))};
   return to ? launch<AddShares>(AddShares::blocks(params), params, stream) : nullptr;
+}
+
+// Which units read which prefix of a bank.
+inline const char* list_rows(const BackwardParams& p, void* stream) {
+  DecodeParams params{};
+  params.call = p.call.forward;
+  params.plan.units = p.call.forward.B * (p.call.forward.ids_by_row ? p.call.forward.S : 1);
+  params.plan.prefix_warps = 1;
+  params.by_G = p.by_G;
+  params.by_S = p.by_S;
+  params.bank_units = p.bank_units;
+  params.bank_first = p.bank_first;
+  return launch<ListBankTiles>(1, params, stream);
 }
 
 template <class T, int D>
@@ -64,13 +90,16 @@ const char* launch_backward(const BackwardParams& params, int multiprocessors, v
   const char* error = launch<BackwardDelta<T>>(BackwardDelta<T>::blocks(params), params, stream);
   if (!error && call.dq.data) {
     const int64_t tiles = cdiv(int64_t{c.S} * (c.H / c.H_kv), 128);
-    error = c.P <= 16 ? launch_tiles<BackwardRows<T, D, 16>>(params, tiles, stream) : launch_tiles<BackwardRows<T, D, 64>>(params, tiles, stream);
+    error = mean_tokens(c) <= 16 ? launch_tiles<BackwardRows<T, D, 16>>(params, tiles, stream) : launch_tiles<BackwardRows<T, D, 64>>(params, tiles, stream);
   }
   if (!error && (call.dk.data || call.dv.data) && c.T > 0)
     error = launch_tiles<BackwardKeys<T, D, 2, false>>(params, cdiv(c.T, 128), stream);
   if (error || !needs_prefix(call)) return error;
-  error = prefix_key_groups(c) == 1 ? launch_tiles<BackwardKeys<T, D, 1, true>>(params, 1, stream)
-                                    : launch_tiles<BackwardKeys<T, D, 2, true>>(params, cdiv(c.P, 128), stream);
+  if (params.bank_first) error = list_rows(params, stream);
+  if (error) return error;
+  const int64_t tiles = prefix_key_tiles(c);
+  error = prefix_key_groups(c) == 1 ? launch_tiles<BackwardKeys<T, D, 1, true>>(params, tiles, stream)
+                                    : launch_tiles<BackwardKeys<T, D, 2, true>>(params, tiles, stream);
   if (!error) error = add_shares(params, params.share_k, call.dprefix_k, c.D, multiprocessors, stream);
   return error ? error : add_shares(params, params.share_v, call.dprefix_v, c.D_v, multiprocessors, stream);
 }
@@ -85,6 +114,10 @@ inline BackwardParams prepare_backward(const BackwardCall& call, void* workspace
   params.rows = reinterpret_cast<Float2*>(room + at.rows);
   params.share_k = reinterpret_cast<float*>(room + at.share_k);
   params.share_v = reinterpret_cast<float*>(room + at.share_v);
+  if (needs_prefix(call) && call.forward.prefix_ids.data) {
+    params.bank_units = reinterpret_cast<int*>(room + at.units);
+    params.bank_first = reinterpret_cast<int*>(room + at.first);
+  }
   params.shares = needs_prefix(call) ? prefix_shares(call.forward, multiprocessors) : 0;
   return params;
 }

@@ -15,12 +15,15 @@ struct BackwardRows {
   static constexpr int BLOCKS_PER_SM = 1, CONSUMER_WARPS = 4 * GROUPS;
   static constexpr uint32_t TILE = BLOCK_N * D * 2, ROWS = BLOCK_M * D * 2;
   static constexpr uint32_t Q = 0, DOUT = ROWS, K = 2 * ROWS, V = K + STAGES * TILE, BARRIERS = V + STAGES * TILE;
-  static constexpr uint32_t ROOM = BARRIERS + 2 * STAGES * 8, SHARED_BYTES = ROOM + 2 * 8 * (THREADS / 32);
+  static constexpr uint32_t ROOM = BARRIERS + 2 * STAGES * 8, LIST = ROOM + 2 * 8 * (THREADS / 32);
+  static constexpr uint32_t SHARED_BYTES = LIST + (4 + 2 * BLOCK_M) * 4;
   static_assert(BLOCK_P <= BLOCK_N);
 
   struct Shared {
     FP_DEVICE uint32_t segment_room() { return shared_base() + ROOM; }
+    FP_DEVICE uint32_t list(int word) { return shared_base() + LIST + 4 * word; }   // as of ForwardShared
   };
+  using Walk = PrefixWalk<Shared, BLOCK_P>;
   FP_DEVICE uint32_t k_tile(int stage) { return shared_base() + K + stage * TILE; }
   FP_DEVICE uint32_t v_tile(int stage) { return shared_base() + V + stage * TILE; }
   FP_DEVICE uint32_t full(int stage) { return shared_base() + BARRIERS + 8 * stage; }
@@ -31,8 +34,10 @@ struct BackwardRows {
   // Tiles arrive one after the other: while one is on its way, the one before is waited for and handed over.
   FP_DEVICE void produce(const BackwardParams& p, const RowTile& t) {
     const AttentionCall& c = p.call.forward;
-    const int prefix_tiles = cdiv(c.P, BLOCK_P), tiles = prefix_tiles + cdiv(t.high - t.low, BLOCK_N);
+    const int prefix_tiles = ld_shared_int(Shared::list(1)), tiles = prefix_tiles + cdiv(t.high - t.low, BLOCK_N);
     const int64_t h = t.h_kv, b = t.b;
+    Walk walk{};
+    if (prefix_tiles) walk = Walk::begin();
     FP_NO_UNROLL
     for (int step = 0; step <= tiles; step++) {
       if (step < tiles) {
@@ -40,12 +45,14 @@ struct BackwardRows {
         mbarrier_wait(empty(stage), ((step / STAGES) & 1) ^ 1);
         sync_warp();   // lanes overwrite what others of them have written
         if (step < prefix_tiles) {
-          const int first = step * BLOCK_P;
-          const auto row = [&](const Rows& x) {
-            return [&x, h, first, &c](int i) { return first + i < c.P ? element(x, h * x.head + (first + i) * x.row) : nullptr; };
+          const int64_t begin = prefix_begin(c, walk.prefix);
+          const int first = walk.first, keys = walk.keys;
+          const auto row = [&](const Rows& x, int64_t at) {
+            return [&x, at, first, keys](int i) { return first + i < keys ? element(x, at + (first + i) * x.row) : nullptr; };
           };
-          copy_tile<BLOCK_P, D>(k_tile(stage), c.D, c.prefix_k.data, row(c.prefix_k));
-          copy_tile<BLOCK_P, D>(v_tile(stage), c.D_v, c.prefix_v.data, row(c.prefix_v));
+          copy_tile<BLOCK_P, D>(k_tile(stage), c.D, c.prefix_k.data, row(c.prefix_k, begin + h * c.prefix_k.head));
+          copy_tile<BLOCK_P, D>(v_tile(stage), c.D_v, c.prefix_v.data, row(c.prefix_v, values_begin(c, walk.prefix, begin) + h * c.prefix_v.head));
+          Walk::advance(walk);
         } else {
           const int first = t.low + (step - prefix_tiles) * BLOCK_N;
           const auto row = [&](const Rows& x) {
@@ -125,10 +132,17 @@ struct BackwardRows {
     }
     float dq[D / 2];
     FP_UNROLL for (int e = 0; e < D / 2; e++) dq[e] = 0.0f;
-    const int prefix_tiles = cdiv(c.P, BLOCK_P), content_tiles = cdiv(t.high - t.low, BLOCK_N);
+    const int prefix_tiles = ld_shared_int(Shared::list(1)), content_tiles = cdiv(t.high - t.low, BLOCK_N);
+    const bool shared_by_all = ld_shared_int(Shared::list(2));
+    Walk walk{};
+    if (prefix_tiles) walk = Walk::begin();
     FP_NO_UNROLL
-    for (int i = 0; i < prefix_tiles; i++)
-      step<BLOCK_P>(dq, me, row, i, [&](float(&x)[BLOCK_P / 2]) { hide_prefix(x, me, 0, i * BLOCK_P, c.P, true); });
+    for (int i = 0; i < prefix_tiles; i++) {
+      step<BLOCK_P>(dq, me, row, i, [&](float(&x)[BLOCK_P / 2]) {
+        hide_prefix(x, me, walk.prefix, walk.first, walk.keys, shared_by_all);
+      });
+      Walk::advance(walk);
+    }
     FP_NO_UNROLL
     for (int i = 0; i < content_tiles; i++)
       step<BLOCK_N>(dq, me, row, prefix_tiles + i, [&](float(&x)[BLOCK_N / 2]) { hide_content(x, me, t.low + i * BLOCK_N); });
@@ -170,8 +184,9 @@ struct BackwardRows {
       cp_async_wait_group<0>();
       fence_proxy_async();
     }
+    if (thread_index() / 32 == 8) list_prefixes<Shared, BLOCK_M, BLOCK_P>(c, p.by_G, t);
     find_segments<Shared, BLOCK_M, THREADS>(c, t);
-    sync_block();   // barriers and rows are there
+    sync_block();   // barriers, rows and list are there
     if (thread_index() < 128) {
       setmaxnreg_dec<56>();
       produce(p, t);

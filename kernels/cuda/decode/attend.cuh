@@ -176,7 +176,7 @@ struct AttendShare {
     const AttentionCall& c = p.call;
     const Warp warp = this_warp();
     const int64_t h = task.h_kv, b = task.b, begin = prefix_begin(c, task.prefix);
-    const int64_t begin_v = c.packed ? begin / c.prefix_k.row * c.prefix_v.row : task.prefix * c.prefix_v.batch;
+    const int64_t begin_v = values_begin(c, task.prefix, begin);
     const auto head = [](const Rows& x, int64_t offset) { return static_cast<const uint16_t*>(x.data) + offset; };
     const KeySource prefix{head(c.prefix_k, begin + h * c.prefix_k.head), head(c.prefix_v, begin_v + h * c.prefix_v.head),
                            c.prefix_k.row, c.prefix_v.row, task.prefix_keys};

@@ -50,9 +50,10 @@ struct ListBankTiles {
       if (n < c.N)
         for (int unit = 0; unit < p.plan.units; unit++) units += id_at(c, p.by_S, unit) == n;
       // A prefix without tokens needs no tiles, but its rows' states are read: they get some that have seen nothing.
-      const int rows = units * rows_of_unit, tiles = cdiv(rows, block_m);
+      const int rows = units * rows_of_unit, tiles = p.bank_first ? 0 : cdiv(rows, block_m);
       const int first_unit = units_before + scan(units, unit_totals) - units;
       const int first_tile = tiles_before + scan(tiles, tile_totals) - tiles;
+      if (p.bank_first && n < c.N) st_global(p.bank_first + n, first_unit);
       for (int i = 0; i < tiles; i++) st_global(p.tiles + first_tile + i, BankTile{n, i * block_m, rows, first_unit});
       if (units) {
         int place = first_unit;
@@ -63,6 +64,7 @@ struct ListBankTiles {
       tiles_before += total(tile_totals);
       sync_block();   // before the next prefixes' totals overwrite these
     }
+    if (p.bank_first && thread_index() == 0) st_global(p.bank_first + c.N, units_before);
     for (int tile = tiles_before + thread_index(); tile < p.plan.prefix_tiles; tile += THREADS)
       st_global(p.tiles + tile, BankTile{-1, 0, 0, 0});
   }

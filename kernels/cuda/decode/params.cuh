@@ -35,6 +35,7 @@ struct DecodeParams {
   float* l;           // [slots, B * H * S]
   BankTile* tiles;    // [prefix_tiles], of a bank
   int* bank_units;    // [units], by prefix
+  int* bank_first;    // [N + 1], or null: where each prefix's units begin; then there are no tiles
 };
 
 FP_DEVICE int64_t integer_at(const Integers& x, int64_t place) {
@@ -63,6 +64,11 @@ FP_DEVICE int64_t prefix_begin(const AttentionCall& c, int n) {
   FP_UNROLL
   for (int lane = 16; lane > 0; lane /= 2) before += shfl_idx(before, (thread_index() % 32) ^ lane);
   return before * c.prefix_k.row;
+}
+
+// The same of its values, which have the same tokens in other strides.
+FP_DEVICE int64_t values_begin(const AttentionCall& c, int n, int64_t begin) {
+  return c.packed ? begin / c.prefix_k.row * c.prefix_v.row : n * c.prefix_v.batch;
 }
 
 // A row of the call: sample, token, query head.

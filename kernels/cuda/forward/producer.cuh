@@ -62,7 +62,7 @@ struct ForwardProducer {
       // A packed bank is to the copy engine one prefix, in which this one begins somewhere.
       const int first = walk.first + (c.packed ? static_cast<int>(begin_k / c.prefix_k.row) : 0), n = c.packed ? 0 : walk.prefix;
       const int64_t row = walk.first, h = t.h_kv;
-      const int64_t begin_v = c.packed ? begin_k / c.prefix_k.row * c.prefix_v.row : walk.prefix * c.prefix_v.batch;
+      const int64_t begin_v = values_begin(c, walk.prefix, begin_k);
       wait_empty(Shared::empty_k(stage), step);
       if (by_rows)
         copy_rows(Shared::k_tile(stage), Shared::full_k(stage), c.prefix_k, begin_k + h * c.prefix_k.head + row * c.prefix_k.row, keys, c.D);
