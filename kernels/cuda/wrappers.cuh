@@ -30,6 +30,12 @@ namespace fastprefix {
 
 FP_DEVICE int thread_index() { return threadIdx.x; }
 FP_DEVICE int block_index() { return blockIdx.x; }
+// The same index, read again: what follows from it is computed again too, instead of being kept in registers.
+FP_DEVICE int thread_index_again() {
+  int x;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(x));
+  return x;
+}
 
 // The block's dynamic shared memory, as an address of the shared state space.
 extern __shared__ __align__(1024) uint8_t dynamic_shared[];
@@ -101,6 +107,12 @@ FP_DEVICE Float4 ld_shared4(uint32_t a) {
   Float4 v;
   asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
                : "=f"(v.x[0]), "=f"(v.x[1]), "=f"(v.x[2]), "=f"(v.x[3]) : "r"(a) : "memory");
+  return v;
+}
+FP_DEVICE Bits4 ld_shared_bits4(uint32_t a) {
+  Bits4 v;
+  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x[0]), "=r"(v.x[1]), "=r"(v.x[2]), "=r"(v.x[3]) : "r"(a) : "memory");
   return v;
 }
 FP_DEVICE int ld_shared_int(uint32_t a) {

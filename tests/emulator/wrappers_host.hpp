@@ -93,6 +93,7 @@ inline void ldmatrix_x4(uint32_t (&r)[4], uint32_t address, bool trans, const ch
 }  // namespace emulator
 
 inline int thread_index() { return emulator::position.thread; }
+inline int thread_index_again() { return thread_index(); }
 inline int block_index() { return static_cast<int>(emulator::position.block); }
 inline uint32_t shared_base() { return emulator::Block::SHARED_BASE; }
 
@@ -181,6 +182,7 @@ inline void cp_async_16(uint32_t to, const void* from, int bytes) {
 
 inline float ld_shared(uint32_t a) { return emulator::ld_shared<float>(a); }
 inline Float4 ld_shared4(uint32_t a) { return emulator::ld_shared<Float4>(a); }
+inline Bits4 ld_shared_bits4(uint32_t a) { return emulator::ld_shared<Bits4>(a); }
 inline int ld_shared_int(uint32_t a) { return emulator::ld_shared<int>(a); }
 template <class V>
 void st_shared(uint32_t a, V x) {

@@ -66,11 +66,14 @@ struct BackwardKeys {
   static constexpr int SHARES_OF_BLOCK = GROUPS / KEY_GROUPS;
   static constexpr uint32_t KEYS = BLOCK_N * D * 2, TILE = BLOCK_M * D * 2, STATS = BLOCK_M * sizeof(Float2);
   static constexpr uint32_t K = 0, V = KEYS, Q = 2 * KEYS, DOUT = Q + STAGES * TILE, ROWS = DOUT + STAGES * TILE;
-  static constexpr uint32_t BARRIERS = ROWS + STAGES * STATS, SHARED_BYTES = BARRIERS + 2 * STAGES * 8;
+  static constexpr uint32_t BARRIERS = ROWS + STAGES * STATS, TASK = BARRIERS + 2 * STAGES * 8, PLACES = TASK + 48;
+  static constexpr uint32_t SHARED_BYTES = PLACES + STAGES * BLOCK_M * 16;
+  static constexpr int64_t NOWHERE = -1;   // no offset of a tensor is odd
 
   FP_DEVICE uint32_t q_tile(int stage) { return shared_base() + Q + stage * TILE; }
   FP_DEVICE uint32_t dout_tile(int stage) { return shared_base() + DOUT + stage * TILE; }
   FP_DEVICE uint32_t stats(int stage) { return shared_base() + ROWS + stage * STATS; }
+  FP_DEVICE uint32_t places(int stage) { return shared_base() + PLACES + stage * BLOCK_M * 16; }
   FP_DEVICE uint32_t full(int stage) { return shared_base() + BARRIERS + 8 * stage; }
   FP_DEVICE uint32_t empty(int stage) { return full(STAGES + stage); }
 
@@ -119,6 +122,31 @@ struct BackwardKeys {
     return t;
   }
 
+  // A block's task waits in shared memory, not in registers, where it is needed before and after the loop or by few lanes.
+  FP_DEVICE void save(const KeyTask& t) {
+    const int words[] = {t.h_kv, t.first_key, t.end_key, t.prefix, t.share, t.keys, static_cast<int>(t.token), t.end_row, t.first_unit};
+    FP_UNROLL for (int i = 0; i < 9; i++) st_shared(shared_base() + TASK + i * 4, words[i]);
+  }
+  FP_DEVICE int saved(int word) { return ld_shared_int(shared_base() + TASK + word * 4); }
+  FP_DEVICE KeyTask saved_rows() {
+    KeyTask t{};
+    t.h_kv = saved(0);
+    t.end_row = saved(7);
+    t.first_unit = saved(8);
+    return t;
+  }
+  FP_DEVICE KeyTask saved_keys() {
+    KeyTask t{};
+    t.h_kv = saved(0);
+    t.first_key = saved(1);
+    t.end_key = saved(2);
+    t.prefix = saved(3);
+    t.share = saved(4);
+    t.keys = saved(5);
+    t.token = saved(6);
+    return t;
+  }
+
   FP_DEVICE Place place(const BackwardParams& p, const KeyTask& t, int row) {
     const int token = quotient(row, p.by_G), h = t.h_kv * static_cast<int>(p.by_G.divisor) + remainder(row, token, p.by_G);
     int b = quotient(token, p.by_S), s = remainder(token, b, p.by_S);
@@ -130,30 +158,52 @@ struct BackwardKeys {
     return {b, s, h};
   }
 
-  FP_DEVICE void produce(const BackwardParams& p, const KeyTask& t) {
+  // Of a step's rows: what all their products need, and where q and do lie, which the copies then read from there. A row
+  // that does not exist is 0 in q and do, so that any finite weight will do.
+  FP_DEVICE void find_rows(const BackwardParams& p, const KeyTask& task, int first, int stage) {
     const AttentionCall& c = p.call.forward;
-    const int steps = cdiv(t.end_row - t.first_row, BLOCK_M), thread = thread_index() % 128;
-    const int G = static_cast<int>(p.by_G.divisor);
+    const int row = thread_index_again() % 128, G = static_cast<int>(p.by_G.divisor);
+    if (row >= BLOCK_M) return;
+    const KeyTask t = OF_PREFIX ? saved_rows() : task;
+    Float2 found{{0.0f, 0.0f}};
+    int64_t of_q = NOWHERE, of_dout = 0;
+    if (first + row < t.end_row) {
+      const Place at = place(p, t, first + row);
+      found = ld_global(p.rows + ((int64_t{t.h_kv} * c.B + at.b) * c.S + at.s) * G + at.h - t.h_kv * G);
+      of_q = offset(c.q, at);
+      of_dout = offset(p.call.dout, at);
+    }
+    st_shared(stats(stage) + row * 8, found);
+    const auto low = [](int64_t x) { return static_cast<uint32_t>(x); };
+    st_shared(places(stage) + row * 16, Bits4{{low(of_q), low(of_q >> 32), low(of_dout), low(of_dout >> 32)}});
+  }
+
+  FP_DEVICE void copy_rows(const BackwardParams& p, int stage) {
+    constexpr int CHUNKS = D / 8, STEP = 128 / CHUNKS;
+    const AttentionCall& c = p.call.forward;
+    const int thread = thread_index_again() % 128, chunk = thread % CHUNKS;
+    const auto whole = [](uint32_t low, uint32_t high) { return static_cast<int64_t>(uint64_t{high} << 32 | low); };
+    FP_NO_UNROLL
+    for (int row = thread / CHUNKS; row < BLOCK_M; row += STEP) {
+      const Bits4 at = ld_shared_bits4(places(stage) + row * 16);
+      const int64_t of_q = whole(at.x[0], at.x[1]), of_dout = whole(at.x[2], at.x[3]);
+      const uint32_t to = chunk / 8 * (BLOCK_M * 128) + static_cast<uint32_t>(row * 128 + ((chunk % 8 ^ (row & 7)) << 4));
+      const bool q = of_q != NOWHERE && chunk * 8 < c.D, dout = of_q != NOWHERE && chunk * 8 < c.D_v;
+      cp_async_16(q_tile(stage) + to, element(c.q, q ? of_q + chunk * 8 : 0), q ? 16 : 0);
+      cp_async_16(dout_tile(stage) + to, element(p.call.dout, dout ? of_dout + chunk * 8 : 0), dout ? 16 : 0);
+    }
+  }
+
+  FP_DEVICE void produce(const BackwardParams& p, const KeyTask& t) {
+    const int steps = cdiv(t.end_row - t.first_row, BLOCK_M);
     FP_NO_UNROLL
     for (int step = 0; step <= steps; step++) {
       if (step < steps) {
-        const int stage = step % STAGES, first = t.first_row + step * BLOCK_M;
+        const int stage = step % STAGES;
         mbarrier_wait(empty(stage), ((step / STAGES) & 1) ^ 1);
-        sync_warp();   // lanes overwrite what others of them have written
-        const auto row = [&](const Rows& x) {
-          return [&p, &t, &x, first](int i) { return first + i < t.end_row ? element(x, offset(x, place(p, t, first + i))) : nullptr; };
-        };
-        copy_tile<BLOCK_M, D>(q_tile(stage), c.D, c.q.data, row(c.q));
-        copy_tile<BLOCK_M, D>(dout_tile(stage), c.D_v, p.call.dout.data, row(p.call.dout));
-        // A row that does not exist is 0 in q and do, so that any finite weight will do.
-        if (thread < BLOCK_M) {
-          Float2 found{{0.0f, 0.0f}};
-          if (first + thread < t.end_row) {
-            const Place at = place(p, t, first + thread);
-            found = ld_global(p.rows + ((int64_t{t.h_kv} * c.B + at.b) * c.S + at.s) * G + at.h - t.h_kv * G);
-          }
-          st_shared(stats(stage) + thread * 8, found);
-        }
+        find_rows(p, t, t.first_row + step * BLOCK_M, stage);
+        bar_sync(1, 128);   // all places are there
+        copy_rows(p, stage);
       }
       cp_async_commit_group();
       if (step > 0) {
@@ -290,6 +340,7 @@ struct BackwardKeys {
     }
     FP_UNROLL for (int e = 0; e < D / 2; e++) dk[e] *= c.scale;
     if constexpr (OF_PREFIX) {
+      const KeyTask t = saved_keys();
       const int64_t share = t.share * SHARES_OF_BLOCK + (KEY_GROUPS == 1 ? group : 0), prefixes = c.packed ? 1 : c.N;
       const int64_t head = (share * prefixes + (c.packed ? 0 : t.prefix)) * c.H_kv + t.h_kv, at = head * c.P + t.token;
       if (needs_k) leave_share(p.share_k + at * c.D, dk, t, group, c.D);
@@ -335,6 +386,7 @@ struct BackwardKeys {
     const AttentionCall& c = p.call.forward;
     const KeyTask t = task_of(p);
     if (thread_index() == 0) {
+      save(t);
       FP_UNROLL
       for (int stage = 0; stage < STAGES; stage++) {
         mbarrier_init(full(stage), 128);
@@ -356,7 +408,7 @@ struct BackwardKeys {
       cp_async_wait_group<0>();
       fence_proxy_async();
     }
-    sync_block();   // barriers and keys are there
+    sync_block();   // barriers, keys and task are there
     if (thread_index() < 128) {
       setmaxnreg_dec<24>();
       produce(p, t);
