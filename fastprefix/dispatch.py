@@ -9,12 +9,12 @@ from torch import Tensor
 
 from .errors import UnsupportedError, fail
 from .machine import device
-from .types import BACKENDS, AttentionArgs
+from .types import BACKENDS, AttentionArgs, BackendName
 from .verification import lookup, ranking, store
 from .verification.routes import Candidate, module, no_backward
 from .verification.store import Policy
 
-__all__ = ["UnsupportedError", "check_name", "choose", "explain", "has_backward", "module", "name_of"]
+__all__ = ["UnsupportedError", "check_name", "choose", "explain", "has_every_gradient", "module", "name_of"]
 
 
 def check_name(name: str) -> None:
@@ -36,9 +36,7 @@ def choose(args: AttentionArgs, name: str, mode: str = "forward") -> Candidate:
         chosen = module(name)  # type: ignore[arg-type]
         if name == "cuda":
             chosen.prepare(args.q.device)
-        reasons = chosen.unsupported(args)
-        if mode != "forward" and (reason := no_backward(chosen)):
-            reasons.append(reason)
+        reasons = _reasons(chosen, args, mode != "forward")
         if reasons:
             raise UnsupportedError(f"backend {name!r} cannot take this call:\n  " + "\n  ".join(reasons))
         return Candidate(chosen, None)
@@ -48,9 +46,17 @@ def choose(args: AttentionArgs, name: str, mode: str = "forward") -> Candidate:
     raise AssertionError("the reference takes every call")
 
 
-def has_backward(name: str) -> bool:
-    """Whether a name is one by which gradients can be had: ``auto`` takes another backend for them where it must."""
-    return name not in BACKENDS or not no_backward(module(name))
+def _reasons(backend: ModuleType, args: AttentionArgs, trained: bool) -> list[str]:
+    """Why a backend cannot take a call; of one that is trained, why it has no gradients, if that is another reason."""
+    reasons: list[str] = backend.unsupported(args)
+    if trained:
+        reasons = reasons + [x for x in no_backward(backend, args) if x.removeprefix("gradients: ") not in reasons]
+    return reasons
+
+
+def has_every_gradient(name: BackendName) -> bool:
+    """Whether a backend has gradients of every call that it takes."""
+    return not hasattr(module(name), "backward_unsupported")
 
 
 def name_of(backend: ModuleType) -> str:
@@ -71,8 +77,10 @@ def explain(args: AttentionArgs) -> str:
     trained = torch.is_grad_enabled() and any(x.requires_grad for x in _trainable(args))
     for name in BACKENDS:
         reasons = module(name).unsupported(args)
-        if trained and module(name) is not chosen.module and (reason := no_backward(module(name))):
-            reasons.append(reason)
+        if trained and module(name) is not chosen.module:
+            reasons += [
+                reason for reason in no_backward(module(name), args) if reason.partition(": ")[2] not in reasons
+            ]
         if reasons:
             verdict = "cannot: " + "; ".join(reasons)
         elif module(name) is chosen.module:

@@ -186,11 +186,11 @@ def _differentiated(inputs: tuple[Any, ...]) -> bool:
 
 
 def check_backward(inputs: Sequence[Any]) -> None:
-    """Raise UnsupportedError where gradients are wanted by the name of a backend that computes none.
+    """Raise UnsupportedError where gradients are wanted by the name of a backend that computes none of such a call.
 
     At the forward: until its backward runs, a program may do hours of work.
     """
-    if not dispatch.has_backward(inputs[-1]):
+    if inputs[-1] == "cuda":  # the one whose backward takes less than its forward
         dispatch.choose(from_op_inputs(inputs)[0], inputs[-1], "backward")
 
 

@@ -9,7 +9,7 @@ from typing import Literal, get_args
 import torch
 
 from benches.device_suite.model_correctness import MODELS
-from fastprefix.dispatch import has_backward
+from fastprefix.dispatch import has_every_gradient
 from fastprefix.measure import Mode, Problem
 from fastprefix.types import BACKENDS, BackendName
 
@@ -17,7 +17,7 @@ Part = Literal["correctness", "operator", "step"]
 PARTS: tuple[Part, ...] = get_args(Part)
 
 # Checks compare gradients. A backend without any is checked by `fastprefix verify`, and timed with the others.
-DIFFERENTIABLE: tuple[BackendName, ...] = tuple(name for name in BACKENDS if has_backward(name))
+DIFFERENTIABLE: tuple[BackendName, ...] = tuple(name for name in BACKENDS if has_every_gradient(name))
 BF16 = torch.bfloat16
 HEADS = ((32, 8, 128), (12, 12, 64))  # H, H_kv, D
 LENGTHS = ((32, 512), (8, 2048), (2, 8192))  # B, S

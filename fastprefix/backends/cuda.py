@@ -23,7 +23,6 @@ from ..types import AttentionArgs, Grads, Needs
 
 DECODE_ROUTES = ("split_kv", "cascade")  # those that only decode
 ROUTES = (*DECODE_ROUTES, "fused")
-NO_BACKWARD = "gradients: its kernels compute none yet; under torch.no_grad() it computes the forward"
 
 LARGEST_SEQ = 16
 LARGEST_HEAD_DIM, LARGEST_FUSED_HEAD_DIM = 256, 128
@@ -155,9 +154,22 @@ def fwd(args: AttentionArgs, route: str | None = None) -> tuple[Tensor, Tensor]:
     return found
 
 
+def backward_unsupported(args: AttentionArgs) -> list[str]:
+    """Why there are no gradients of a call that this backend takes; empty when there are."""
+    return [f"gradients: {reason}" for reason in _cannot(args, decodes=False)]
+
+
 def bwd(args: AttentionArgs, o: Tensor, lse: Tensor, do: Tensor, needs: Needs, route: str | None = None) -> Grads:
-    """None yet; a call that will need gradients is refused before its forward."""
-    raise UnsupportedError(f"backend 'cuda' cannot take this call:\n  {NO_BACKWARD}")
+    """Gradients of :func:`fwd`, by whichever route; what nothing needs is not computed."""
+    ops = _library().ops
+    if reasons := backward_unsupported(args) if ops else [absence()]:
+        raise UnsupportedError("backend 'cuda' cannot take this call:\n  " + "\n  ".join(reasons))
+    found = ops.backward.default(*_inputs(args, None), aligned(o), lse.contiguous(), aligned(do), *needs[:5])
+    grads = [x if need else None for x, need in zip(found, needs)]
+    for i, x in ((3, args.prefix_k), (4, args.prefix_v)):
+        if (grad := grads[i]) is not None:
+            grads[i] = grad.view(x.shape).to(x.dtype)
+    return Grads(*grads)
 
 
 def _inputs(args: AttentionArgs, route: str | None) -> tuple[Any, ...]:

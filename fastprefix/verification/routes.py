@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from .. import reference
 from ..backends import aten, cuda, native, triton
-from ..types import BACKENDS, BackendName
+from ..types import BACKENDS, AttentionArgs, BackendName
 from .cells import Direction
 
 
@@ -67,6 +67,7 @@ def decode_routes(backend: ModuleType) -> tuple[str, ...]:
     return getattr(backend, "DECODE_ROUTES", ())
 
 
-def no_backward(backend: ModuleType) -> str:
-    """Why a backend computes no gradients; empty where it does."""
-    return getattr(backend, "NO_BACKWARD", "")
+def no_backward(backend: ModuleType, args: AttentionArgs) -> list[str]:
+    """Why a backend computes no gradients of a call that it takes; empty where it does."""
+    reasons: list[str] = backend.backward_unsupported(args) if hasattr(backend, "backward_unsupported") else []
+    return reasons

@@ -1,5 +1,5 @@
 // Stands for the kernels of kernels/cuda where a test is about compiling, linking and launching: o and lse become 1.
-#include "attention_call.h"
+#include "backward_call.h"
 
 #include <cuda_runtime.h>
 
@@ -16,6 +16,9 @@ __global__ void fill(AttentionCall call, uint16_t one) {
 extern "C" int fastprefix_decode_route(const AttentionCall*) { return fastprefix::SPLIT_KV; }
 
 extern "C" int64_t fastprefix_decode_workspace(const AttentionCall*) { return 0; }
+
+extern "C" int64_t fastprefix_backward_workspace(const fastprefix::BackwardCall*) { return 0; }
+extern "C" const char* fastprefix_backward(const fastprefix::BackwardCall*, void*, void*) { return "no gradients here"; }
 
 extern "C" const char* fastprefix_fused(const AttentionCall* call, void* stream) {
   return fastprefix_decode(call, nullptr, stream);

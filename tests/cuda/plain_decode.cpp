@@ -3,7 +3,7 @@
 #include <cstring>
 #include <vector>
 
-#include "attention_call.h"
+#include "backward_call.h"
 
 // What a test sets: whether results are written, and the route that AUTO takes.
 extern "C" {
@@ -105,6 +105,9 @@ extern "C" const char* fastprefix_fused(const AttentionCall* call, void*) {
       for (int64_t s = 0; s < call->S; s++) attend(*call, b, h, s);
   return nullptr;
 }
+
+extern "C" int64_t fastprefix_backward_workspace(const BackwardCall*) { return 0; }
+extern "C" const char* fastprefix_backward(const BackwardCall*, void*, void*) { return "no gradients are computed here"; }
 
 extern "C" int fastprefix_decode_route(const AttentionCall* call) { return call->route ? call->route : plain_route; }
 

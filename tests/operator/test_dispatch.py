@@ -26,7 +26,7 @@ def test_explain_says_who_and_why_not() -> None:
     lines = dict(line.split(maxsplit=1) for line in explain(**make_call().leaves).splitlines())
     unproved = "not proved: FASTPREFIX_VERIFY=off"
     last = {"aten": f"chosen by auto: {unproved}", "triton": f"can, by name only: {unproved}"}
-    last["cuda"] = "cannot: " + "; ".join([*cuda.unsupported(arguments(make_call())), cuda.NO_BACKWARD])
+    last["cuda"] = "cannot: " + "; ".join(cuda.unsupported(arguments(make_call())))
     assert lines == {
         "reference": "can, but auto prefers native",
         "native": f"chosen by auto: {unproved}",

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from fastprefix import prefix_attention
-from fastprefix.dispatch import UnsupportedError, has_backward, module
+from fastprefix.dispatch import UnsupportedError, has_every_gradient, module
 from fastprefix.types import BACKENDS, AttentionArgs, BackendName
 
 # Backends that take calls of every kind, with gradients; one that only decodes has tests of its own.
-GENERAL: tuple[BackendName, ...] = tuple(name for name in BACKENDS if has_backward(name))
+GENERAL: tuple[BackendName, ...] = tuple(name for name in BACKENDS if has_every_gradient(name))
 
 
 @dataclass

@@ -392,7 +392,6 @@ struct BackwardKeys {
         mbarrier_init(full(stage), 128);
         mbarrier_init(empty(stage), 4 * KEY_GROUPS);   // warps that read a step's rows
       }
-      fence_mbarrier_init();
     }
     if (thread_index() < 256) {
       const bool of_k = thread_index() < 128;

@@ -171,7 +171,6 @@ struct BackwardRows {
         mbarrier_init(full(stage), 128);
         mbarrier_init(empty(stage), CONSUMER_WARPS);
       }
-      fence_mbarrier_init();
     }
     // q and do stay for the whole loop: every warpgroup but the last fetches one of them.
     if (thread_index() < 256) {

@@ -1,0 +1,111 @@
+"""The backward's kernels in the emulator, called as C++ calls them, and judged by the error rule."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fastprefix import reference
+from fastprefix.types import INPUTS, AttentionArgs, Needs
+from tests.cuda.emulated.calls import Call, Rows
+from tests.cuda.emulated.random_calls import in_fp64
+from tests.emulator.build import library
+from tests.emulator.session import Mode, Session
+
+ALL = Needs(True, True, True, True, True)
+
+
+class BackwardCall(ctypes.Structure):
+    """``BackwardCall`` of kernels/cuda/backward_call.h."""
+
+    _fields_ = [
+        ("forward", Call),
+        *((name, Rows) for name in ("dout", "dq", "dk", "dv")),
+        *((name, ctypes.c_void_p) for name in ("dprefix_k", "dprefix_v")),
+    ]
+
+
+class Problem:
+    """A call, the gradient of its output, and what the fp64 reference makes of them."""
+
+    def __init__(self, args: AttentionArgs) -> None:
+        self.args, exact = args, in_fp64(args)
+        o, lse = reference.fwd(exact)
+        generator = torch.Generator().manual_seed(o.numel())
+        self.do = torch.randn(o.shape, generator=generator).to(args.q.dtype)
+        self.o, self.lse = o.to(args.q.dtype), lse.float()
+        self.truth = reference.bwd(exact, o, lse, self.do.double(), ALL)
+
+    def assert_right(self, found: Sequence[Tensor], needs: Needs) -> None:
+        """Twice the error of the reference in the same dtype; what is not needed is not written."""
+        peer = reference.bwd(self.args, self.o, self.lse, self.do, ALL)
+        eps, rows = torch.finfo(self.args.q.dtype).eps, self.lse.numel()
+        for name, x, want, other, need in zip(INPUTS, found, self.truth, peer, needs):
+            assert want is not None and other is not None
+            if not need or not want.numel():
+                assert x.isnan().all(), f"d{name} was written"
+                continue
+            error, allowed = ((y.double() - want).abs().max().item() for y in (x, other))
+            # Sums over all rows are rounded like a random walk.
+            floor = eps * max(1.0, want.abs().max().item()) * (max(1.0, 0.1 * rows**0.5) if "prefix" in name else 1.0)
+            assert error <= 2 * allowed + floor, (f"d{name}", error, allowed)
+
+
+class Backward:
+    """``fastprefix_backward`` of a compiled library."""
+
+    def __init__(self, path: Path) -> None:
+        self.session = Session(path)
+        self.run = self.session.library.fastprefix_backward
+        self.run.restype, self.run.argtypes = ctypes.c_char_p, [ctypes.c_void_p] * 3
+        self.room = self.session.library.fastprefix_backward_workspace
+        self.room.restype, self.room.argtypes = ctypes.c_int64, [ctypes.c_void_p]
+
+    def __call__(
+        self,
+        problem: Problem,
+        needs: Needs = ALL,
+        mode: Mode = Mode.LATE,
+        seed: int = 0,
+        multiprocessors: int = 4,
+        wgmma_mode: Mode = Mode.LATE,
+    ) -> list[Tensor]:
+        """The five gradients, nan where they are not needed; those of the prefix in fp32."""
+        args = problem.args
+        (B, H, S, D), T, D_v = args.q.shape, args.k.shape[2], args.v.shape[3]
+
+        def empty(heads: int, rows: int, width: int) -> Tensor:
+            return args.q.new_full((B, rows, heads, width), float("nan")).transpose(1, 2)
+
+        found = [empty(H, S, D), *(empty(args.k.shape[1], T, width) for width in (D, D_v))]
+        found += [torch.full(x.shape, float("nan")) for x in (args.prefix_k, args.prefix_v)]
+        call = BackwardCall(Call.of(args, problem.o, problem.lse, None, "fused"), Rows.of(problem.do))
+        for name, x, need in zip(("dq", "dk", "dv"), found, needs):
+            if need and x.numel():
+                setattr(call, name, Rows.of(x))
+        for name, x, need in zip(("dprefix_k", "dprefix_v"), found[3:], needs[3:]):
+            if need and x.numel():
+                setattr(call, name, x.data_ptr())
+        self.session.reset(mode=mode, seed=seed, multiprocessors=multiprocessors, wgmma_mode=wgmma_mode)
+        workspace = torch.full((self.room(ctypes.byref(call)) // 4,), float("nan"))
+        names = ("key_padding_mask", "segment_ids", "q_start", "prefix_ids", "prefix_lens")
+        read = {name: getattr(args, name) for name in (*INPUTS, *names)} | {"o": problem.o, "lse": problem.lse}
+        for name, x in {**read, "do": problem.do}.items():
+            if isinstance(x, Tensor):
+                self.session.add(name, x)
+        for name, x in zip((*(f"d{name}" for name in INPUTS), "workspace"), (*found, workspace)):
+            self.session.add(name, x, writable=True)
+        error = self.run(ctypes.byref(call), workspace.data_ptr(), None)
+        assert error is None or self.session.errors, error
+        return found
+
+
+@functools.cache
+def backward() -> Backward:
+    """All of its kernels, as they are."""
+    return Backward(library("tests/cuda/emulated/backward.cpp"))

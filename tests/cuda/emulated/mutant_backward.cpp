@@ -1,0 +1,15 @@
+// The backward of 128 columns of bf16: for copies of the kernels that have a fault.
+#include "backward/launches.cuh"
+
+using namespace fastprefix;
+
+extern "C" int64_t fastprefix_backward_workspace(const BackwardCall* call) {
+  const char* reason = nullptr;
+  return workspace_of(*call, use_device(call->forward.device, &reason)).bytes;
+}
+
+extern "C" const char* fastprefix_backward(const BackwardCall* call, void* workspace, void* stream) {
+  const char* reason = nullptr;
+  const int count = use_device(call->forward.device, &reason);
+  return launch_backward<bf16_t, 128>(prepare_backward(*call, workspace, count), count, stream);
+}
