@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from typing import Any
 
 import pytest
@@ -10,7 +9,7 @@ import torch
 
 from fastprefix import prefix_attention
 from tests.support.operator_calls import GENERAL, backend_params, backends_of, interpreted, make_call, run
-from tests.support.operator_cases import CASES, EAGER, EAGER_BANKS
+from tests.support.operator_cases import CASES, EAGER, EAGER_BANKS, ODD_SHAPES
 from tests.support.operator_oracle import assert_close, assert_within_rule, truth
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -60,13 +59,7 @@ def test_error_rule(case: str, dtype: torch.dtype, backend: str) -> None:
     assert_within_rule(run(call, backend), call)
 
 
-# Each value of each axis of DESIGN section 7 appears; the product would be 5 * 5 * 5 * 3 calls. The largest batch goes
-# with the smallest group: a tile's rows are those of a whole group, and an interpreter takes its time for each tile.
-GRID = list(zip(*(itertools.islice(itertools.cycle(x), 15) for x in (
-    (1, 63, 128, 200), (0, 1, 7, 16, 129), (32, 64, 80, 128, 256), (1, 3, 8), (5, 2, 1))), strict=True))  # fmt: skip
-
-
-@pytest.mark.parametrize(("S", "P", "D", "group", "B"), GRID)
+@pytest.mark.parametrize(("S", "P", "D", "group", "B"), ODD_SHAPES)
 def test_odd_shapes(S: int, P: int, D: int, group: int, B: int, backend: str) -> None:
     call = make_call(B=B, H=2 * group, H_kv=2, S=S, P=P, D=D)
     assert_within_rule(run(call, backend), call)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import torch
@@ -148,3 +149,8 @@ EAGER = [
 EAGER_BANKS = [
     name for name in CASES if name.startswith("bank") and not name.endswith(("gate", "empty", "no_content", "padding"))
 ]
+# S, P, D, heads of a group, B. Each value of each axis of DESIGN section 7 appears; the product would be 5 * 5 * 5 * 3
+# calls. The largest batch goes with the smallest group: a tile's rows are those of a whole group, and an interpreter
+# takes its time for each tile.
+ODD_SHAPES = list(zip(*(itertools.islice(itertools.cycle(x), 15) for x in (
+    (1, 63, 128, 200), (0, 1, 7, 16, 129), (32, 64, 80, 128, 256), (1, 3, 8), (5, 2, 1))), strict=True))  # fmt: skip
