@@ -1,4 +1,4 @@
-"""The backend ``cuda`` with a library that computes on the processor what a call's fields say."""
+"""The backend ``cuda`` on a processor: with a library that computes what a call's fields say, or with the emulator."""
 
 from __future__ import annotations
 
@@ -8,9 +8,12 @@ from pathlib import Path
 import pytest
 
 from fastprefix.backends import cuda
+from tests.cuda.emulated.operators import Emulated, emulated_param
+from tests.cuda.emulated.operators import emulated as emulated_by
 from tests.cuda.libraries import compile_host, once
 
 NAMESPACE = "fastprefix_plain"
+EMULATED = [emulated_param(route=route) for route in cuda.ROUTES]
 
 
 @pytest.fixture(scope="session")
@@ -24,3 +27,21 @@ def plain(plain_library: Path) -> Iterator[Path]:
     """The library is in use."""
     with cuda.emulated(str(plain_library), NAMESPACE):
         yield plain_library
+
+
+@pytest.fixture(params=EMULATED)
+def emulated(request: pytest.FixtureRequest) -> Iterator[Emulated]:
+    """The kernels in the emulator are in use, each route in turn."""
+    with emulated_by(request.param) as here:
+        yield here
+
+
+@pytest.fixture(params=["plain", *EMULATED])
+def kernels(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The plain library, or the kernels in the emulator by a route: its name."""
+    if request.param == "plain":
+        request.getfixturevalue("plain")
+        yield "plain"
+    else:
+        with emulated_by(request.param):
+            yield str(request.param)

@@ -38,6 +38,7 @@ def compiler() -> tuple[str, str]:
 def library(
     source: str | Path,
     *,
+    sources: Iterable[Path] = (),
     defines: Iterable[str] = (),
     include_first: Iterable[str | Path] = (),
     extra_flags: Iterable[str] = (),
@@ -45,10 +46,10 @@ def library(
 ) -> Path:
     """The shared library made of a .cpp file, whose path is absolute or relative to the repository.
 
-    ``defines`` are ``NAME`` or ``NAME=value``, and ``include_first`` are headers that come before everything;
-    ``kernels`` is the folder of the kernels' sources. A library is compiled once for the same flags and the same text
-    of itself, those headers, and all sources of the emulator, the kernels and its own folder, also when several
-    processes want it.
+    ``sources`` are more .cpp files of the same library. ``defines`` are ``NAME`` or ``NAME=value``, and
+    ``include_first`` are headers that come before everything; ``kernels`` is the folder of the kernels' sources. A
+    library is compiled once for the same flags and the same text of itself, those headers, and all sources of the
+    emulator, the kernels and its own folder, also when several processes want it.
     """
     command, version = compiler()
     first = [ROOT / header for header in include_first]
@@ -63,7 +64,7 @@ def library(
         for ending in ("h", "hpp", "cuh", "cu")
         for path in sorted(folder.rglob(f"*.{ending}"))
     )
-    texts = [ROOT / source, *first, *headers]
+    texts = [ROOT / source, *sources, *first, *headers]
     digest = hashlib.sha256("\0".join([command, version, *flags]).encode())
     for path in texts:
         digest.update(path.name.encode() + path.read_bytes())
@@ -73,7 +74,7 @@ def library(
     with FileLock(folder / "lock"):
         if not made.exists():
             unfinished = made.with_suffix(".unfinished")
-            call = [command, *flags, str(ROOT / source), "-o", str(unfinished)]
+            call = [command, *map(str, [ROOT / source, *sources]), *flags, "-o", str(unfinished)]
             done = subprocess.run(call, capture_output=True, text=True)
             assert done.returncode == 0, done.stderr
             unfinished.replace(made)
