@@ -1,4 +1,4 @@
-"""The backend ``cuda`` on a processor: with a library that computes what a call's fields say, or with the emulator."""
+"""The backend ``cuda`` on a processor, by a library of plain loops or by the emulator, and the compiled library."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import pytest
 from fastprefix.backends import cuda
 from tests.cuda.emulated.operators import Emulated, emulated_param
 from tests.cuda.emulated.operators import emulated as emulated_by
+from tests.cuda.compiled.binaries import nvcc
+from tests.cuda.compiled.real_library import build_real
 from tests.cuda.libraries import compile_host, once
 
 NAMESPACE = "fastprefix_plain"
@@ -45,3 +47,10 @@ def kernels(request: pytest.FixtureRequest) -> Iterator[str]:
     else:
         with emulated_by(request.param):
             yield str(request.param)
+
+
+@pytest.fixture(scope="session")
+def real_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The package's own kernels, as a default build has them: most of a minute."""
+    compiler = nvcc()
+    return once(tmp_path_factory, "real.so", lambda out: build_real(out, compiler))

@@ -14,18 +14,11 @@ from filelock import FileLock
 
 import fastprefix
 from fastprefix.cuda_library import build
+from tests.cuda.compiled.binaries import KERNELS
 
 ROOT = Path(fastprefix.__file__).parent.parent
-KERNELS, OPERATORS = ROOT / "kernels" / "cuda", ROOT / "csrc" / "cuda"
+OPERATORS = ROOT / "csrc" / "cuda"
 TORCH = Path(torch.__file__).parent
-
-
-def nvcc() -> build.Nvcc:
-    """The compiler that is here; skips with the reason where there is none."""
-    try:
-        return build.find_nvcc()
-    except build.BuildError as error:
-        pytest.skip(str(error))
 
 
 def sources(folder: Path, *kernels: Path) -> build.Sources:

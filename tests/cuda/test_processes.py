@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.cuda.libraries import ROOT, nvcc, sources
+from tests.cuda.compiled.binaries import nvcc
+from tests.cuda.libraries import ROOT, sources
 
 pytestmark = pytest.mark.slow
 KERNEL = Path(__file__).with_name("fill_decode.cu")

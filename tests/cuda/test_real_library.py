@@ -12,11 +12,12 @@ import pytest
 import torch
 
 from fastprefix.cuda_library import build
-from tests.cuda.libraries import KERNELS, OPERATORS, TORCH, nvcc, once, sources
+from tests.cuda.compiled.binaries import nvcc
+from tests.cuda.compiled.real_library import REAL
+from tests.cuda.libraries import OPERATORS, TORCH, sources
 
 pytestmark = pytest.mark.slow
 STAND_IN = Path(__file__).with_name("fill_decode.cu")
-OURS, REAL = sorted(KERNELS.glob("*.cu")), "fastprefix_cuda_real"
 
 
 def compiled(folder: Path, kernels: Sequence[Path], namespace: str, *defines: str) -> Path:
@@ -25,21 +26,6 @@ def compiled(folder: Path, kernels: Sequence[Path], namespace: str, *defines: st
     build.build(out, sources(folder / namespace, *kernels), found, TORCH, [f"FASTPREFIX_LIBRARY={namespace}", *defines])
     assert [path for path in folder.iterdir() if path.name.startswith(".build")] == []
     return out
-
-
-@pytest.fixture(scope="session")
-def ours(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The package's own kernels, for Hopper: half a minute. Registered for a processor's tensors, so that a launch is
-    reached where there is no device.
-    """
-    nvcc()
-
-    def make(out: Path) -> None:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv(build.ARCHITECTURES, "9.0a")
-            compiled(out.parent, OURS, REAL, "FASTPREFIX_EMULATED").replace(out)
-
-    return once(tmp_path_factory, "real.so", make)
 
 
 def inputs() -> tuple[object, ...]:
@@ -70,8 +56,8 @@ def test_it_loads_under_any_torch_and_python(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a driver here")
-def test_without_a_driver_a_call_is_an_error(ours: Path) -> None:
-    assert_loads(ours, REAL)
+def test_without_a_driver_a_call_is_an_error(real_library: Path) -> None:
+    assert_loads(real_library, REAL)
     with pytest.raises(RuntimeError, match=r"the CUDA kernels of decoding: .*driver"):
         getattr(torch.ops, REAL).decode(*inputs())
     with pytest.raises(RuntimeError, match=r"the CUDA kernels of the forward: .*driver"):

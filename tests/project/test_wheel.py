@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import fastprefix
-from tests.cuda.libraries import nvcc
+from tests.cuda.compiled.binaries import nvcc
 
 ROOT = Path(fastprefix.__file__).parent.parent
 RECORD = "fastprefix/_C_absent.txt"
