@@ -20,7 +20,9 @@ from fastprefix.measure.operator.baselines import NO_PREFIX
 from fastprefix.measure.operator.candidates import OURS, chosen_backend
 
 NO_FLEX = "not compiled for this row: every shape is a compilation"
-REPEATS, STEP_REPEATS = 20, 8
+NO_MASK = "not timed in this row: its dense mask takes longer than all others together"
+DENSE = ("cat_mask", "cat_cudnn")
+REPEATS, LONG_REPEATS, STEP_REPEATS = 20, 5, 8
 
 
 def run_job(job: Job, suite: SuiteState, smoke: bool) -> dict[str, Any]:
@@ -40,7 +42,7 @@ def run_job(job: Job, suite: SuiteState, smoke: bool) -> dict[str, Any]:
             cases = model_correctness.cases(model, backend, dtype, suite.device, smoke)
             row = {"what": model, "backend": backend, "dtype": dtype, "compiled": False, **_judge(job, suite, cases)}
         case OperatorTiming():
-            row = _time(job, suite, 3 if smoke else REPEATS)
+            row = _time(job, suite, 3 if smoke else LONG_REPEATS if job.long else REPEATS)
         case TrainingTiming():
             peaks = _peaks(suite.device, training_rows.layer_problem(job, suite.device).dtype)
             repeats = 2 if smoke else STEP_REPEATS
@@ -69,7 +71,7 @@ def _judge(job: Job, suite: SuiteState, cases: Iterable[Case]) -> dict[str, Any]
 def _time(job: OperatorTiming, suite: SuiteState, repeats: int) -> dict[str, Any]:
     problem, mode, blamed = job.problem, job.mode, suite.blamed(job.key)
     least, bare, peaks = cost(problem, mode), cost(problem.without_prefix(), mode), _peaks(suite.device, problem.dtype)
-    auto = chosen_backend(problem)
+    auto = chosen_backend(problem, mode)
     row: dict[str, Any] = {
         "mode": mode,
         "graphs": job.graphs,
@@ -83,6 +85,8 @@ def _time(job: OperatorTiming, suite: SuiteState, repeats: int) -> dict[str, Any
     skip = {x.name: reason for x in candidates_for(problem, mode) if (reason := x.unavailable(problem, mode))}
     if not job.flex:
         skip["flex"] = NO_FLEX
+    if job.long:
+        skip.update(dict.fromkeys(DENSE, NO_MASK))
     if auto == "reference":
         skip[OURS] = training_rows.ORACLE
     skip.update(blamed)

@@ -26,6 +26,9 @@ LOWEST_LENGTHS, LOWEST_PREFIXES = ((8, 2048), (32, 512)), (16, 128)
 DECODE_BATCHES, DECODE_PREFIXES, DECODE_KEYS = (32, 256, 1), (8192, 512), 512
 COMPILED_PREFIX = 128  # FlexAttention is compiled for this length only, since every shape costs a compilation
 COMPILED_DECODE = (32, 8192)  # B, P
+# Table 1 of DualKV: so many responses of 2048 tokens each read one prompt.
+SHARED_PROMPTS = ((28, 4096), (28, 16384), (16, 32768), (28, 32768), (16, 65536))  # B, P
+RESPONSE = 2048
 
 
 @dataclass(frozen=True)
@@ -57,12 +60,19 @@ class ModelCheck:
 
 @dataclass(frozen=True)
 class OperatorTiming:
-    """A row that times the operator; with ``graphs``, as CUDA graphs, whose times exclude launches from Python."""
+    """A row that times the operator.
+
+    Attributes:
+        flex: whether FlexAttention is compiled for it.
+        graphs: whether calls are timed as CUDA graphs, whose times exclude launches from Python.
+        long: whether a call takes so long that it is repeated less often, and never with a dense mask.
+    """
 
     problem: Problem
     mode: Mode
     flex: bool = False
     graphs: bool = False
+    long: bool = False
 
     @property
     def key(self) -> str:
@@ -170,6 +180,9 @@ def _full(device: str) -> Iterator[Job]:
     yield TrainingTiming(2048, 8, 512)
     for P in PREFIXES:
         yield from train(P, "forward", large)
+    for B, P in SHARED_PROMPTS:
+        problem = Problem.train(B, *large[:2], RESPONSE, P, large[2], dtype=torch.float16, device=device)
+        yield OperatorTiming(problem, "forward", long=True)
     yield from train(0, "backward", large)
     for P in PREFIXES:
         yield from train(P, "backward", small)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from benches.device_suite import operator_correctness, training_rows
-from benches.device_suite.job_runner import REPEATS, STEP_REPEATS
+from benches.device_suite.job_runner import LONG_REPEATS, REPEATS, STEP_REPEATS
 from benches.device_suite.operator_calls import CALLS
 from benches.device_suite.plan import Job, ModelCheck, OperatorCheck, OperatorTiming, TrainingTiming
 from fastprefix.measure import Peaks, cost
@@ -26,8 +26,9 @@ KERNEL = 1.2  # a Triton kernel's compilation on one core
 PEAKS = Peaks(gb_s=2500.0, tflop_s=350.0)
 # The times of all candidates together over the roofline time; the dense mask alone is 8 to 10 of it.
 TOGETHER = {"forward": 22.0, "backward": 28.0, "lowest": 28.0}
+WITHOUT_MASKS = 0.4  # of those times, where no candidate has a dense mask
 CACHE_READS = 9.0  # by decoding's baselines, of caches that hold the prefix for every sample
-ROUNDS = REPEATS + 3 + 4  # timed; checked and warmed; a graph's warm-up
+EXTRA_ROUNDS = 3 + 4  # checked and warmed; a graph's warm-up
 STEP_WHO, STEP_ROUNDS, STEP_OVER_FLOOR, STEP_SETUP = 6, STEP_REPEATS + 6, 3.0, 6.0
 
 
@@ -58,8 +59,9 @@ def _time(job: OperatorTiming) -> float:
         cache = 2 * x.B * x.H_kv * (x.P + x.T) * x.D * x.dtype.itemsize
         device = CACHE_READS * cache / (PEAKS.gb_s * 1e9)
     else:
-        device = TOGETHER[job.mode] * PEAKS.seconds(least)
-    return ROW + ROUNDS * device + (FLEX[job.mode] if job.flex else 0.0)
+        device = TOGETHER[job.mode] * PEAKS.seconds(least) * (WITHOUT_MASKS if job.long else 1.0)
+    rounds = (LONG_REPEATS if job.long else REPEATS) + EXTRA_ROUNDS
+    return ROW + rounds * device + (FLEX[job.mode] if job.flex else 0.0)
 
 
 def _train(job: TrainingTiming) -> float:

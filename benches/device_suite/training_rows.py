@@ -12,6 +12,7 @@ from fastprefix.machine.device_errors import describe_error, recover, synchroniz
 from fastprefix.measure import Cost, Peaks, Problem, Timing
 from fastprefix.measure.operator.candidates import INTERPRETED, OURS, backend_reasons, chosen_backend
 from fastprefix.types import BACKENDS
+from fastprefix.verification.routes import module, no_backward
 
 if TYPE_CHECKING:
     from fastprefix.measure.training.training_step import TrainingStep
@@ -124,7 +125,7 @@ def timing_row(timing: Timing, least: Cost) -> dict[str, float]:
 
 def _ours(x: Problem) -> tuple[list[str], dict[str, str]]:
     """The names of our steps that can be timed on such a problem, and why the others cannot."""
-    chosen = chosen_backend(x)
+    chosen = chosen_backend(x, "backward")
     named = {OURS: chosen, **{f"{OURS}:{name}": name for name in BACKENDS if name not in (chosen, "reference")}}
     untimed = {}
     for name, backend in named.items():
@@ -132,6 +133,8 @@ def _ours(x: Problem) -> tuple[list[str], dict[str, str]]:
             untimed[name] = ORACLE
         elif reasons := backend_reasons(x, backend):
             untimed[name] = "; ".join(reasons)
+        elif missing := no_backward(module(backend)):
+            untimed[name] = missing
         elif backend == "triton" and torch.device(x.device).type == "cpu":
             untimed[name] = INTERPRETED
     return [name for name in named if name not in untimed], untimed

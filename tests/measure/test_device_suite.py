@@ -13,10 +13,12 @@ import pytest
 import torch
 
 from benches.device_suite.model_correctness import MODELS
-from benches.device_suite.plan import DIFFERENTIABLE, jobs
+from benches.device_suite.plan import DIFFERENTIABLE, OperatorTiming, jobs
 from fastprefix.machine.device_errors import DeviceLostError
 from fastprefix.machine.files import slug
 from fastprefix.machine.text_table import text_table
+from fastprefix.measure import Problem
+from fastprefix.measure.operator.baselines import FA, FA3, FA4
 from fastprefix.measure.report_tables import ResultFile, markdown_table, seconds
 
 ROOT = Path(__file__).parents[2]
@@ -120,6 +122,34 @@ def test_a_part_keeps_the_rows_of_the_others(tmp_path: Path) -> None:
     assert device.main(["--smoke", "--only", "operator", "--budget", "0", "--out", str(tmp_path)]) == 0
     assert json.loads((folder / "step.json").read_text())["rows"] == [step]
     assert "## Training step" in (folder / "results.md").read_text()
+
+
+def test_a_long_row_names_the_peers_that_it_leaves_out(tmp_path: Path) -> None:
+    from benches.device_suite.job_runner import DENSE, NO_MASK, run_job
+    from benches.device_suite.suite_state import SuiteState
+
+    suite = SuiteState(tmp_path, "cpu", 100.0, resume=False)
+    row = run_job(OperatorTiming(Problem.train(2, 4, 2, 16, 32, 16), "forward", long=True), suite, smoke=True)
+    assert row["bad"] == 0 and {"ours", "cat_sdpa", "content_only"} <= set(row["peers"])
+    assert {name: row["failures"][name] for name in DENSE} == dict.fromkeys(DENSE, NO_MASK)
+    for name, module in (("cat_fa", FA), ("cat_fa3", FA3), ("cat_fa4", FA4)):
+        assert row["failures"][name] in (f"{module} is not installed", "needs a CUDA device")
+
+
+def test_the_plan_has_shared_prompts() -> None:
+    """DualKV's Table 1: N responses, and a prompt of P tokens that they share."""
+    found = [(x.problem.B, x.problem.P) for x in jobs("cuda", False) if isinstance(x, OperatorTiming) and x.long]
+    assert found == [(28, 4096), (28, 16384), (16, 32768), (28, 32768), (16, 65536)]
+
+
+def test_training_needs_a_backend_with_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    from benches.device_suite import training_rows
+
+    monkeypatch.setattr(training_rows, "backend_reasons", lambda problem, name: [])
+    monkeypatch.setattr(training_rows, "chosen_backend", lambda problem, mode: "aten")
+    names, untimed = training_rows._ours(Problem.train(2, 4, 2, 16, 32, 16, device="meta"))
+    assert "ours:cuda" not in names and untimed["ours:cuda"].startswith("gradients: ")
+    assert "ours" in names and "ours:triton" in names
 
 
 @pytest.mark.slow

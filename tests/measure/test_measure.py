@@ -118,7 +118,7 @@ def test_ours_is_the_wrong_one_when_it_differs_from_the_rest(monkeypatch: pytest
         return lambda: torch.full_like(x.q, math.nan)
 
     ours = Candidate("ours", "", nothing, lambda problem, mode: None)
-    monkeypatch.setattr(candidates_module, "_ours", lambda problem: [ours])
+    monkeypatch.setattr(candidates_module, "_ours", lambda problem, mode: [ours])
     found = measure(TRAIN, "forward", repeats=1, only=("ours", "cat_mask", "cat_sdpa"))
     assert found.wrong == ["ours"] and set(found.timings) == {"cat_mask", "cat_sdpa"}
 

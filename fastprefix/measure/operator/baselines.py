@@ -21,7 +21,7 @@ from fastprefix.measure.operator.problem import Leaves, Mode, Problem
 
 Attend = Callable[[], Tensor]  # -> o [B, H, S, D]
 NO_PREFIX = "content_only"
-FA, FA3 = "flash_attn", "flash_attn_interface"  # FlashAttention-2's and -3's modules
+FA, FA3, FA4 = "flash_attn", "flash_attn_interface", "flash_attn.cute"  # modules of FlashAttention-2, -3 and -4
 
 
 @dataclass(frozen=True)
@@ -168,6 +168,13 @@ def _cache_fa(module: str) -> Callable[[Problem, Leaves], Attend]:
     return prepare
 
 
+def _cache_fa4(problem: Problem, x: Leaves) -> Attend:
+    """FlashAttention-4 has no call of its own for a cache: one query token sees all keys."""
+    attention = importlib.import_module(FA4).flash_attn_func
+    keys, values = (t.transpose(1, 2).contiguous() for t in x.cache)
+    return lambda: _bhsd(attention(x.q.transpose(1, 2), keys, values))
+
+
 def _no_cuda(problem: Problem, mode: Mode) -> str | None:
     if torch.device(problem.device).type != "cuda":
         return "needs a CUDA device"
@@ -176,7 +183,11 @@ def _no_cuda(problem: Problem, mode: Mode) -> str | None:
 
 def _no_fa(module: str) -> Callable[[Problem, Mode], str | None]:
     def reason(problem: Problem, mode: Mode) -> str | None:
-        if importlib.util.find_spec(module) is None:
+        try:
+            found = importlib.util.find_spec(module)  # which imports the package of a submodule
+        except ImportError:
+            found = None
+        if found is None:
             return f"{module} is not installed"
         return _no_cuda(problem, mode)
 
@@ -197,6 +208,7 @@ TRAIN_BASELINES = (
     Candidate("cat_cudnn", "cat and cuDNN attention with a dense mask", _cat_cudnn, _no_cuda),
     Candidate("cat_fa", "cat and FlashAttention-2", _cat_fa(FA), _no_fa(FA)),
     Candidate("cat_fa3", "cat and FlashAttention-3", _cat_fa(FA3), _no_fa(FA3)),
+    Candidate("cat_fa4", "cat and FlashAttention-4", _cat_fa(FA4), _no_fa(FA4)),
     Candidate("flex", "cat and compiled FlexAttention, the prefix in its block mask", _flex, _no_flex),
     Candidate(NO_PREFIX, "no prefix at all: SDPA, is_causal", _content_only, _always, exact=False),
 )
@@ -206,6 +218,7 @@ DECODE_BASELINES = (
     Candidate("cache_cudnn", "cuDNN attention, the prefix in every sample's cache", _cache_cudnn, _no_cuda),
     Candidate("cache_fa", "FlashAttention-2, the prefix in every sample's cache", _cache_fa(FA), _no_fa(FA)),
     Candidate("cache_fa3", "FlashAttention-3, the prefix in every sample's cache", _cache_fa(FA3), _no_fa(FA3)),
+    Candidate("cache_fa4", "FlashAttention-4, the prefix in every sample's cache", _cache_fa4, _no_fa(FA4)),
     Candidate("flex", "compiled FlexAttention, the prefix in every sample's cache", _cache_flex, _no_cuda),
     Candidate(NO_PREFIX, "no prefix at all: SDPA", _content_only, _always, exact=False),
 )

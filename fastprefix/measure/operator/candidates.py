@@ -8,30 +8,37 @@ from collections.abc import Callable
 import torch
 
 from fastprefix import dispatch
+from fastprefix.backends import cuda
 from fastprefix.functional import prefix_attention
 from fastprefix.measure.operator.baselines import DECODE_BASELINES, TRAIN_BASELINES, Attend, Candidate
-from fastprefix.measure.operator.problem import Leaves, Mode, Problem
+from fastprefix.measure.operator.problem import TRAINED, Leaves, Mode, Problem
 from fastprefix.types import BACKENDS, AttentionArgs, BackendName
+from fastprefix.verification.routes import no_backward
 
 OURS = "ours"
 INTERPRETED = "interpreted: not timed"
 
 
 def candidates_for(problem: Problem, mode: Mode) -> list[Candidate]:
-    """Our operator with ``auto`` and with every other backend that supports the problem, then the baselines.
+    """Our operator with ``auto`` and with every other backend that supports the problem, then the CUDA kernels' routes,
+    then the baselines.
 
     The reference backend exists to check the others, so it is a candidate only where ``auto`` takes it.
     """
-    return [*_ours(problem), *(DECODE_BASELINES if mode == "decode" else TRAIN_BASELINES)]
+    baselines = DECODE_BASELINES if mode == "decode" else TRAIN_BASELINES
+    return [*_ours(problem, mode), *_routes(problem, mode), *baselines]
 
 
-def chosen_backend(problem: Problem) -> BackendName:
-    """The backend that ``auto`` takes for a problem; FASTPREFIX_BACKEND overrides it, as in ``prefix_attention``."""
+def chosen_backend(problem: Problem, mode: Mode = "forward") -> BackendName:
+    """The backend that ``auto`` takes for a problem, which has gradients where the mode asks for them.
+
+    FASTPREFIX_BACKEND overrides it, as in ``prefix_attention``.
+    """
     named = os.environ.get("FASTPREFIX_BACKEND", "auto")
     for name in BACKENDS:
         if name == named:
             return name
-    chosen = dispatch.choose(_args(problem), "auto").module
+    chosen = dispatch.choose(_args(problem), "auto", mode if TRAINED[mode] else "forward").module
     return next(name for name in BACKENDS if dispatch.module(name) is chosen)
 
 
@@ -62,8 +69,8 @@ def _args(problem: Problem) -> AttentionArgs:
     return AttentionArgs(q, k, k, prefix, prefix, scale=x.D**-0.5, causal=x.causal)
 
 
-def _ours(problem: Problem) -> list[Candidate]:
-    chosen = chosen_backend(problem)
+def _ours(problem: Problem, mode: Mode) -> list[Candidate]:
+    chosen = chosen_backend(problem, mode)
     found = [Candidate(OURS, f"prefix_attention, auto takes {chosen}", prepare_with("auto"), _untimed(chosen))]
     for name in BACKENDS:
         if name not in (chosen, "reference") and not backend_reasons(problem, name):
@@ -72,10 +79,39 @@ def _ours(problem: Problem) -> list[Candidate]:
     return found
 
 
+def _routes(problem: Problem, mode: Mode) -> list[Candidate]:
+    """The CUDA kernels by each of their routes, on devices that they are for; one that cannot run has its reasons."""
+    place = torch.device(problem.device).type
+    if TRAINED[mode] or (place != "cuda" and not cuda.routes(place)):
+        return []
+    return [
+        Candidate(f"{OURS}:cuda:{route}", f"the CUDA kernels by {route}", _by_route(route), _no_route(route))
+        for route in cuda.ROUTES
+    ]
+
+
+def _by_route(route: str) -> Callable[[Problem, Leaves], Attend]:
+    """The backend's function alone: the operator itself takes no route, so the work that it does first is left out."""
+
+    def prepare(problem: Problem, x: Leaves) -> Attend:
+        args = AttentionArgs(x.q, x.k, x.v, x.prefix_k, x.prefix_v, scale=problem.D**-0.5, causal=problem.causal)
+        return lambda: cuda.fwd(args, route)[0]
+
+    return prepare
+
+
+def _no_route(route: str) -> Callable[[Problem, Mode], str | None]:
+    return lambda problem, mode: "; ".join(cuda.unsupported(_args(problem), route)) or None
+
+
 def _untimed(backend: BackendName) -> Callable[[Problem, Mode], str | None]:
-    """On a CPU, Triton kernels run in its interpreter, at some 12 ms a program: that time says nothing about them."""
+    """A backend without gradients is not trained with. On a CPU, Triton kernels run in its interpreter, at some 12 ms a
+    program: that time says nothing about them.
+    """
 
     def reason(problem: Problem, mode: Mode) -> str | None:
+        if TRAINED[mode] and (missing := no_backward(dispatch.module(backend))):
+            return missing
         return INTERPRETED if backend == "triton" and torch.device(problem.device).type == "cpu" else None
 
     return reason
