@@ -25,5 +25,5 @@ extern "C" const char* fastprefix_backward(const BackwardCall* call, void* works
   const int count = reason ? 0 : use_device(call->forward.device, &reason);
   if (reason) return reason;
   const BackwardParams params = prepare_backward(*call, workspace, count);
-  return call->forward.dtype == BF16 ? launch_width<bf16_t>(params, count, stream) : launch_width<half_t>(params, count, stream);
+  return call->forward.dtype == BF16 ? launch_width<bf16_t>(params, count, stream) : launch_width<fp16_t>(params, count, stream);
 }

@@ -32,5 +32,5 @@ extern "C" const char* fastprefix_decode(const AttentionCall* call, void* worksp
   DecodeParams params{};
   const char* reason = prepare_decode(*call, workspace, params);
   if (reason) return reason;
-  return call->dtype == BF16 ? launch_width<bf16_t>(params, stream) : launch_width<half_t>(params, stream);
+  return call->dtype == BF16 ? launch_width<bf16_t>(params, stream) : launch_width<fp16_t>(params, stream);
 }

@@ -25,5 +25,5 @@ extern "C" const char* fastprefix_fused(const AttentionCall* call, void* stream)
   const char* reason = forward_refusal(*call);
   if (!reason) use_device(call->device, &reason);
   if (reason) return reason;
-  return call->dtype == BF16 ? launch_width<bf16_t>(*call, stream) : launch_width<half_t>(*call, stream);
+  return call->dtype == BF16 ? launch_width<bf16_t>(*call, stream) : launch_width<fp16_t>(*call, stream);
 }

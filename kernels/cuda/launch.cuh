@@ -70,3 +70,14 @@ inline int use_device(int device, const char** reason) {
 #include "launch_host.hpp"
 
 #endif
+
+namespace fastprefix {
+
+// fp16's kernels are bf16's but for two instructions: who looks at what a compiler makes of them can leave them out.
+#if defined(FASTPREFIX_ONLY_BF16)
+using fp16_t = bf16_t;
+#else
+using fp16_t = half_t;
+#endif
+
+}  // namespace fastprefix

@@ -110,8 +110,8 @@ def _untimed(backend: BackendName) -> Callable[[Problem, Mode], str | None]:
     """
 
     def reason(problem: Problem, mode: Mode) -> str | None:
-        if TRAINED[mode] and (missing := no_backward(dispatch.module(backend))):
-            return missing
+        if TRAINED[mode] and (missing := no_backward(dispatch.module(backend), _args(problem))):
+            return "; ".join(missing)
         return INTERPRETED if backend == "triton" and torch.device(problem.device).type == "cpu" else None
 
     return reason

@@ -1,6 +1,7 @@
 // All kernels for one type of elements. That takes half the time, for devices whose code a default build does not have.
 #include "decode/launches.cuh"
 #include "forward/launches.cuh"
+#include "backward/launches.cuh"
 
 namespace fastprefix {
 
@@ -11,5 +12,6 @@ DECODE(256)
 #define FORWARD(D, BLOCK_P) template const char* launch_forward<bf16_t, D, BLOCK_P>(const AttentionCall&, void*);
 FORWARD(64, 128)
 FORWARD(128, 16)
+template const char* launch_backward<bf16_t, 64>(const BackwardParams&, int, void*);
 
 }  // namespace fastprefix

@@ -36,14 +36,20 @@ def blackwell(nvcc: build.Nvcc) -> list[str]:
     return [target for target in BLACKWELL if target in known]
 
 
-def collect(library: Path, nvcc: build.Nvcc, folder: Path) -> Collected:
-    """Read a library of ``build_real``, and compile what it has not."""
+def collect(library: Path, folder: Path) -> Collected:
+    """Read a library of ``build_real``."""
     kernels, said = read_kernels(library), words_of(library).read_text()
-    if targets := blackwell(nvcc):
-        binary = compile_binary(BF16, folder / "bf16.fatbin", *targets)
-        kernels += read_kernels(binary.path)
-        said += binary.said
     return Collected(kernels, launch_shapes((x.name for x in kernels), folder), said)
+
+
+def collect_blackwell(nvcc: build.Nvcc, folder: Path) -> Collected:
+    """Compile for Blackwell's devices; nothing where the compiler does not know them."""
+    targets = blackwell(nvcc)
+    if not targets:
+        return Collected([], {}, "")
+    binary = compile_binary(BF16, folder / "bf16.fatbin", *targets)
+    kernels = read_kernels(binary.path)
+    return Collected(kernels, launch_shapes((x.name for x in kernels), folder), binary.said)
 
 
 def write(found: Collected, path: Path) -> None:

@@ -12,7 +12,9 @@ from tests.cuda.compiled.kernels import CompiledKernel
 from tests.cuda.compiled.launch_shapes import LaunchShape
 
 HOPPER = "sm_90a"
-ONLY_HOPPER = ("ForwardSm90",)
+ONLY_HOPPER = ("ForwardSm90", "BackwardRows", "BackwardKeys")
+BARRIERS = ["SYNCS.EXCH.64", "SYNCS.ARRIVE.TRANS64", "SYNCS.PHASECHK.TRANS64.TRYWAIT", "USETMAXREG"]
+COPIES = "LDGSTS.E.BYPASS.LTC128B.128"
 # An A100's 164 KiB hold two blocks with two stages of keys and values, where an H100's 228 KiB hold three.
 MOST_BLOCKS = {"sm_80": 2}
 # Instructions of a kernel without a body: it ends, and what follows is padding.
@@ -80,12 +82,21 @@ def _expected(kernel: CompiledKernel) -> list[str]:
     """
     match kernel.family:
         case "DecodeAttend":
-            return ["HMMA.16816", "LDSM.16.M88.4", "LDSM.16.MT88.4", "LDGSTS.E.BYPASS.LTC128B.128"]
+            return ["HMMA.16816", "LDSM.16.M88.4", "LDSM.16.MT88.4", COPIES]
         case "ForwardSm90":
             D, BLOCK_P = kernel.arguments[1:]
             shapes = [f"HGMMA.64x{n}x16" for n in dict.fromkeys((BLOCK_P, "128", D))]
-            barriers = ["SYNCS.EXCH.64", "SYNCS.ARRIVE.TRANS64", "SYNCS.PHASECHK.TRANS64.TRYWAIT"]
-            return [*shapes, *barriers, "UTMALDG.4D", "LDGSTS.E.BYPASS.LTC128B.128", "USETMAXREG"]
+            return [*shapes, *BARRIERS, "UTMALDG.4D", COPIES]
+        case "BackwardRows":
+            D, BLOCK_P = kernel.arguments[1:]
+            return [*(f"HGMMA.64x{n}x16" for n in dict.fromkeys((BLOCK_P, "64", D))), *BARRIERS, COPIES]
+        case "BackwardKeys":
+            D = kernel.arguments[1]
+            return [*(f"HGMMA.64x{n}x16" for n in dict.fromkeys(("64", D))), *BARRIERS, COPIES]
+        case "BackwardDelta":
+            return ["SHFL.BFLY", "LDG.E.128"]
+        case "AddShares":
+            return ["LDG.E.128", "STG.E.128"]
         case "CombineShares":
             return ["SHFL.BFLY", "SHFL.IDX", "LDG.E.128"]
         case "ListBankTiles":

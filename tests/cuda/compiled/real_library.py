@@ -20,7 +20,7 @@ def words_of(library: Path) -> Path:
     return library.with_suffix(".log")
 
 
-def build_real(out: Path, nvcc: build.Nvcc) -> None:
+def build_real(out: Path, nvcc: build.Nvcc, fp16: bool = True) -> None:
     """Registered for a processor's tensors, so that a launch is reached where there is no device."""
     said: list[str] = []
     run = build._run
@@ -32,7 +32,7 @@ def build_real(out: Path, nvcc: build.Nvcc) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(build, "_run", listening)
         patch.setenv(build.ARCHITECTURES, ARCHITECTURES)
-        patch.setenv("NVCC_APPEND_FLAGS", "-Xptxas -v")
+        patch.setenv("NVCC_APPEND_FLAGS", "-Xptxas -v" + ("" if fp16 else " -DFASTPREFIX_ONLY_BF16"))
         patch.setenv("MAX_JOBS", "2")  # each compiler has one ptxas at a time, or their lines would mix
         sources = build.Sources(KERNELS, OPERATORS)
         defines = [f"FASTPREFIX_LIBRARY={REAL}", "FASTPREFIX_EMULATED"]

@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 
 from fastprefix.cuda_library import build
-from tests.cuda.compiled.collect import collect
+from tests.cuda.compiled.collect import collect, collect_blackwell
 from tests.cuda.compiled.faults import Counts
 from tests.cuda.compiled.kernels import CompiledKernel
 from tests.cuda.compiled.real_library import build_real
@@ -56,8 +56,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         library = Path(name) / "real.so"
         build_real(library, nvcc)
-        found = collect(library, nvcc, Path(name))
-    RECORDED.write_text(as_text({**recorded(), compiler(nvcc): counts(found.kernels)}))
+        kernels = collect(library, Path(name)).kernels + collect_blackwell(nvcc, Path(name)).kernels
+    RECORDED.write_text(as_text({**recorded(), compiler(nvcc): counts(kernels)}))
 
 
 if __name__ == "__main__":

@@ -12,9 +12,8 @@ from torch import Tensor
 
 from fastprefix import reference
 from fastprefix.types import INPUTS, AttentionArgs, Needs
-from tests.cuda.emulated.calls import Call, Rows
+from tests.cuda.emulated.calls import Call, Rows, kernels
 from tests.cuda.emulated.random_calls import in_fp64
-from tests.emulator.build import library
 from tests.emulator.session import Mode, Session
 
 ALL = Needs(True, True, True, True, True)
@@ -93,13 +92,6 @@ class Backward:
                 setattr(call, name, x.data_ptr())
         self.session.reset(mode=mode, seed=seed, multiprocessors=multiprocessors, wgmma_mode=wgmma_mode)
         workspace = torch.full((self.room(ctypes.byref(call)) // 4,), float("nan"))
-        names = ("key_padding_mask", "segment_ids", "q_start", "prefix_ids", "prefix_lens")
-        read = {name: getattr(args, name) for name in (*INPUTS, *names)} | {"o": problem.o, "lse": problem.lse}
-        for name, x in {**read, "do": problem.do}.items():
-            if isinstance(x, Tensor):
-                self.session.add(name, x)
-        for name, x in zip((*(f"d{name}" for name in INPUTS), "workspace"), (*found, workspace)):
-            self.session.add(name, x, writable=True)
         error = self.run(ctypes.byref(call), workspace.data_ptr(), None)
         assert error is None or self.session.errors, error
         return found
@@ -108,4 +100,4 @@ class Backward:
 @functools.cache
 def backward() -> Backward:
     """All of its kernels, as they are."""
-    return Backward(library("tests/cuda/emulated/backward.cpp"))
+    return Backward(Path(kernels().library._name))

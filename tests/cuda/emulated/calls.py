@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastprefix.types import AttentionArgs
-from tests.emulator.build import library
+from tests.emulator.build import ROOT, library
 from tests.emulator.session import Mode, Session
 
 ROUTES = {"split_kv": 1, "cascade": 2, "fused": 0}
@@ -113,4 +113,4 @@ class Kernels:
 @functools.cache
 def kernels() -> Kernels:
     """All of them, as they are."""
-    return Kernels(library("tests/cuda/emulated/kernels.cpp"))
+    return Kernels(library("tests/cuda/emulated/kernels.cpp", sources=[ROOT / "tests/cuda/emulated/backward.cpp"]))
