@@ -68,6 +68,7 @@ LAYOUTS: dict[str, tuple[Any, bool]] = {
     "every_other_row": (lambda x: torch.stack([x, x * float("nan")], 3).flatten(2, 3)[:, :, ::2], True),
     "a_longer_cache": (lambda x: torch.cat([x, x * float("nan")], 2)[:, :, : x.shape[2]], True),
     "expanded": (lambda x: x[:1].expand_as(x), True),
+    "one_row_for_all": (lambda x: x[:, :, :1].expand_as(x), True),
     "last_dim_strided": (lambda x: x.transpose(2, 3).contiguous().transpose(2, 3), False),
     "off_by_one": (lambda x: torch.cat([x, x], 3)[..., 1 : 1 + x.shape[3]], False),
     "rows_of_odd_length": (lambda x: torch.cat([x, x[..., :1]], 3)[..., : x.shape[3]], False),
@@ -76,7 +77,9 @@ LAYOUTS: dict[str, tuple[Any, bool]] = {
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_any_strides_and_few_copies(layout: str, kernels: str) -> None:
+def test_any_strides_and_few_copies(layout: str, kernels: str, request: pytest.FixtureRequest) -> None:
+    if layout == "one_row_for_all" and kernels == "fused":
+        request.applymarker(pytest.mark.xfail(reason="forward/launches.cuh: a map of one row, and 0 for the others"))
     call = make_call(B=3, dtype=torch.bfloat16)
     lay, kept = LAYOUTS[layout]
     with torch.no_grad():
