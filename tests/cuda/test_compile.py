@@ -30,7 +30,7 @@ namespace fastprefix { template const char* launch_forward<bf16_t, 64, 16>(const
 # Of a kernel that is as it should be: what the checks do not take for a fault.
 SHAPE = LaunchShape(threads=128, blocks=2, shared=72 * 1024)
 OPCODES = {"HMMA.16816.F32.BF16": 32, "LDSM.16.M88.4": 8, "LDSM.16.MT88.4": 8, "LDGSTS.E.BYPASS.LTC128B.128.ZFILL": 8}
-RIGHT = CompiledKernel("DecodeAttend<bf16_t, 64, 4, 1>", "sm_80", 245, 0, OPCODES, [(259, 32)], [])
+RIGHT = CompiledKernel("DecodeAttend<bf16_t, 64, 4, 1>", "sm_80", 245, 0, OPCODES, [(259, 32, 823)], [])
 HOPPER = CompiledKernel("ForwardSm90<half_t, 64, 16>", "sm_90a", 168, 0, {}, [], [232, 40])
 
 compiles = pytest.mark.slow
@@ -146,7 +146,7 @@ def test_spilled_registers_are_found(tmp_path: Path) -> None:
 
 def test_a_kernel_as_it_should_be_has_no_faults() -> None:
     assert faults.of_resources(RIGHT, SHAPE) == faults.of_instructions(RIGHT) == []
-    assert faults.of_growth(RIGHT, {"registers": 245, "loops": [[259, 32]]}) == []
+    assert faults.of_growth(RIGHT, {"registers": 245, "loops": [[259, 32, 823]]}) == []
 
 
 @pytest.mark.parametrize(
@@ -191,7 +191,14 @@ def test_instructions_of_another_type_or_device() -> None:
 
 @pytest.mark.parametrize(
     ("registers", "loops"),
-    [(244, [[259, 32]]), (245, [[246, 32]]), (245, [[259, 64]]), (245, []), (245, [[259, 32]] * 2)],
+    [
+        (244, [[259, 32, 823]]),
+        (245, [[246, 32, 823]]),
+        (245, [[259, 64, 823]]),
+        (245, [[259, 32, 780]]),
+        (245, []),
+        (245, [[259, 32, 823]] * 2),
+    ],
 )
 def test_growth(registers: int, loops: list[list[int]]) -> None:
     assert len(faults.of_growth(RIGHT, {"registers": registers, "loops": loops})) == 1

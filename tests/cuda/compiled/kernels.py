@@ -27,8 +27,8 @@ class CompiledKernel:
         name: of the struct that it runs, with its template's arguments: ``DecodeAttend<bf16_t, 64, 4, 1>``.
         stack: bytes of a thread, for spilled registers and for arrays that are indexed at run time.
         opcodes: how often each instruction stands in the code.
-        loops: of each loop with matrix products, in the order of the code, the instructions of an iteration without
-            what stands under branches, and how many of them are products.
+        loops: of each loop with matrix products, in the order of the code, the instructions that every iteration runs,
+            how many of them are products, and the instructions under branches: loads of the next tile, and masks.
         moved: the registers of a thread that setmaxnreg sets.
     """
 
@@ -37,7 +37,7 @@ class CompiledKernel:
     registers: int
     stack: int
     opcodes: dict[str, int]
-    loops: list[tuple[int, int]]
+    loops: list[tuple[int, int, int]]
     moved: list[int]
 
     @property
@@ -81,7 +81,7 @@ def _by_target(text: str) -> Iterable[tuple[str, str]]:
 
 def _kernel(function: Function, name: str, target: str, registers: int, stack: int) -> CompiledKernel:
     loops = [
-        (len(loop.always), products)
+        (len(loop.always), products, len(loop.sometimes))
         for loop in find_loops(function)
         if (products := sum(x.name in TENSOR for x in loop.always))
     ]
