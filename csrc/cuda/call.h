@@ -1,6 +1,8 @@
 // The inputs that all operators have, and the plain data that kernels take in their place.
 #pragma once
 
+#include <algorithm>
+
 #include "arguments.h"
 
 namespace fastprefix {
@@ -111,7 +113,8 @@ inline AttentionCall read(FASTPREFIX_PARAMETERS) {
   call.start = start;
   call.causal = causal;
   call.scale = static_cast<float>(scale);
-  call.window = narrow("window", window);
+  // No cache has so many keys: a larger window is none, and positions can be subtracted from each other.
+  call.window = std::min(narrow("window", window), MOST_KEYS);
   call.softcap = static_cast<float>(softcap);
   call.route = static_cast<Route>(route);
   call.device = q.get_device_index();

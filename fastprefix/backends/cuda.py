@@ -149,8 +149,11 @@ def fwd(args: AttentionArgs, route: str | None = None) -> tuple[Tensor, Tensor]:
     if ops is None:
         raise UnsupportedError(f"backend 'cuda' cannot take this call:\n  {absence()}")
     fused = route == "fused" or (route is None and bool(_cannot(args, decodes=True)))
-    run = ops.fused.default if fused else ops.decode.default
-    found: tuple[Tensor, Tensor] = run(*_inputs(args, route))
+    if not fused:
+        found: tuple[Tensor, Tensor] = ops.decode.default(*_inputs(args, route))
+        return found
+    q, k, v, prefix_k, prefix_v, *others = _inputs(args, route)
+    found = ops.fused.default(q, *map(unexpanded, (k, v, prefix_k, prefix_v)), *others)
     return found
 
 
@@ -164,6 +167,9 @@ def bwd(args: AttentionArgs, o: Tensor, lse: Tensor, do: Tensor, needs: Needs, r
     ops = _library().ops
     if reasons := backward_unsupported(args) if ops else [absence()]:
         raise UnsupportedError("backend 'cuda' cannot take this call:\n  " + "\n  ".join(reasons))
+    if args.q.numel() == 0:
+        inputs = (args.q, args.k, args.v, args.prefix_k, args.prefix_v)
+        return Grads(*(torch.zeros_like(x) if need else None for x, need in zip(inputs, needs)))
     found = ops.backward.default(*_inputs(args, None), aligned(o), lse.contiguous(), aligned(do), *needs[:5])
     grads = [x if need else None for x, need in zip(found, needs)]
     for i, x in ((3, args.prefix_k), (4, args.prefix_v)):
@@ -198,6 +204,11 @@ def _inputs(args: AttentionArgs, route: str | None) -> tuple[Any, ...]:
         args.softcap or 0.0,
         DECODE_ROUTES.index(route) + 1 if route in DECODE_ROUTES else _AUTO,
     )
+
+
+def unexpanded(x: Tensor) -> Tensor:
+    """Keys or values for the copy engine, which takes no row for several: itself, or a copy where one was expanded."""
+    return x.clone(memory_format=torch.contiguous_format) if x.stride(-2) == 0 and x.shape[-2] > 1 else x
 
 
 def aligned(x: Tensor) -> Tensor:

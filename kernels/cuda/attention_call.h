@@ -30,6 +30,9 @@ enum Dtype : int32_t { BF16 = 0, F16 = 1 };
 // one that is estimated to be faster.
 enum Route : int32_t { AUTO = 0, SPLIT_KV = 1, CASCADE = 2 };
 
+// T and P are below this, so that sums and differences of positions are whole numbers of 32 bits.
+constexpr int32_t MOST_KEYS = int32_t{1} << 29;
+
 struct AttentionCall {
   Rows q;                    // [B, H, S, D]
   Rows k, v;                 // [B, H_kv, T, D], [B, H_kv, T, D_v]
@@ -45,7 +48,7 @@ struct AttentionCall {
   int64_t padding_batch, padding_key;
   int64_t start;             // content position of the first query row
   int32_t B, H, H_kv, S, T, D, D_v, P, N;
-  int32_t window;            // 0: none
+  int32_t window;            // up to MOST_KEYS; 0: none
   int32_t causal, packed, ids_by_row;
   float scale, softcap;      // softcap 0: none
   Dtype dtype;

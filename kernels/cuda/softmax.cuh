@@ -19,6 +19,18 @@ FP_DEVICE float logit(float product, const Logits& to) {
   return to.cap == 0.0f ? product * to.scale : tanh_approx(product * to.scale) * to.cap;
 }
 
+template <int N, int M>
+FP_DEVICE void to_logits(float (&x)[N][M], const Logits& to) {
+  // One test for all: the compiler would ask for each.
+  if (to.cap == 0.0f) {
+    FP_UNROLL
+    for (int i = 0; i < N; i++) FP_UNROLL for (int j = 0; j < M; j++) x[i][j] *= to.scale;
+  } else {
+    FP_UNROLL
+    for (int i = 0; i < N; i++) FP_UNROLL for (int j = 0; j < M; j++) x[i][j] = tanh_approx(x[i][j] * to.scale) * to.cap;
+  }
+}
+
 // What logits are shifted by: a row that has seen nothing keeps m = -inf, and shifting by 0 leaves weight 0 instead of nan.
 FP_DEVICE float shift_of(float m) { return m == NEGATIVE_INFINITY ? 0.0f : m; }
 

@@ -45,13 +45,13 @@ struct BackwardRows {
         mbarrier_wait(empty(stage), ((step / STAGES) & 1) ^ 1);
         sync_warp();   // lanes overwrite what others of them have written
         if (step < prefix_tiles) {
-          const int64_t begin = prefix_begin(c, walk.prefix);
+          const int before = tokens_before(c, walk.prefix), n = walk.prefix;
           const int first = walk.first, keys = walk.keys;
           const auto row = [&](const Rows& x, int64_t at) {
             return [&x, at, first, keys](int i) { return first + i < keys ? element(x, at + (first + i) * x.row) : nullptr; };
           };
-          copy_tile<BLOCK_P, D>(k_tile(stage), c.D, c.prefix_k.data, row(c.prefix_k, begin + h * c.prefix_k.head));
-          copy_tile<BLOCK_P, D>(v_tile(stage), c.D_v, c.prefix_v.data, row(c.prefix_v, values_begin(c, walk.prefix, begin) + h * c.prefix_v.head));
+          copy_tile<BLOCK_P, D>(k_tile(stage), c.D, c.prefix_k.data, row(c.prefix_k, prefix_offset(c, c.prefix_k, n, before) + h * c.prefix_k.head));
+          copy_tile<BLOCK_P, D>(v_tile(stage), c.D_v, c.prefix_v.data, row(c.prefix_v, prefix_offset(c, c.prefix_v, n, before) + h * c.prefix_v.head));
           Walk::advance(walk);
         } else {
           const int first = t.low + (step - prefix_tiles) * BLOCK_N;

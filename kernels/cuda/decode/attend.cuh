@@ -71,7 +71,8 @@ struct AttendShare {
     FP_UNROLL
     for (int i = 0; i < BLOCK_N / STEP; i++) {
       const bool inside = first + row + i * STEP < end;
-      cp_async_16(to + tile_offset<WIDTH>(row + i * STEP, chunk), inside ? from + i * STEP * stride : x, inside ? 16 : 0);
+      cp_async_16(to + tile_offset<WIDTH>(row + i * STEP, chunk), inside ? from : x, inside ? 16 : 0);
+      from += STEP * stride;
     }
   }
 
@@ -175,10 +176,11 @@ struct AttendShare {
   FP_DEVICE void run(const DecodeParams& p, const Task& task) {
     const AttentionCall& c = p.call;
     const Warp warp = this_warp();
-    const int64_t h = task.h_kv, b = task.b, begin = prefix_begin(c, task.prefix);
-    const int64_t begin_v = values_begin(c, task.prefix, begin);
+    const int64_t h = task.h_kv, b = task.b;
+    const int before = tokens_before(c, task.prefix);
+    const int64_t begin_k = prefix_offset(c, c.prefix_k, task.prefix, before), begin_v = prefix_offset(c, c.prefix_v, task.prefix, before);
     const auto head = [](const Rows& x, int64_t offset) { return static_cast<const uint16_t*>(x.data) + offset; };
-    const KeySource prefix{head(c.prefix_k, begin + h * c.prefix_k.head), head(c.prefix_v, begin_v + h * c.prefix_v.head),
+    const KeySource prefix{head(c.prefix_k, begin_k + h * c.prefix_k.head), head(c.prefix_v, begin_v + h * c.prefix_v.head),
                            c.prefix_k.row, c.prefix_v.row, task.prefix_keys};
     const KeySource content{head(c.k, b * c.k.batch + h * c.k.head), head(c.v, b * c.v.batch + h * c.v.head),
                             c.k.row, c.v.row, task.high};
@@ -229,8 +231,7 @@ struct AttendShare {
       }
       float x[KEYS / 8][4];
       multiply_keys(x, q, k_tile(i % STAGES), warp);
-      FP_UNROLL
-      for (int j = 0; j < KEYS / 8; j++) FP_UNROLL for (int e = 0; e < 4; e++) x[j][e] = logit(x[j][e], logits);
+      to_logits(x, logits);
       const bool of_prefix = i < prefix_tiles;
       const int first = first_key(i), last = first + BLOCK_N - 1;
       const bool by_row = (c.causal && last > first_position) || (c.window && first <= last_position - c.window);

@@ -45,7 +45,7 @@ FP_DEVICE int64_t integer_at(const Integers& x, int64_t place) {
 
 // A position far outside of every cache stays one, and can be added to.
 FP_DEVICE int bounded(int64_t position) {
-  constexpr int64_t FAR = int64_t{1} << 29;
+  constexpr int64_t FAR = int64_t{1} << 30;
   return static_cast<int>(position < -FAR ? -FAR : position > FAR ? FAR : position);
 }
 
@@ -53,22 +53,22 @@ FP_DEVICE int bounded(int64_t position) {
 FP_DEVICE bool is_prefix(const AttentionCall& c, int64_t id) { return id >= 0 && id < c.N; }
 FP_DEVICE int prefix_length(const AttentionCall& c, int n) {
   if (!is_prefix(c, n)) return 0;
-  return c.prefix_lens.data ? larger(0, smaller(c.P, static_cast<int>(integer_at(c.prefix_lens, n)))) : c.P;
+  return c.prefix_lens.data ? larger(0, smaller(c.P, static_cast<int>(integer_at(c.prefix_lens, n * c.prefix_lens.batch)))) : c.P;
 }
 
-// Where a prefix begins: in a packed bank behind those before it. By all lanes of a warp together.
-FP_DEVICE int64_t prefix_begin(const AttentionCall& c, int n) {
-  if (!c.packed) return n * c.prefix_k.batch;
+// How many tokens of a packed bank lie before a prefix; 0 in any other. By all lanes of a warp together.
+FP_DEVICE int tokens_before(const AttentionCall& c, int n) {
+  if (!c.packed) return 0;
   int before = 0;
   for (int i = thread_index() % 32; i < n; i += 32) before += prefix_length(c, i);
   FP_UNROLL
   for (int lane = 16; lane > 0; lane /= 2) before += shfl_idx(before, (thread_index() % 32) ^ lane);
-  return before * c.prefix_k.row;
+  return before;
 }
 
-// The same of its values, which have the same tokens in other strides.
-FP_DEVICE int64_t values_begin(const AttentionCall& c, int n, int64_t begin) {
-  return c.packed ? begin / c.prefix_k.row * c.prefix_v.row : n * c.prefix_v.batch;
+// Where a prefix begins in the bank's keys or values.
+FP_DEVICE int64_t prefix_offset(const AttentionCall& c, const Rows& x, int n, int before) {
+  return c.packed ? before * x.row : n * x.batch;
 }
 
 // A row of the call: sample, token, query head.

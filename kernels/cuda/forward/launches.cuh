@@ -12,7 +12,7 @@ namespace fastprefix {
 inline TensorBox boxes_of(const Rows& x, int64_t batch, int64_t heads, int64_t keys, int64_t columns, int box) {
   TensorBox found{x.data, 4, {columns, keys, heads, batch}, {1, x.row, x.head, x.batch}, {64, box, 1, 1}, true};
   for (int d = 1; d < 4; d++) {
-    if (found.stride[d] == 0) found.size[d] = 1;
+    if (found.stride[d] == 0 && d > 1) found.size[d] = 1;
     if (found.size[d] == 1) found.stride[d] = 64;   // of no consequence, but a number that it takes
   }
   return found;
@@ -27,6 +27,7 @@ inline int prefix_tile(const AttentionCall& c) {
 // What the kernel cannot take, or null.
 inline const char* forward_refusal(const AttentionCall& c) {
   if (c.D % 8 || c.D_v % 8 || c.D > 128 || c.D_v > 128) return "head dims: expected multiples of 8 up to 128";
+  if (c.T >= MOST_KEYS || c.P >= MOST_KEYS || c.window > MOST_KEYS) return "keys: expected fewer than 2^29";
   if (c.B < 1 || c.S < 1 || c.H_kv < 1 || c.H < 1 || c.H % c.H_kv) return "shapes: expected rows, and groups of query heads";
   if (int64_t{c.S} * (c.H / c.H_kv) >= int64_t{1} << 30) return "shapes: expected fewer than 2^30 rows of a sample";
   return nullptr;
@@ -47,6 +48,7 @@ const char* prepare_forward(const AttentionCall& call, int block_p, ForwardParam
               {&params.prefix_v, boxes_of(call.prefix_v, prefixes, call.H_kv, call.P, call.D_v, block_p)}};
   for (const auto& [map, box] : maps) {
     if (box.size[1] == 0) continue;   // an empty tensor has no map, and is never read
+    if (box.size[1] > 1 && box.stride[1] == 0) return "keys and values: expected rows that are not one row, expanded";
     if (const char* reason = encode_tensor_map(map, box)) return reason;
   }
   return nullptr;

@@ -50,19 +50,19 @@ struct ForwardProducer {
     Walk walk{};
     if (prefix_tiles) walk = Walk::begin();
     int entry = -1;
-    int64_t begin_k = 0;
+    int before = 0;
     FP_NO_UNROLL
     for (int step = 0; step < prefix_tiles; step++) {
       const int stage = step % STAGES, keys = smaller(BLOCK_P, walk.keys - walk.first);
       if (entry != walk.entry) {
         entry = walk.entry;
-        begin_k = prefix_begin(c, walk.prefix);
+        before = tokens_before(c, walk.prefix);
       }
       const bool by_rows = c.prefix_lens.data && keys < BLOCK_P;
       // A packed bank is to the copy engine one prefix, in which this one begins somewhere.
-      const int first = walk.first + (c.packed ? static_cast<int>(begin_k / c.prefix_k.row) : 0), n = c.packed ? 0 : walk.prefix;
+      const int first = walk.first + before, n = c.packed ? 0 : walk.prefix;
       const int64_t row = walk.first, h = t.h_kv;
-      const int64_t begin_v = values_begin(c, walk.prefix, begin_k);
+      const int64_t begin_k = prefix_offset(c, c.prefix_k, walk.prefix, before), begin_v = prefix_offset(c, c.prefix_v, walk.prefix, before);
       wait_empty(Shared::empty_k(stage), step);
       if (by_rows)
         copy_rows(Shared::k_tile(stage), Shared::full_k(stage), c.prefix_k, begin_k + h * c.prefix_k.head + row * c.prefix_k.row, keys, c.D);

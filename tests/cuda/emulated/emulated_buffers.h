@@ -30,7 +30,7 @@ inline void add_inputs(const AttentionCall& c, bool outputs) {
   emulator::global_memory.add("lse", c.lse, rows * 4, outputs);
   if (c.sinks) emulator::global_memory.add("sinks", c.sinks, c.H * 4, false);
   add_integers("prefix_ids", c.prefix_ids, c.B, c.ids_by_row ? c.S : 1);
-  add_integers("prefix_lens", {c.prefix_lens.data, c.prefix_lens.bytes, 1, 0}, c.N, 1);
+  add_integers("prefix_lens", c.prefix_lens, c.N, 1);
   add_integers("q_start", c.q_start, c.B, 1);
   add_integers("segment_ids", c.segments, c.B, c.T);
   if (c.padding && c.T > 0)

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 from fastprefix.backends import cuda
 from fastprefix.dispatch import UnsupportedError
-from fastprefix.types import AttentionArgs
 from tests.cuda.emulated.layouts import lay_out
 from tests.cuda.emulated.operators import Emulated, emulated
 from tests.cuda.emulated.random_calls import assert_right, random_decode, random_forward
@@ -20,18 +19,6 @@ from tests.operator.test_fuzz import FULL, QUICK, valid
 from tests.support.operator_calls import Call
 
 pytestmark = pytest.mark.slow
-
-
-def is_known_to_fail(args: AttentionArgs | Call, route: str) -> bool:
-    """The forward of keys, values or a packed bank whose rows are one row, which has tests that say so."""
-    if isinstance(args, Call):
-        k, v, prefix_k, prefix_v = (args.leaves[name] for name in ("k", "v", "prefix_k", "prefix_v"))
-        ids = args.options.get("prefix_ids")
-    else:
-        k, v, prefix_k, prefix_v, ids = args.k, args.v, args.prefix_k, args.prefix_v, args.prefix_ids
-    one_row = any(x.stride(-2) == 0 and x.shape[-2] > 1 for x in (k, v, prefix_k, prefix_v))
-    one_token = ids is not None and prefix_k.dim() == 3 and prefix_k.shape[1] == 1
-    return route == "fused" and (one_row or one_token)
 
 
 def in_half_precision(call: Call, dtype: torch.dtype) -> Call:
@@ -49,8 +36,6 @@ def check(profile: settings) -> None:
     @given(valid(), *map(st.sampled_from, (cuda.ROUTES, (torch.bfloat16, torch.float16), (1, 4, 132))))
     def every(call: Call, route: str, dtype: torch.dtype, multiprocessors: int) -> None:
         call = in_half_precision(call, dtype)
-        if is_known_to_fail(call, route):
-            return
         with emulated(route) as here:
             here.multiprocessors = multiprocessors
             try:
@@ -74,7 +59,7 @@ def check_layouts(here: Emulated, seeds: range) -> None:
     for seed in seeds:
         random = Random(seed)
         args = lay_out(random_forward(random) if here.route == "fused" else random_decode(random), random)
-        if cuda.unsupported(args, here.route) or is_known_to_fail(args, here.route):
+        if cuda.unsupported(args, here.route):
             continue
         here.multiprocessors = random.choice([1, 4, 132])
         assert_right(args, *here.fwd(args))
