@@ -6,6 +6,7 @@
 #include "backward/delta.cuh"
 #include "backward/keys.cuh"
 #include "backward/rows.cuh"
+#include "backward/shares.cuh"
 #include "decode/bank.cuh"
 #include "decode/plan.h"
 #include "launch.cuh"

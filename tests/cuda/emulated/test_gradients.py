@@ -1,4 +1,4 @@
-"""Gradients of the backend ``cuda`` as users ask for them: through torch's autograd, with the kernels in the emulator."""
+"""Gradients of the backend ``cuda`` as users get them: through torch's autograd, with the kernels in the emulator."""
 
 from __future__ import annotations
 
@@ -55,5 +55,5 @@ def test_only_what_is_trained() -> None:
 
 
 def test_wide_heads_have_none() -> None:
-    with emulated("split_kv"), pytest.raises(UnsupportedError, match="gradients: q: head dim 256, .* up to 128"):
+    with emulated("split_kv"), pytest.raises(UnsupportedError, match=r"gradients: q: head dim 256, .* up to 128"):
         prefix_attention(**make_call(D=256, dtype=torch.bfloat16).leaves, backend="cuda")

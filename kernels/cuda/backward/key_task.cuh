@@ -1,0 +1,55 @@
+// Which keys a block of the backward has, and which rows.
+#pragma once
+
+#include "backward/params.cuh"
+
+namespace fastprefix {
+
+// Keys of a block, and its packed rows: token r / G and head r % G of the group. Tokens are numbered through the batch,
+// b * S + s, or, of a bank, through the units that read the prefix.
+struct KeyTask {
+  int b, h_kv, first_key, end_key;
+  int first_row, end_row;
+  int start;              // of the content: position of the sample's token 0
+  int prefix, share;
+  int keys;               // tokens that the prefix has: those from there to end_key get 0
+  int first_unit;         // of a bank
+  int64_t token;          // of the prefix's token 0 among those of all, as gradients lie
+};
+
+// Of a packed bank: which prefix has tile number `tile`, and which of its tiles that is. Behind the last prefix's tiles
+// come those of tokens that no prefix has. By all lanes of a warp together.
+template <int BLOCK_N>
+FP_DEVICE void find_packed(const AttentionCall& c, int tile, KeyTask& t) {
+  const int lane = thread_index() % 32;
+  int tiles_before = 0, tokens_before = 0;
+  for (int base = 0; base < c.N; base += 32) {
+    const int keys = base + lane < c.N ? prefix_length(c, base + lane) : 0;
+    int tiles = cdiv(keys, BLOCK_N), tokens = keys;
+    FP_UNROLL
+    for (int delta = 1; delta < 32; delta *= 2) {
+      const int more_tiles = shfl_up(tiles, delta), more_tokens = shfl_up(tokens, delta);
+      if (lane >= delta) {
+        tiles += more_tiles;
+        tokens += more_tokens;
+      }
+    }
+    int mine = tiles_before + tiles <= tile;   // how many prefixes lie before
+    FP_UNROLL for (int mask = 16; mask > 0; mask /= 2) mine += shfl_idx(mine, lane ^ mask);
+    if (mine < 32) {
+      t.prefix = base + mine;
+      t.keys = shfl_idx(keys, mine);
+      t.token = tokens_before + shfl_idx(tokens, mine) - t.keys;
+      t.first_key = (tile - tiles_before - shfl_idx(tiles, mine) + cdiv(t.keys, BLOCK_N)) * BLOCK_N;
+      t.end_key = smaller(t.first_key + BLOCK_N, t.keys);
+      return;
+    }
+    tiles_before += shfl_idx(tiles, 31);
+    tokens_before += shfl_idx(tokens, 31);
+  }
+  t.prefix = -1;
+  t.token = tokens_before + int64_t{tile - tiles_before} * BLOCK_N;
+  t.end_key = larger(0, smaller(BLOCK_N, static_cast<int>(c.P - t.token)));
+}
+
+}  // namespace fastprefix
