@@ -190,7 +190,9 @@ def check_backward(inputs: Sequence[Any]) -> None:
 
     At the forward: until its backward runs, a program may do hours of work.
     """
-    if inputs[-1] == "cuda":  # the one whose backward takes less than its forward
+    trained = any(inputs[i] is not None and inputs[i].requires_grad for i in NEEDED[:-1])  # sinks need no backend
+    # The one whose backward takes less than its forward; on meta tensors no backend runs.
+    if inputs[-1] == "cuda" and trained and inputs[0].device.type != "meta":
         dispatch.choose(from_op_inputs(inputs)[0], inputs[-1], "backward")
 
 

@@ -46,7 +46,9 @@ const char* launch(int64_t blocks, const typename Kernel::Params& params, void* 
                            static_cast<cudaStream_t>(stream)>>>(params);
     error = cudaGetLastError();
   }
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+  if (error == cudaSuccess) return nullptr;
+  cudaGetLastError();   // or the next launch would be told of it
+  return cudaGetErrorString(error);
 }
 
 // Makes a device the current one of this library's runtime, which is another than torch's. Its number of multiprocessors,
@@ -60,6 +62,7 @@ inline int use_device(int device, const char** reason) {
     if (error == cudaSuccess && device < MOST_DEVICES) known[device].store(count, std::memory_order_relaxed);
   }
   *reason = error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+  if (error != cudaSuccess) cudaGetLastError();
   return error == cudaSuccess ? count : 0;
 }
 

@@ -41,6 +41,9 @@ FP_DEVICE int thread_index_again() {
 extern __shared__ __align__(1024) uint8_t dynamic_shared[];
 FP_DEVICE uint32_t shared_base() { return static_cast<uint32_t>(__cvta_generic_to_shared(dynamic_shared)); }
 
+// 9.7.19.4 trap: ends the launch with an error.
+FP_DEVICE void trap() { __trap(); }
+
 // 9.7.13.1 barrier: every thread of the block. 9.7.13.2 bar.warp.sync: every lane of the warp.
 FP_DEVICE void sync_block() { __syncthreads(); }
 FP_DEVICE void sync_warp() { __syncwarp(); }

@@ -38,9 +38,12 @@ FP_DEVICE void find_packed(const AttentionCall& c, int tile, KeyTask& t) {
     FP_UNROLL for (int mask = 16; mask > 0; mask /= 2) mine += shfl_idx(mine, lane ^ mask);
     if (mine < 32) {
       t.prefix = base + mine;
-      t.keys = shfl_idx(keys, mine);
-      t.token = tokens_before + shfl_idx(tokens, mine) - t.keys;
-      t.first_key = (tile - tiles_before - shfl_idx(tiles, mine) + cdiv(t.keys, BLOCK_N)) * BLOCK_N;
+      const int length = shfl_idx(keys, mine);
+      t.keys = length;
+      t.token = tokens_before + shfl_idx(tokens, mine) - length;
+      // Lengths that the host could not see may be more than there are tokens.
+      t.keys = static_cast<int>(smaller(t.keys, larger(0, c.P - static_cast<int>(t.token))));
+      t.first_key = (tile - tiles_before - shfl_idx(tiles, mine) + cdiv(length, BLOCK_N)) * BLOCK_N;
       t.end_key = smaller(t.first_key + BLOCK_N, t.keys);
       return;
     }
@@ -48,6 +51,7 @@ FP_DEVICE void find_packed(const AttentionCall& c, int tile, KeyTask& t) {
     tokens_before += shfl_idx(tokens, 31);
   }
   t.prefix = -1;
+  t.first_key = 0;
   t.token = tokens_before + int64_t{tile - tiles_before} * BLOCK_N;
   t.end_key = larger(0, smaller(BLOCK_N, static_cast<int>(c.P - t.token)));
 }

@@ -202,7 +202,8 @@ struct BackwardKeys {
     const int last_position = t.start + quotient(smaller(first + BLOCK_M, t.end_row) - 1 - before, p.by_G);
     const bool whole = (!c.causal || t.end_key - 1 <= first_position) && (!c.window || t.first_key > last_position - c.window) && !c.segments.data;
     if (whole && vote_all(shown[0] && shown[1])) return;
-    int key[2], segment[2] = {0, 0};
+    int key[2];
+    int64_t segment[2] = {0, 0};
     FP_UNROLL
     for (int half = 0; half < 2; half++) {
       key[half] = key_of_lane(t, group, half);
@@ -213,7 +214,8 @@ struct BackwardKeys {
     FP_NO_UNROLL
     for (int i = 0; i < BLOCK_M / 4; i++) {
       const int row = first + i / 2 * 8 + accumulator_column(thread_index() % 32) + i % 2;
-      const int position = t.start + quotient(row - before, p.by_G), own = c.segments.data ? segment_at(c, t.b, position) : 0;
+      const int position = t.start + quotient(row - before, p.by_G);
+      const int64_t own = c.segments.data ? segment_at(c, t.b, position) : 0;
       FP_UNROLL
       for (int half = 0; half < 2; half++) {
         const bool hidden = (c.causal && key[half] > position) || (c.window && key[half] <= position - c.window) || own != segment[half];
@@ -368,6 +370,8 @@ struct BackwardKeys {
       setmaxnreg_inc<240>();
       consume(p, t, thread_index() / 128 - 1);
     }
+#else
+    trap();   // a library that was built for other devices must not leave o as it was
 #endif
   }
 };

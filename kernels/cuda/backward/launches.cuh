@@ -17,6 +17,7 @@ inline const char* backward_refusal(const BackwardCall& call) {
   const AttentionCall& c = call.forward;
   if (c.D % 8 || c.D_v % 8 || c.D > 128 || c.D_v > 128) return "head dims: expected multiples of 8 up to 128";
   if (c.T >= MOST_KEYS || c.P >= MOST_KEYS || c.window > MOST_KEYS) return "keys: expected fewer than 2^29";
+  if (c.prefix_ids.data && c.N < 1) return "prefix_ids: expected a bank of one prefix or more";
   if (c.B < 1 || c.S < 1 || c.H_kv < 1 || c.H < 1 || c.H % c.H_kv) return "shapes: expected rows, and groups of query heads";
   if (int64_t{c.B} * c.S * (c.H / c.H_kv) >= int64_t{1} << 30) return "shapes: expected fewer than 2^30 rows of a head";
   return nullptr;
@@ -38,7 +39,9 @@ inline bool needs_prefix(const BackwardCall& call) { return call.forward.P > 0 &
 inline int prefix_shares(const AttentionCall& c, int multiprocessors) {
   const int64_t used = prefixes_in_use(c), tiles = used * cdiv(mean_tokens(c), 64 * prefix_key_groups(c)) * c.H_kv;
   const int64_t steps = cdiv(int64_t{c.B} * c.S * (c.H / c.H_kv), 64 * used);
-  return static_cast<int>(std::max<int64_t>(1, std::min(cdiv(int64_t{multiprocessors}, std::max<int64_t>(1, tiles)), steps)));
+  // A padded bank has room for each prefix in each share: with many that nobody reads, few shares.
+  const int64_t most = std::max<int64_t>(1, 8 * used / prefix_tensors(c));
+  return static_cast<int>(std::max<int64_t>(1, std::min({cdiv(int64_t{multiprocessors}, std::max<int64_t>(1, tiles)), steps, most})));
 }
 // Their number in memory: where two groups have the same keys, each leaves its own.
 inline int64_t shares_in_memory(const AttentionCall& c, int multiprocessors) {

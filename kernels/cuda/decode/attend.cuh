@@ -173,11 +173,12 @@ struct AttendShare {
     }
   }
 
-  FP_DEVICE void run(const DecodeParams& p, const Task& task) {
+  FP_DEVICE void run(const DecodeParams& p, Task task) {
     const AttentionCall& c = p.call;
     const Warp warp = this_warp();
     const int64_t h = task.h_kv, b = task.b;
     const int before = tokens_before(c, task.prefix);
+    if (c.packed) task.prefix_keys = smaller(task.prefix_keys, larger(0, c.P - before));
     const int64_t begin_k = prefix_offset(c, c.prefix_k, task.prefix, before), begin_v = prefix_offset(c, c.prefix_v, task.prefix, before);
     const auto head = [](const Rows& x, int64_t offset) { return static_cast<const uint16_t*>(x.data) + offset; };
     const KeySource prefix{head(c.prefix_k, begin_k + h * c.prefix_k.head), head(c.prefix_v, begin_v + h * c.prefix_v.head),

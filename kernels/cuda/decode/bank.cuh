@@ -15,9 +15,9 @@ struct ListBankTiles {
   static constexpr uint32_t SHARED_BYTES = 2 * WARPS * sizeof(int);
 
   FP_DEVICE int id_at(const AttentionCall& c, const Divisor& by_S, int unit) {
-    if (!c.ids_by_row) return static_cast<int>(integer_at(c.prefix_ids, unit * c.prefix_ids.batch));
+    if (!c.ids_by_row) return prefix_of_id(c, integer_at(c.prefix_ids, unit * c.prefix_ids.batch));
     const int b = quotient(unit, by_S), s = remainder(unit, b, by_S);
-    return static_cast<int>(integer_at(c.prefix_ids, b * c.prefix_ids.batch + s * c.prefix_ids.row));
+    return prefix_of_id(c, integer_at(c.prefix_ids, b * c.prefix_ids.batch + s * c.prefix_ids.row));
   }
 
   // The sum of x over this thread and those before it.

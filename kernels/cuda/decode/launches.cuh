@@ -34,6 +34,7 @@ const char* launch_decode(const DecodeParams& params, void* stream) {
 inline const char* refusal(const AttentionCall& c) {
   if (c.D % 8 || c.D_v % 8 || c.D > 256 || c.D_v > 256) return "head dims: expected multiples of 8 up to 256";
   if (c.T >= MOST_KEYS || c.P >= MOST_KEYS || c.window > MOST_KEYS) return "keys: expected fewer than 2^29";
+  if (c.prefix_ids.data && c.N < 1) return "prefix_ids: expected a bank of one prefix or more";
   if (c.B < 1 || c.S < 1 || c.H_kv < 1 || c.H < 1 || c.H % c.H_kv) return "shapes: expected rows, and groups of query heads";
   if (c.segments.data) return "segment_ids: expected none";
   if (c.ids_by_row && c.route == SPLIT_KV) return "route split_kv: expected one prefix a sample";

@@ -51,9 +51,13 @@ FP_DEVICE int bounded(int64_t position) {
 
 // Tokens of a prefix, 0 of none. The ids were checked by the host only if it could see them.
 FP_DEVICE bool is_prefix(const AttentionCall& c, int64_t id) { return id >= 0 && id < c.N; }
+// The prefix of an id, -1 for none.
+FP_DEVICE int prefix_of_id(const AttentionCall& c, int64_t id) { return is_prefix(c, id) ? static_cast<int>(id) : -1; }
 FP_DEVICE int prefix_length(const AttentionCall& c, int n) {
   if (!is_prefix(c, n)) return 0;
-  return c.prefix_lens.data ? larger(0, smaller(c.P, static_cast<int>(integer_at(c.prefix_lens, n * c.prefix_lens.batch)))) : c.P;
+  if (!c.prefix_lens.data) return c.P;
+  const int64_t length = integer_at(c.prefix_lens, n * c.prefix_lens.batch);
+  return length < 0 ? 0 : static_cast<int>(length < c.P ? length : c.P);
 }
 
 // How many tokens of a packed bank lie before a prefix; 0 in any other. By all lanes of a warp together.
@@ -64,6 +68,11 @@ FP_DEVICE int tokens_before(const AttentionCall& c, int n) {
   FP_UNROLL
   for (int lane = 16; lane > 0; lane /= 2) before += shfl_idx(before, (thread_index() % 32) ^ lane);
   return before;
+}
+
+// How many tokens of a prefix there are: no more than the bank has, whatever lengths say that the host could not see.
+FP_DEVICE int prefix_keys(const AttentionCall& c, int n, int before) {
+  return smaller(prefix_length(c, n), c.packed ? larger(0, c.P - before) : c.P);
 }
 
 // Where a prefix begins in the bank's keys or values.
@@ -152,7 +161,7 @@ FP_DEVICE Task content_task(const DecodeParams& p, int block, int tile_rows) {
   task.rows = c.S * static_cast<int>(p.by_G.divisor);
   task.start = bounded(c.q_start.data ? integer_at(c.q_start, task.b * c.q_start.batch) : c.start);
   if (p.plan.route == SPLIT_KV) {
-    task.prefix = c.prefix_ids.data ? static_cast<int>(integer_at(c.prefix_ids, task.b * c.prefix_ids.batch)) : 0;
+    task.prefix = c.prefix_ids.data ? prefix_of_id(c, integer_at(c.prefix_ids, task.b * c.prefix_ids.batch)) : 0;
     task.prefix_keys = prefix_length(c, task.prefix);
   }
   const int first = task.start + quotient(task.first_row, p.by_G);

@@ -28,6 +28,7 @@ inline int prefix_tile(const AttentionCall& c) {
 inline const char* forward_refusal(const AttentionCall& c) {
   if (c.D % 8 || c.D_v % 8 || c.D > 128 || c.D_v > 128) return "head dims: expected multiples of 8 up to 128";
   if (c.T >= MOST_KEYS || c.P >= MOST_KEYS || c.window > MOST_KEYS) return "keys: expected fewer than 2^29";
+  if (c.prefix_ids.data && c.N < 1) return "prefix_ids: expected a bank of one prefix or more";
   if (c.B < 1 || c.S < 1 || c.H_kv < 1 || c.H < 1 || c.H % c.H_kv) return "shapes: expected rows, and groups of query heads";
   if (int64_t{c.S} * (c.H / c.H_kv) >= int64_t{1} << 30) return "shapes: expected fewer than 2^30 rows of a sample";
   return nullptr;

@@ -30,7 +30,7 @@ FP_DEVICE void list_prefixes(const AttentionCall& c, const Divisor& by_G, const 
     // A second kind of row, be it rows without a prefix, and no prefix is every row's.
     if (after != -2) shared_by_all = 0;
     after = next;
-    const int keys = prefix_length(c, next);
+    const int keys = prefix_keys(c, next, tokens_before(c, next));
     if (keys > 0) {
       if (lane == 0) {
         st_shared(Shared::list(4 + 2 * count), next);

@@ -13,9 +13,14 @@ struct RowTile {
 };
 
 // The segment of a content key, or of the query row at that position.
-FP_DEVICE int segment_at(const AttentionCall& c, int b, int position) {
+FP_DEVICE int64_t segment_at(const AttentionCall& c, int b, int position) {
   const int64_t place = larger(0, smaller(c.T - 1, position));
-  return static_cast<int>(integer_at(c.segments, b * c.segments.batch + place * c.segments.row));
+  return integer_at(c.segments, b * c.segments.batch + place * c.segments.row);
+}
+// The same in 32 bits, for bounds: ids that do not fit become the least or the largest number, which keeps their order.
+FP_DEVICE int segment_in_bounds(int64_t id) {
+  constexpr int64_t LARGEST = 0x7ffffffe;
+  return static_cast<int>(id < -LARGEST ? -LARGEST : id > LARGEST ? LARGEST : id);
 }
 
 FP_DEVICE int first_position_of(const AttentionCall& c, int b) {

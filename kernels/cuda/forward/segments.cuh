@@ -39,14 +39,14 @@ FP_DEVICE void find_segments(const AttentionCall& c, RowTile& t) {
   constexpr int NONE = 0x7fffffff, WARPS = THREADS / 32;
   Bounds ids{NONE, -NONE};
   const int position = t.first_position + thread_index();
-  if (thread_index() < BLOCK_M && position <= t.last_position) ids.least = ids.most = segment_at(c, t.b, position);
+  if (thread_index() < BLOCK_M && position <= t.last_position) ids.least = ids.most = segment_in_bounds(segment_at(c, t.b, position));
   ids = bounds_of_block<WARPS>(ids, Shared::segment_room());
   t.least_segment = ids.least;
   t.most_segment = ids.most;
   Bounds keys{NONE, -NONE};
   FP_NO_UNROLL
   for (int key = t.low + thread_index(); key < t.high; key += THREADS) {
-    const int id = segment_at(c, t.b, key);
+    const int id = segment_in_bounds(segment_at(c, t.b, key));
     if (id >= ids.least && id <= ids.most) keys = {smaller(keys.least, key), key};
   }
   keys = bounds_of_block<WARPS>(keys, Shared::segment_room() + 8 * WARPS);

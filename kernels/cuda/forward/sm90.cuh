@@ -144,6 +144,8 @@ struct ForwardSm90 {
       setmaxnreg_inc<232>();
       consume(p, t, warp / 4 - 1);
     }
+#else
+    trap();   // a library that was built for other devices must not leave o as it was
 #endif
   }
 };

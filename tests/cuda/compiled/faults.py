@@ -17,8 +17,8 @@ BARRIERS = ["SYNCS.EXCH.64", "SYNCS.ARRIVE.TRANS64", "SYNCS.PHASECHK.TRANS64.TRY
 COPIES = "LDGSTS.E.BYPASS.LTC128B.128"
 # An A100's 164 KiB hold two blocks with two stages of keys and values, where an H100's 228 KiB hold three.
 MOST_BLOCKS = {"sm_80": 2}
-# Instructions of a kernel without a body: it ends, and what follows is padding.
-EMPTY = {"MOV", "LDC", "EXIT", "BRA", "NOP"}
+# Instructions of a kernel without a body: it traps, and what follows is padding.
+EMPTY = {"MOV", "LDC", "EXIT", "BRA", "NOP", "BPT"}
 # ld.local and st.local, to where registers are spilled and arrays lie that are indexed at run time.
 LOCAL = ("LDL", "STL")
 GROWTH = 0.05

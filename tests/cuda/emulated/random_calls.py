@@ -40,7 +40,9 @@ class Draw:
         if sometimes(0.3):
             options["key_padding_mask"] = torch.rand(B, T, generator=self.generator) > 0.4
         if segments and sometimes(0.3):
-            options["segment_ids"] = torch.sort(self.integers(0, 3, B, T), 1)[0]
+            ids = torch.sort(self.integers(0, 3, B, T), 1)[0]
+            # Ids may need all of their 64 bits.
+            options["segment_ids"] = ids * 2**32 if ids.dtype == torch.int64 and sometimes(0.5) else ids
         if sometimes(0.3):
             starts = (int(self.integers(-2, T + 3)), self.integers(-2, T + 2, B), torch.tensor(T // 2))
             options["q_start"] = self.choice(starts)
@@ -58,7 +60,7 @@ class Draw:
             options["prefix_lens"] = self.integers(0, P, N)
         if bank == "packed":
             options["prefix_lens"] = self.integers(0, 90, N)
-            P = int(options["prefix_lens"].sum())
+            P = int(options["prefix_lens"].sum()) + self.choice([0, 0, 5, 140])  # tokens that no prefix has, too
         # [B, S, H, D] storage, as models hold it, but for the cache, which may be either.
         by_token = sometimes(0.5)
         cache = [
