@@ -76,11 +76,7 @@ def explain(args: AttentionArgs) -> str:
     lines = []
     trained = torch.is_grad_enabled() and any(x.requires_grad for x in _trainable(args))
     for name in BACKENDS:
-        reasons = module(name).unsupported(args)
-        if trained and module(name) is not chosen.module:
-            reasons += [
-                reason for reason in no_backward(module(name), args) if reason.partition(": ")[2] not in reasons
-            ]
+        reasons = _reasons(module(name), args, trained and module(name) is not chosen.module)
         if reasons:
             verdict = "cannot: " + "; ".join(reasons)
         elif module(name) is chosen.module:

@@ -10,7 +10,7 @@ import torch
 from benches.device_suite.plan import TrainingTiming
 from fastprefix.machine.device_errors import describe_error, recover, synchronize
 from fastprefix.measure import Cost, Peaks, Problem, Timing
-from fastprefix.measure.operator.candidates import INTERPRETED, OURS, backend_reasons, chosen_backend
+from fastprefix.measure.operator.candidates import INTERPRETED, OURS, backend_reasons, chosen_backend, example_args
 from fastprefix.types import BACKENDS
 from fastprefix.verification.routes import module, no_backward
 
@@ -133,8 +133,8 @@ def _ours(x: Problem) -> tuple[list[str], dict[str, str]]:
             untimed[name] = ORACLE
         elif reasons := backend_reasons(x, backend):
             untimed[name] = "; ".join(reasons)
-        elif missing := no_backward(module(backend)):
-            untimed[name] = missing
+        elif missing := no_backward(module(backend), example_args(x)):
+            untimed[name] = "; ".join(missing)
         elif backend == "triton" and torch.device(x.device).type == "cpu":
             untimed[name] = INTERPRETED
     return [name for name in named if name not in untimed], untimed

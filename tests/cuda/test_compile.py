@@ -19,7 +19,7 @@ from tests.cuda.compiled.kernels import CompiledKernel, read_kernels
 from tests.cuda.compiled.launch_shapes import LaunchShape
 from tests.cuda.compiled.real_library import TARGETS, build_real
 from tests.cuda.compiled.record import RECORDED, compiler, counts, recorded
-from tests.cuda.emulated.fused_mutants import FUSED_MUTANTS
+from tests.cuda.emulated.mutants.fused_mutants import FUSED_MUTANTS
 from tests.cuda.libraries import once
 
 HERE = Path(__file__).parent / "compiled"

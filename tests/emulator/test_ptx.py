@@ -22,6 +22,8 @@ ALONE = {
     "shfl_idx_int": r"SHFL\.IDX",
     "shfl_up": r"SHFL\.UP",
     "vote_all": r"VOTE\.ALL",
+    "thread_index_again": r"STG\.E",  # what it reads is a special register that every kernel reads
+    "half_to_float": r"HADD2\.F32",
     "ex2_approx": r"MUFU\.EX2",
     "lg2_approx": r"MUFU\.LG2",
     "rcp_approx": r"MUFU\.RCP",
@@ -32,6 +34,7 @@ ALONE = {
     "ld_st_global_4": r"(LD|ST)G\.E\.128",
     "ld_shared": r"LDS",
     "ld_shared4": r"LDS\.128",
+    "ld_shared_bits4": r"LDS\.128",
     "ld_shared_int": r"LDS",
     "st_shared": r"STS",
     "st_shared_int": r"STS",

@@ -147,7 +147,7 @@ def test_training_needs_a_backend_with_gradients(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(training_rows, "backend_reasons", lambda problem, name: [])
     monkeypatch.setattr(training_rows, "chosen_backend", lambda problem, mode: "aten")
-    names, untimed = training_rows._ours(Problem.train(2, 4, 2, 16, 32, 16, device="meta"))
+    names, untimed = training_rows._ours(Problem.train(2, 4, 2, 16, 32, 256, device="meta"))
     assert "ours:cuda" not in names and untimed["ours:cuda"].startswith("gradients: ")
     assert "ours" in names and "ours:triton" in names
 

@@ -101,6 +101,8 @@ def test_modes_and_transforms_are_seen() -> None:
 def test_a_compiled_call_stays_one_graph() -> None:
     x = leaves()
 
+    torch._dynamo.reset()  # other tests count towards its limit of recompilations
+
     @torch.compile(fullgraph=True, backend="eager")
     def compiled(q: Tensor) -> Any:
         return prefix_attention(**{**x, "q": q}, backend="native") + 1

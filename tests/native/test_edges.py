@@ -29,6 +29,8 @@ def test_values_that_a_compiled_call_could_not_check(ids: list[int], lens: list[
     """Whose first use would be an address."""
     call = make_call(N=3)
 
+    torch._dynamo.reset()  # other tests count towards its limit of recompilations
+
     @torch.compile(backend="eager", fullgraph=True)
     def compiled(ids: Tensor, lens: Tensor | None) -> Any:
         return prefix_attention(**call.leaves, prefix_ids=ids, prefix_lens=lens, backend="native")
@@ -40,6 +42,8 @@ def test_values_that_a_compiled_call_could_not_check(ids: list[int], lens: list[
 def test_a_packed_bank_is_not_read_past_its_end() -> None:
     call = make_call(packed=(3, 4))
     call.options["prefix_lens"] = torch.tensor([3, 5])
+
+    torch._dynamo.reset()  # other tests count towards its limit of recompilations
 
     @torch.compile(backend="eager", fullgraph=True)
     def compiled(ids: Tensor) -> Any:

@@ -258,6 +258,7 @@ class TestWithoutTheOperator:
         prefix_attention(**{**leaves, "q": leaves["q"].as_subclass(Mine)})
         prefix_attention(**leaves, key_padding_mask=mask.as_subclass(Mine))
         torch.func.vmap(lambda q: prefix_attention(**{**leaves, "q": q}))(leaves["q"][None])
+        torch._dynamo.reset()  # after many compilations of a function it is no longer compiled
         torch.compile(prefix_attention, backend="eager", fullgraph=True)(**leaves)
         with torch.autograd.forward_ad.dual_level():
             prefix_attention(**leaves)

@@ -38,14 +38,14 @@ def chosen_backend(problem: Problem, mode: Mode = "forward") -> BackendName:
     for name in BACKENDS:
         if name == named:
             return name
-    chosen = dispatch.choose(_args(problem), "auto", mode if TRAINED[mode] else "forward").module
+    chosen = dispatch.choose(example_args(problem), "auto", mode if TRAINED[mode] else "forward").module
     return next(name for name in BACKENDS if dispatch.module(name) is chosen)
 
 
 def backend_reasons(problem: Problem, name: BackendName) -> list[str]:
     """The reasons why a backend does not support the problem; empty where it does."""
     try:
-        reasons: list[str] = dispatch.module(name).unsupported(_args(problem))
+        reasons: list[str] = dispatch.module(name).unsupported(example_args(problem))
     except ImportError as error:
         return [f"cannot be imported: {error}"]
     return reasons
@@ -61,7 +61,8 @@ def prepare_with(backend: str) -> Callable[[Problem, Leaves], Attend]:
     return prepare
 
 
-def _args(problem: Problem) -> AttentionArgs:
+def example_args(problem: Problem) -> AttentionArgs:
+    """A call of a problem's sizes, whose tensors hold anything."""
     x, place = problem, {"dtype": problem.dtype, "device": problem.device}
     q = torch.empty(x.B, x.S, x.H, x.D, **place).transpose(1, 2)  # type: ignore[call-overload]
     k = torch.empty(x.B, x.T, x.H_kv, x.D, **place).transpose(1, 2)  # type: ignore[call-overload]
@@ -101,7 +102,7 @@ def _by_route(route: str) -> Callable[[Problem, Leaves], Attend]:
 
 
 def _no_route(route: str) -> Callable[[Problem, Mode], str | None]:
-    return lambda problem, mode: "; ".join(cuda.unsupported(_args(problem), route)) or None
+    return lambda problem, mode: "; ".join(cuda.unsupported(example_args(problem), route)) or None
 
 
 def _untimed(backend: BackendName) -> Callable[[Problem, Mode], str | None]:
@@ -110,7 +111,7 @@ def _untimed(backend: BackendName) -> Callable[[Problem, Mode], str | None]:
     """
 
     def reason(problem: Problem, mode: Mode) -> str | None:
-        if TRAINED[mode] and (missing := no_backward(dispatch.module(backend), _args(problem))):
+        if TRAINED[mode] and (missing := no_backward(dispatch.module(backend), example_args(problem))):
             return "; ".join(missing)
         return INTERPRETED if backend == "triton" and torch.device(problem.device).type == "cpu" else None
 

@@ -8,7 +8,7 @@ import torch
 
 from fastprefix.types import AttentionArgs
 from tests.cuda.emulated.calls import Kernels, kernels
-from tests.cuda.emulated.mutant import Mutant
+from tests.cuda.emulated.mutants.mutant import Mutant
 from tests.cuda.emulated.random_calls import assert_right
 from tests.emulator.session import Mode
 

@@ -10,8 +10,8 @@ import torch
 
 from fastprefix.types import Needs
 from tests.cuda.emulated.backward import ALL, Backward, Problem, backward
-from tests.cuda.emulated.backward_mutants import BACKWARD_MUTANTS
-from tests.cuda.emulated.mutant import Mutant
+from tests.cuda.emulated.mutants.backward_mutants import BACKWARD_MUTANTS
+from tests.cuda.emulated.mutants.mutant import Mutant
 from tests.cuda.emulated.random_calls import random_forward
 from tests.emulator.build import library
 from tests.emulator.session import Mode

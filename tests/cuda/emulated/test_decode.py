@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from tests.cuda.emulated.calls import Kernels
-from tests.cuda.emulated.decode_mutants import DECODE_MUTANTS
 from tests.cuda.emulated.faults import assert_found, check, faults
-from tests.cuda.emulated.mutant import Mutant
+from tests.cuda.emulated.mutants.decode_mutants import DECODE_MUTANTS
+from tests.cuda.emulated.mutants.mutant import Mutant
 from tests.cuda.emulated.random_calls import decode_routes, random_decode
 from tests.emulator.build import library
 from tests.support.operator_calls import arguments, make_call

@@ -10,8 +10,8 @@ import torch
 
 from tests.cuda.emulated.calls import Kernels
 from tests.cuda.emulated.faults import assert_found, check, faults
-from tests.cuda.emulated.fused_mutants import FUSED_MUTANTS
-from tests.cuda.emulated.mutant import Mutant
+from tests.cuda.emulated.mutants.fused_mutants import FUSED_MUTANTS
+from tests.cuda.emulated.mutants.mutant import Mutant
 from tests.cuda.emulated.random_calls import random_forward
 from tests.emulator.build import library
 from tests.support.operator_calls import arguments, make_call

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.cuda.emulated.mutant import Mutant
+from tests.cuda.emulated.mutants.mutant import Mutant
 
 CONSUMER, PRODUCER, KERNEL, SEGMENTS = (f"forward/{name}.cuh" for name in ("consumer", "producer", "sm90", "segments"))
 LAUNCHES = "forward/launches.cuh"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.cuda.emulated.mutant import Mutant
+from tests.cuda.emulated.mutants.mutant import Mutant
 
 ROWS, KEYS, BANK, LAUNCHES = "backward/rows.cuh", "backward/keys.cuh", "decode/bank.cuh", "backward/launches.cuh"
 RACE = "race|in flight|nothing wrote|without a barrier"

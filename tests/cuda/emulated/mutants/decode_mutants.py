@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.cuda.emulated.mutant import Mutant
+from tests.cuda.emulated.mutants.mutant import Mutant
 
 ATTEND, COMBINE, BANK, PARAMS = (f"decode/{name}.cuh" for name in ("attend", "combine", "bank", "params"))
 
