@@ -193,7 +193,7 @@ def _inputs(args: AttentionArgs, route: str | None) -> tuple[Any, ...]:
         aligned(prefix_v),
         None if sinks is None else sinks.to(torch.float32).contiguous(),
         None if padding is None else padding.view(torch.uint8),
-        args.segment_ids,
+        None if args.segment_ids is None else in_32_bits(args.segment_ids),
         start_tensor,
         args.prefix_ids,
         args.prefix_lens,
@@ -204,6 +204,13 @@ def _inputs(args: AttentionArgs, route: str | None) -> tuple[Any, ...]:
         args.softcap or 0.0,
         DECODE_ROUTES.index(route) + 1 if route in DECODE_ROUTES else _AUTO,
     )
+
+
+def in_32_bits(ids: Tensor) -> Tensor:
+    """Ids ``[B, T]`` that are equal where these are: themselves, or, as kernels compare 32 bits, the ranks of longer ones."""
+    if ids.dtype == torch.int32:
+        return ids
+    return torch.searchsorted(ids.sort(dim=1).values, ids.contiguous(), out_int32=True)
 
 
 def unexpanded(x: Tensor) -> Tensor:

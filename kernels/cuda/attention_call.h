@@ -43,7 +43,7 @@ struct AttentionCall {
   Integers prefix_ids;       // [B], or [B, S] with row strides: -1 is none. Null: prefix 0 for all
   Integers prefix_lens;      // [N], or null: all have P tokens
   Integers q_start;          // [B] (or stride 0), or null: start
-  Integers segments;         // [B, T], or null
+  Integers segments;         // [B, T], compared by their low 32 bits; or null
   const uint8_t* padding;    // [B, T], 0 hides a key; or null
   int64_t padding_batch, padding_key;
   int64_t start;             // content position of the first query row

@@ -113,9 +113,9 @@ class TestGradients:
             assert self.call(**{name: leaf}).isfinite().all()
 
     def test_every_reason_is_told(self) -> None:
-        sinks = torch.zeros(6, requires_grad=True)
+        q = make_call(**WIDE).leaves["q"]
         with pytest.raises(UnsupportedError, match=r"(?s)dropout_p: .*gradients: "):
-            self.call(sinks=sinks, dropout_p=0.5)
+            self.call(q=q, dropout_p=0.5)
 
     def test_a_transform(self) -> None:
         q = self.plain["q"]

@@ -49,7 +49,7 @@ ALONE = {
     "mma_half": r"HMMA\.16816\.F32",
 }
 # What these instructions are known by, whatever follows in their names.
-SPECIAL = re.compile(r"(BAR|SHFL|VOTE|MUFU|F2FP|LDS|LDSM|LDGSTS|LDGDEPBAR|DEPBAR|STS|HMMA)\b")
+SPECIAL = re.compile(r"(BAR|SHFL|VOTE|MUFU|F2FP|HADD2|LDS|LDSM|LDGSTS|LDGDEPBAR|DEPBAR|STS|HMMA)\b")
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90a"])

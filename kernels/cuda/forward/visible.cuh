@@ -58,9 +58,9 @@ FP_DEVICE Range seen_by(const Lane& me, int half) {
 }
 
 // A key that padding and segments let all rows of segment `own` see.
-FP_DEVICE bool is_seen(const AttentionCall& c, int b, int key, int64_t own) {
+FP_DEVICE bool is_seen(const AttentionCall& c, int b, int key, int own) {
   if (c.padding && ld_global(c.padding + b * c.padding_batch + key * c.padding_key) == 0) return false;
-  return !c.segments.data || segment_at(c, b, key) == own;
+  return !c.segments.data || static_cast<int>(segment_at(c, b, key)) == own;
 }
 
 // Whether all rows see all of these keys but for their ranges' ends: most tiles of padded and packed batches.
@@ -80,9 +80,9 @@ FP_DEVICE bool is_seen_by_all(const Lane& me, int first) {
 template <int ELEMENTS>
 FP_DEVICE void hide_by_key(float (&x)[ELEMENTS], const Lane& me, int first, const Range (&seen)[2]) {
   uint32_t bits[2] = {0, 0};
-  int64_t segment[2] = {0, 0};
+  int segment[2] = {0, 0};
   if (me.c.segments.data)
-    FP_UNROLL for (int half = 0; half < 2; half++) segment[half] = segment_at(me.c, me.t.b, position_of(me, half));
+    FP_UNROLL for (int half = 0; half < 2; half++) segment[half] = static_cast<int>(segment_at(me.c, me.t.b, position_of(me, half)));
   FP_NO_UNROLL
   for (int i = 0; i < ELEMENTS / 2; i++) {
     const int key = first + i / 2 * 8 + accumulator_column(me.lane) + i % 2;

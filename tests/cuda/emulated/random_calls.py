@@ -40,9 +40,7 @@ class Draw:
         if sometimes(0.3):
             options["key_padding_mask"] = torch.rand(B, T, generator=self.generator) > 0.4
         if segments and sometimes(0.3):
-            ids = torch.sort(self.integers(0, 3, B, T), 1)[0]
-            # Ids may need all of their 64 bits.
-            options["segment_ids"] = ids * 2**32 if ids.dtype == torch.int64 and sometimes(0.5) else ids
+            options["segment_ids"] = torch.sort(self.integers(0, 3, B, T), 1)[0]
         if sometimes(0.3):
             starts = (int(self.integers(-2, T + 3)), self.integers(-2, T + 2, B), torch.tensor(T // 2))
             options["q_start"] = self.choice(starts)

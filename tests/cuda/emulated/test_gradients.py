@@ -57,3 +57,12 @@ def test_only_what_is_trained() -> None:
 def test_wide_heads_have_none() -> None:
     with emulated("split_kv"), pytest.raises(UnsupportedError, match=r"gradients: q: head dim 256, .* up to 128"):
         prefix_attention(**make_call(D=256, dtype=torch.bfloat16).leaves, backend="cuda")
+
+
+def test_documents_whose_ids_differ_in_their_high_bits() -> None:
+    ids = torch.tensor([[0] * 4 + [2**32] * 3 + [2**40] * 2, [7] * 9])
+    call = make_call(S=9, segment_ids=ids, dtype=torch.bfloat16)
+    with emulated("fused") as here:
+        got = run(call, "cuda")
+        assert not here.session.errors, here.session.errors
+    assert_within_rule(got, call)
