@@ -207,7 +207,7 @@ def _inputs(args: AttentionArgs, route: str | None) -> tuple[Any, ...]:
 
 
 def in_32_bits(ids: Tensor) -> Tensor:
-    """Ids ``[B, T]`` that are equal where these are: themselves, or, as kernels compare 32 bits, the ranks of longer ones."""
+    """Ids ``[B, T]`` of 32 bits that are equal where these are: themselves, or the ranks of longer ones."""
     if ids.dtype == torch.int32:
         return ids
     return torch.searchsorted(ids.sort(dim=1).values, ids.contiguous(), out_int32=True)
