@@ -57,7 +57,7 @@ def write(found: Collected, path: Path) -> None:
 
 
 def load(path: Path) -> Collected:
-    """What this session has written: reading the binaries takes ten times as long."""
+    """What :func:`write` has written: reading the binaries takes ten times as long."""
     found = pickle.loads(path.read_bytes())
     assert isinstance(found, Collected)
     return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from random import Random
+from typing import Any
 
 import torch
 
@@ -11,6 +12,23 @@ from tests.cuda.emulated.calls import Kernels, kernels
 from tests.cuda.emulated.mutants.mutant import Mutant
 from tests.cuda.emulated.random_calls import assert_right
 from tests.emulator.session import Mode
+from tests.support.operator_calls import make_call
+
+BF16: dict[str, Any] = {"D": 128, "dtype": torch.bfloat16}
+# Rows of several prompts and documents in a tile, of a bank whose prefixes end within tiles.
+PACKED_TEXTS = make_call(
+    B=1,
+    H=2,
+    H_kv=1,
+    S=130,
+    T=130,
+    P=100,
+    N=3,
+    prefix_ids=torch.tensor([[2] * 50 + [-1] * 20 + [0] * 60]),
+    prefix_lens=torch.tensor([100, 3, 70]),
+    segment_ids=torch.tensor([[0] * 50 + [1] * 20 + [2] * 60]),
+    **BF16,
+)
 
 
 def faults(faulty: Kernels, args: AttentionArgs, route: str) -> tuple[list[str], bool]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from random import Random
-from typing import Any
 
 import pytest
 import torch
 
 from fastprefix.types import Needs
 from tests.cuda.emulated.backward import ALL, Backward, Problem, backward
+from tests.cuda.emulated.faults import BF16, PACKED_TEXTS
 from tests.cuda.emulated.mutants.backward_mutants import BACKWARD_MUTANTS
 from tests.cuda.emulated.mutants.mutant import Mutant
 from tests.cuda.emulated.random_calls import random_forward
@@ -50,24 +50,11 @@ def test_any_call_in_hundreds(seed: int) -> None:
         check(Problem(random_forward(random)), random)
 
 
-BF16: dict[str, Any] = {"D": 128, "dtype": torch.bfloat16}
 # More tiles than stages, of keys and of rows; a short prefix whose rows two warpgroups share; and a bank.
 CALLS = {
     "long": make_call(B=1, H=2, H_kv=1, S=200, T=330, P=130, **BF16),
     "short prefix": make_call(B=2, H=2, H_kv=1, S=150, T=150, P=16, **BF16),
-    "bank": make_call(
-        B=1,
-        H=2,
-        H_kv=1,
-        S=130,
-        T=130,
-        P=100,
-        N=3,
-        prefix_ids=torch.tensor([[2] * 50 + [-1] * 20 + [0] * 60]),
-        prefix_lens=torch.tensor([100, 3, 70]),
-        segment_ids=torch.tensor([[0] * 50 + [1] * 20 + [2] * 60]),
-        **BF16,
-    ),
+    "bank": PACKED_TEXTS,
 }
 
 

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from random import Random
-from typing import Any
 
 import pytest
-import torch
 
 from tests.cuda.emulated.calls import Kernels
-from tests.cuda.emulated.faults import assert_found, check, faults
+from tests.cuda.emulated.faults import BF16, PACKED_TEXTS, assert_found, check, faults
 from tests.cuda.emulated.mutants.fused_mutants import FUSED_MUTANTS
 from tests.cuda.emulated.mutants.mutant import Mutant
 from tests.cuda.emulated.random_calls import random_forward
@@ -34,24 +32,10 @@ def test_any_call_in_hundreds(seed: int) -> None:
         check(random_forward(random), "fused", random)
 
 
-BF16: dict[str, Any] = {"D": 128, "dtype": torch.bfloat16}
-# More tiles of keys than stages; and rows of several prompts and documents in a tile, of a bank whose prefixes end
-# within tiles.
+# One has more tiles of keys than stages.
 CALLS = {
     "long": make_call(B=1, H=2, H_kv=1, S=100, T=500, P=130, **BF16),
-    "packed texts": make_call(
-        B=1,
-        H=2,
-        H_kv=1,
-        S=130,
-        T=130,
-        P=100,
-        N=3,
-        prefix_ids=torch.tensor([[2] * 50 + [-1] * 20 + [0] * 60]),
-        prefix_lens=torch.tensor([100, 3, 70]),
-        segment_ids=torch.tensor([[0] * 50 + [1] * 20 + [2] * 60]),
-        **BF16,
-    ),
+    "packed texts": PACKED_TEXTS,
 }
 
 

@@ -90,7 +90,7 @@ def test_a_prefix_of_the_bank_never_reaches_another(ids: list[Any], P: int, emul
     lens = torch.tensor([P - 2, P, P])
     call = make_call(B=3, S=3, N=3, P=P, prefix_ids=torch.tensor(ids), prefix_lens=lens, dtype=torch.bfloat16)
     if emulated.route not in routes_of(call):
-        return  # a route that takes no prefixes by token
+        pytest.skip(f"{emulated.route} takes no prefixes by token")
     clean = run(call)
     with torch.no_grad():
         for name in ("prefix_k", "prefix_v"):
