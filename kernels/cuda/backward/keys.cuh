@@ -307,7 +307,9 @@ struct BackwardKeys {
     }
   }
 
-  FP_DEVICE void leave_share(float* to, const float (&x)[D / 2], const KeyTask& t, int group, int columns) {
+  // Gives every key of the lane's two that is to be written, and two of its columns at a time, to `write`.
+  template <class Write>
+  FP_DEVICE void each_pair(const float (&x)[D / 2], const KeyTask& t, int group, int columns, Write&& write) {
     FP_UNROLL
     for (int half = 0; half < 2; half++) {
       const int64_t key = key_of_lane(t, group, half);
@@ -315,25 +317,21 @@ struct BackwardKeys {
       FP_UNROLL
       for (int j = 0; j < D / 8; j++) {
         const int column = j * 8 + accumulator_column(thread_index() % 32);
-        if (column < columns)
-          st_global(reinterpret_cast<Float2*>(to + key * columns + column),
-                    key < t.keys ? Float2{{x[4 * j + 2 * half], x[4 * j + 2 * half + 1]}} : Float2{{0.0f, 0.0f}});
+        if (column < columns) write(key, column, x[4 * j + 2 * half], x[4 * j + 2 * half + 1]);
       }
     }
   }
+  FP_DEVICE void leave_share(float* to, const float (&x)[D / 2], const KeyTask& t, int group, int columns) {
+    each_pair(x, t, group, columns, [&](int64_t key, int column, float left, float right) {
+      const bool exists = key < t.keys;
+      st_global(reinterpret_cast<Float2*>(to + key * columns + column), exists ? Float2{{left, right}} : Float2{{0.0f, 0.0f}});
+    });
+  }
   FP_DEVICE void store(const Rows& to, int64_t before, const float (&x)[D / 2], const KeyTask& t, int group, int columns) {
-    FP_UNROLL
-    for (int half = 0; half < 2; half++) {
-      const int64_t key = key_of_lane(t, group, half);
-      if (key >= t.end_key) continue;
-      FP_UNROLL
-      for (int j = 0; j < D / 8; j++) {
-        const int column = j * 8 + accumulator_column(thread_index() % 32);
-        if (column < columns)
-          st_global(reinterpret_cast<uint32_t*>(static_cast<uint16_t*>(to.data) + before + key * to.row + column),
-                    pack<T>(x[4 * j + 2 * half], x[4 * j + 2 * half + 1]));
-      }
-    }
+    uint16_t* data = static_cast<uint16_t*>(to.data) + before;
+    each_pair(x, t, group, columns, [&](int64_t key, int column, float left, float right) {
+      st_global(reinterpret_cast<uint32_t*>(data + key * to.row + column), pack<T>(left, right));
+    });
   }
 
   FP_DEVICE void run(const BackwardParams& p) {
