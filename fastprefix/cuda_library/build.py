@@ -145,6 +145,8 @@ def architectures() -> list[str]:
         if match is None or int(match[1]) < 8:
             told = f"numbers from 8.0, as in {DEFAULT_ARCHITECTURES!r}"
             raise BuildError(f"{ARCHITECTURES}: got {text!r}, expected {told}")
+        if match[2] == "0" and match[1] == "9":
+            raise BuildError(f"{ARCHITECTURES}: got {text!r}, expected 9.0a, which has Hopper's instructions")
         number = match[1] + match[2]
         codes = f"[sm_{number},compute_{number}]" if match[3] else f"sm_{number}"
         found += ["-gencode", f"arch=compute_{number},code={codes}"]

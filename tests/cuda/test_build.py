@@ -106,6 +106,13 @@ def test_architectures(monkeypatch: pytest.MonkeyPatch) -> None:
             build.architectures()
 
 
+def test_hopper_is_asked_for_by_its_own_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Code for plain 9.0 would run there, and its forward could only end the launch with an error."""
+    monkeypatch.setenv(build.ARCHITECTURES, "8.0;9.0")
+    with pytest.raises(BuildError, match=r"got '8\.0;9\.0', expected 9\.0a"):
+        build.architectures()
+
+
 def test_sources(tmp_path: Path) -> None:
     with pytest.raises(BuildError, match="no sources"):
         build.find_sources(tmp_path / "package")
