@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from fastprefix.machine.process_wide import ProcessWide
+
 
 def find_in_package(package: str, pattern: str) -> Path | None:
     """The first file that matches inside an installed package; None without the package or such a file."""
@@ -42,6 +44,7 @@ def convert_once(target: Path, title: str, convert: Callable[[Path], None]) -> N
             os.replace(made, target)
 
 
+@ProcessWide
 @contextmanager
 def no_progress_bars() -> Iterator[None]:
     """Keep transformers' progress bars off the terminal."""

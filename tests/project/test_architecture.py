@@ -49,7 +49,7 @@ ROOMS = {
         ("api", "trainer"),
         ("explain",),
     ),
-    "machine": (("device", "files", "processor", "text_table", "timing"), ("device_errors",)),
+    "machine": (("device", "files", "process_wide", "processor", "text_table", "timing"), ("device_errors",)),
     "verification": (
         ("cells",),
         ("routes", "identity", "child"),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from fastprefix.hf.attention.recording import AttentionCall, recording
 from fastprefix.hf.model import probing
 from fastprefix.hf.model.dummy_inputs import dummy_inputs
 from fastprefix.hf.model.encoder_decoder import is_encoder_decoder
+from fastprefix.machine.process_wide import ProcessWide
 
 
 def run_once(installation: Installation) -> list[AttentionCall]:
@@ -47,11 +50,18 @@ def run_once(installation: Installation) -> list[AttentionCall]:
     return calls
 
 
+@ProcessWide
+@contextmanager
+def _silent() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
 def _error(model: Any, inputs: dict[str, Any]) -> Exception | None:
     """The exception that a forward raises; None if it runs."""
     try:
-        with warnings.catch_warnings(), probing.evaluating(model):
-            warnings.simplefilter("ignore")
+        with _silent(), probing.evaluating(model):
             model(**inputs)
     except Exception as error:  # any kind: run_once reports it, unless the bare model fails too
         return error

@@ -14,7 +14,15 @@ from fastprefix.errors import fail
 from fastprefix.hf.attention import method_overrides
 from fastprefix.hf.attention.recording import AttentionCall, recording
 from fastprefix.hf.model import offload, wrappers
+from fastprefix.machine.process_wide import ProcessWide
 from fastprefix.verification import first_use
+
+
+@ProcessWide
+@contextmanager
+def _uncompiled() -> Iterator[None]:
+    with torch.compiler.set_stance("force_eager"):
+        yield
 
 
 def check_model(model: Any) -> None:
@@ -49,7 +57,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"), first_use.held(quiet=True):
+        with torch.no_grad(), _uncompiled(), first_use.held(quiet=True):
             yield
     finally:
         for module, mode in modes:

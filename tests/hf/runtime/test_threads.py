@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
@@ -12,11 +14,16 @@ from torch import nn
 
 import fastprefix
 from fastprefix import PrefixConfig, PromptConfig, init
+from fastprefix.assets.cache import no_progress_bars
+from fastprefix.hf.adapters import trial_forward
 from fastprefix.hf.adapters.lookup import require_installation
+from fastprefix.hf.model import probing
 from tests.model_zoo.encoder_decoders import ROWS as ENCODER_DECODERS
 from tests.support.tiny_models import tiny_model
 
 pytest.importorskip("transformers")
+
+from transformers.utils import logging as transformers_logging
 
 IDS = torch.arange(3, 19).view(2, 8)
 CONFIGS: dict[str, Any] = {
@@ -221,3 +228,43 @@ def test_an_interrupted_forward_keeps_nobody_waiting() -> None:
     together(forward)
     together(forward, forward)
     forward()
+
+
+def test_settings_of_the_process_outlive_threads_that_attach() -> None:
+    """The first of two threads to begin ends first: it must not restore what the second one then restores to."""
+    filters = list(warnings.filters)
+    blocks = [probing.evaluating, trial_forward._silent, no_progress_bars]
+    entered, left = threading.Barrier(2), threading.Event()
+    bars = transformers_logging.is_progress_bar_enabled()
+
+    def block() -> ExitStack:
+        stack = ExitStack()
+        for make in blocks:
+            stack.enter_context(make(nn.Linear(1, 1)) if make is probing.evaluating else make())
+        return stack
+
+    def first() -> None:
+        with block():
+            entered.wait(60)
+        left.set()
+
+    def second() -> None:
+        with block():
+            entered.wait(60)
+            assert left.wait(60)
+            assert not compiles() and not transformers_logging.is_progress_bar_enabled()
+
+    together(first, second)
+    assert compiles()
+    assert list(warnings.filters) == filters
+    assert transformers_logging.is_progress_bar_enabled() == bars
+
+
+def compiles() -> bool:
+    """Whether a function that is to be compiled is."""
+
+    @torch.compile(backend="eager", fullgraph=True)
+    def compiled(x: torch.Tensor) -> torch.Tensor:
+        return x + 1 if torch.compiler.is_compiling() else x
+
+    return bool(compiled(torch.zeros(1)).item())
