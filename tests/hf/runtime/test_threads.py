@@ -234,7 +234,7 @@ def test_settings_of_the_process_outlive_threads_that_attach() -> None:
     """The first of two threads to begin ends first: it must not restore what the second one then restores to."""
     filters = list(warnings.filters)
     blocks = [probing.evaluating, trial_forward._silent, no_progress_bars]
-    entered, left = threading.Barrier(2), threading.Event()
+    first_in, second_in, first_out = (threading.Event() for _ in range(3))
     bars = transformers_logging.is_progress_bar_enabled()
 
     def block() -> ExitStack:
@@ -245,13 +245,15 @@ def test_settings_of_the_process_outlive_threads_that_attach() -> None:
 
     def first() -> None:
         with block():
-            entered.wait(60)
-        left.set()
+            first_in.set()
+            assert second_in.wait(60)
+        first_out.set()
 
     def second() -> None:
+        assert first_in.wait(60)
         with block():
-            entered.wait(60)
-            assert left.wait(60)
+            second_in.set()
+            assert first_out.wait(60)
             assert not compiles() and not transformers_logging.is_progress_bar_enabled()
 
     together(first, second)
