@@ -1,9 +1,10 @@
-"""CUDA kernels of our own: decoding, which is few query tokens and many keys, and on Hopper any forward.
+"""CUDA kernels of our own: decoding, which is few query tokens and many keys, and any forward and backward.
 
 ``split_kv`` lets each sample read its prefix and then its content, cut into parts that run side by side and are merged
 (Flash-Decoding, Dao et al. 2023); ``cascade`` reads a tile of the prefix once for the rows of all samples (Juravsky et
-al. 2024). ``fused`` reads prefix and content in one warp-specialised loop (after FlashAttention-3, Shah et al. 2024).
-All multiply the heads of a group together. The library with the kernels is found by ``cuda_library``.
+al. 2024). ``fused`` reads prefix and content in one loop: on Hopper a warp-specialised one (after FlashAttention-3,
+Shah et al. 2024), elsewhere one of FlashAttention-2's kind (Dao 2023). All multiply the heads of a group together. The
+library with the kernels is found by ``cuda_library``.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ ROUTES = (*DECODE_ROUTES, "fused")
 LARGEST_SEQ = 16
 LARGEST_HEAD_DIM, LARGEST_FUSED_HEAD_DIM = 256, 128
 LARGEST_INT = 2**31 - 1
-LEAST_CAPABILITY, HOPPER = 80, 90
+LEAST_CAPABILITY = 80
 # Kernels copy 16 bytes at a time, which are 8 elements.
 ALIGNMENT, STEP = 16, 8
 _DTYPES = (torch.bfloat16, torch.float16)
@@ -130,9 +131,6 @@ def _cannot(args: AttentionArgs, decodes: bool, route: str | None = None) -> lis
         if dim % 8 or not 0 < dim <= widest:
             reasons.append(f"{name}: head dim {dim}, its kernels take multiples of 8 up to {widest}")
     if not decodes:
-        if q.device.type == "cuda" and machine.compute_capability(q.device) != HOPPER:
-            found = machine.compute_capability(q.device) / 10
-            reasons.append(f"device: compute capability {found}, its kernel for many query tokens is for 9.0")
         return reasons
     if q.shape[2] > LARGEST_SEQ:
         reasons.append(f"q: {q.shape[2]} tokens, at most {LARGEST_SEQ} are decoded")

@@ -150,7 +150,8 @@ def architectures() -> list[str]:
         number = match[1] + match[2]
         codes = f"[sm_{number},compute_{number}]" if match[3] else f"sm_{number}"
         found += ["-gencode", f"arch=compute_{number},code={codes}"]
-    return found
+    # Without code of Hopper's own, the kernels for all other devices run there too.
+    return [*found, "-DFASTPREFIX_HOPPER"] if any("sm_90a" in x for x in found) else found
 
 
 def key(sources: Sources, nvcc: Nvcc) -> str:

@@ -64,5 +64,6 @@ extern "C" int64_t fastprefix_decode_workspace(const fastprefix::AttentionCall* 
 // Launches the call on a stream of its device. Null, or in one line what is wrong: words that stay where they are. The host
 // does not wait, and what is launched is the same whatever the tensors hold, so that it may be captured in a CUDA graph.
 extern "C" const char* fastprefix_decode(const fastprefix::AttentionCall* call, void* workspace, void* stream);
-// The forward of many query tokens, for devices of compute capability 9.0. It needs no workspace, and takes no route.
+// The forward of many query tokens, by a kernel of its own on compute capability 9.0. It needs no workspace, and takes no
+// route.
 extern "C" const char* fastprefix_fused(const fastprefix::AttentionCall* call, void* stream);

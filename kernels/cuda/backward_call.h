@@ -16,6 +16,6 @@ struct BackwardCall {
 
 }  // namespace fastprefix
 
-// As of the forward. For devices of compute capability 9.0.
+// As of the forward.
 extern "C" int64_t fastprefix_backward_workspace(const fastprefix::BackwardCall* call);
 extern "C" const char* fastprefix_backward(const fastprefix::BackwardCall* call, void* workspace, void* stream);

@@ -1,4 +1,4 @@
-// The C interface of the forward for sm_90a, and all instances of its kernel.
+// The C interface of the forward, and all instances of its kernel for sm_90a.
 #include "forward/launches.cuh"
 
 namespace {
@@ -25,5 +25,6 @@ extern "C" const char* fastprefix_fused(const AttentionCall* call, void* stream)
   const char* reason = forward_refusal(*call);
   if (!reason) use_device(call->device, &reason);
   if (reason) return reason;
+  if (!is_hopper(call->device)) return forward_sm80(*call, stream);
   return call->dtype == BF16 ? launch_width<bf16_t>(*call, stream) : launch_width<fp16_t>(*call, stream);
 }

@@ -51,19 +51,37 @@ const char* launch(int64_t blocks, const typename Kernel::Params& params, void* 
   return cudaGetErrorString(error);
 }
 
+// One of a device's numbers, which is asked for once.
+template <cudaDeviceAttr ATTRIBUTE>
+cudaError_t device_attribute(int device, int& value) {
+  static std::atomic<int> known[MOST_DEVICES];
+  value = device < MOST_DEVICES ? known[device].load(std::memory_order_relaxed) : 0;
+  if (value != 0) return cudaSuccess;
+  const cudaError_t error = cudaDeviceGetAttribute(&value, ATTRIBUTE, device);
+  if (error == cudaSuccess && device < MOST_DEVICES) known[device].store(value, std::memory_order_relaxed);
+  return error;
+}
+
 // Makes a device the current one of this library's runtime, which is another than torch's. Its number of multiprocessors,
 // by which work is cut; 0 and a reason where there is none.
 inline int use_device(int device, const char** reason) {
-  static std::atomic<int> known[MOST_DEVICES];
+  int count = 0;
   cudaError_t error = cudaSetDevice(device);
-  int count = device < MOST_DEVICES ? known[device].load(std::memory_order_relaxed) : 0;
-  if (error == cudaSuccess && count == 0) {
-    error = cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
-    if (error == cudaSuccess && device < MOST_DEVICES) known[device].store(count, std::memory_order_relaxed);
-  }
+  if (error == cudaSuccess) error = device_attribute<cudaDevAttrMultiProcessorCount>(device, count);
   *reason = error == cudaSuccess ? nullptr : cudaGetErrorString(error);
   if (error != cudaSuccess) cudaGetLastError();
   return error == cudaSuccess ? count : 0;
+}
+
+// Whether a device that is in use has Hopper's instructions, and this library code for them (FASTPREFIX_HOPPER).
+inline bool is_hopper(int device) {
+#if defined(FASTPREFIX_HOPPER)
+  int major = 0;
+  return device_attribute<cudaDevAttrComputeCapabilityMajor>(device, major) == cudaSuccess && major == 9;
+#else
+  static_cast<void>(device);
+  return false;
+#endif
 }
 
 }  // namespace fastprefix

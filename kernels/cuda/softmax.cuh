@@ -34,6 +34,37 @@ FP_DEVICE void to_logits(float (&x)[N][M], const Logits& to) {
 // What logits are shifted by: a row that has seen nothing keeps m = -inf, and shifting by 0 leaves weight 0 instead of nan.
 FP_DEVICE float shift_of(float m) { return m == NEGATIVE_INFINITY ? 0.0f : m; }
 
+// One step of the running softmax of a lane's two rows, over N keys as an accumulator holds them: x becomes their weights,
+// and o's rows are to be multiplied with alpha. m is before the scale, which is above 0; l is of this lane's keys.
+template <int ELEMENTS>
+FP_DEVICE void softmax_step(float (&x)[ELEMENTS], float (&m)[2], float (&l)[2], float (&alpha)[2], float scale) {
+  FP_UNROLL
+  for (int half = 0; half < 2; half++) {
+    float most = m[half];
+    FP_UNROLL
+    for (int j = 0; j < ELEMENTS / 4; j++) most = larger(most, larger(x[4 * j + 2 * half], x[4 * j + 2 * half + 1]));
+    most = larger(most, shfl_xor(most, 1));
+    most = larger(most, shfl_xor(most, 2));
+    const float shift = shift_of(most) * scale;
+    alpha[half] = ex2_approx(m[half] * scale - shift);
+    float sum = 0.0f;
+    FP_UNROLL
+    for (int j = 0; j < ELEMENTS / 4; j++) {
+      FP_UNROLL
+      for (int e = 4 * j + 2 * half; e < 4 * j + 2 * half + 2; e++) {
+        x[e] = ex2_approx(x[e] * scale - shift);
+        sum += x[e];
+      }
+    }
+    m[half] = most;
+    l[half] = l[half] * alpha[half] + sum;
+  }
+}
+template <int ELEMENTS>
+FP_DEVICE void rescale(float (&o)[ELEMENTS], const float (&alpha)[2]) {
+  FP_UNROLL for (int e = 0; e < ELEMENTS; e++) o[e] *= alpha[e / 2 % 2];
+}
+
 // The end of a row: what its acc is multiplied with, and the natural log-sum-exp. A sink (gpt-oss) is a part with o = 0;
 // its base-2 logit must not overflow to "nothing at all".
 struct Finish {

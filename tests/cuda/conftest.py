@@ -10,12 +10,12 @@ import pytest
 from fastprefix.backends import cuda
 from tests.cuda.compiled.binaries import nvcc
 from tests.cuda.compiled.real_library import build_real
-from tests.cuda.emulated.operators import Emulated, emulated_param
+from tests.cuda.emulated.operators import ROUTES, Emulated, emulated_param
 from tests.cuda.emulated.operators import emulated as emulated_by
 from tests.cuda.libraries import compile_host, once
 
 NAMESPACE = "fastprefix_plain"
-EMULATED = [emulated_param(route=route) for route in cuda.ROUTES]
+EMULATED = [emulated_param(route=route) for route in ROUTES]
 
 
 @pytest.fixture(scope="session")

@@ -94,6 +94,7 @@ def test_architectures(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(build.ARCHITECTURES, raising=False)
     assert build.architectures() == [
         "-gencode", "arch=compute_80,code=[sm_80,compute_80]", "-gencode", "arch=compute_90a,code=sm_90a",
+        "-DFASTPREFIX_HOPPER",
     ]  # fmt: skip
     monkeypatch.setenv(build.ARCHITECTURES, "8.6, 10.0f+PTX")
     assert build.architectures()[1::2] == [

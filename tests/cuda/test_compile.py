@@ -83,7 +83,7 @@ def test_kernels_use_what_they_were_written_for(target: str, request: pytest.Fix
     made = collected_for(target, request).of(target)
     found = {x.name: faults.of_instructions(x) for x in made}
     assert {name: wrong for name, wrong in found.items() if wrong} == {}
-    assert {x.family for x in made} >= {"DecodeAttend", "CombineShares", "ForwardSm90", "BackwardRows", "BackwardKeys"}
+    assert {x.family for x in made} >= {"DecodeAttend", "CombineShares", *faults.ONLY_HOPPER, *faults.NOT_HOPPER}
 
 
 @compiles
@@ -183,8 +183,13 @@ def test_instructions_of_another_type_or_device() -> None:
     half = replace(RIGHT, name=RIGHT.name.replace("bf16_t", "half_t"))
     assert faults.of_instructions(half) == ["HMMA.16816.F32.BF16 for half_t"]
     elsewhere = replace(HOPPER, target="sm_120", opcodes={"LDC": 1, "EXIT": 1, "UTMALDG.4D": 1})
-    assert faults.of_instructions(elsewhere) == ["code that only sm_90a can run: UTMALDG"]
+    assert faults.of_instructions(elsewhere) == ["code that sm_120 never runs: UTMALDG"]
     assert faults.of_instructions(HOPPER)[0] == "no HGMMA.64x16x16"
+    ampere = replace(RIGHT, name="ForwardSm80<bf16_t, 64, 16>", opcodes={**OPCODES, "EXIT": 1, "MOV": 1, "LDC": 1})
+    assert faults.of_instructions(ampere) == []
+    assert faults.of_instructions(replace(ampere, target="sm_90a")) == [
+        "code that sm_90a never runs: HMMA, LDGSTS, LDSM"
+    ]
     with pytest.raises(KeyError, match="has no NewKernel"):
         faults.of_instructions(replace(RIGHT, name="NewKernel<bf16_t>"))
 

@@ -9,6 +9,7 @@ import platform
 import shutil
 import subprocess
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ KERNELS = ROOT / "kernels/cuda"
 # An automatic variable that nothing sets is a huge negative number, so that a forgotten initial value shows in results.
 # Without unique symbols, two libraries of one process have a session each.
 FLAGS = (
-    *("-std=c++20", "-O2", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", "-pthread"),
+    *("-std=c++20", "-O1", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", "-pthread"),
     *("-ftrivial-auto-var-init=pattern", "-fno-gnu-unique"),
     # Cheap accesses to thread_local variables, of which a process with many libraries has room for only few otherwise.
     *(("-mtls-dialect=gnu2",) if platform.machine() == "x86_64" else ()),
@@ -64,6 +65,7 @@ def library(
         for ending in ("h", "hpp", "cuh", "cu")
         for path in sorted(folder.rglob(f"*.{ending}"))
     )
+    sources = list(sources)
     texts = [ROOT / source, *sources, *first, *headers]
     digest = hashlib.sha256("\0".join([command, version, *flags]).encode())
     for path in texts:
@@ -73,9 +75,18 @@ def library(
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / "lock"):
         if not made.exists():
+            objects = [folder / f"{path.stem}.o" for path in (Path(source), *sources)]
+            with ThreadPoolExecutor(2) as pool:
+                compiled = [
+                    (command, "-c", ROOT / path, *flags, "-o", x) for path, x in zip((source, *sources), objects)
+                ]
+                list(pool.map(_run, compiled))
             unfinished = made.with_suffix(".unfinished")
-            call = [command, *map(str, [ROOT / source, *sources]), *flags, "-o", str(unfinished)]
-            done = subprocess.run(call, capture_output=True, text=True)
-            assert done.returncode == 0, done.stderr
+            _run((command, *objects, *flags, "-o", unfinished))
             unfinished.replace(made)
     return made
+
+
+def _run(call: Iterable[str | Path]) -> None:
+    done = subprocess.run(list(map(str, call)), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-// launch() and use_device() of kernels/cuda/launch.cuh, which includes this file, as a processor runs them. The
+// launch(), use_device() and is_hopper() of kernels/cuda/launch.cuh, which includes this file, as a processor runs them. The
 // session's C interface, for tests in Python, follows.
 #pragma once
 
@@ -68,14 +68,16 @@ inline int use_device(int, const char** reason) {
   return emulator::session.options.multiprocessors;
 }
 
+inline bool is_hopper(int) { return emulator::session.options.capability == 90; }
+
 }  // namespace fastprefix
 
 #define FASTPREFIX_EXPORT extern "C" __attribute__((used)) inline
 
 // A new session: no buffers, no errors, counters at 0.
-FASTPREFIX_EXPORT void emulator_reset(int mode, int wgmma_mode, uint64_t seed, int races, int workers, int count) {
+FASTPREFIX_EXPORT void emulator_reset(int mode, int wgmma_mode, uint64_t seed, int races, int workers, int count, int capability) {
   using namespace fastprefix::emulator;
-  session.options = {static_cast<Mode>(mode), static_cast<Mode>(wgmma_mode), seed, races != 0, workers, count};
+  session.options = {static_cast<Mode>(mode), static_cast<Mode>(wgmma_mode), seed, races != 0, workers, count, capability};
   session.counters = {};
   session.errors.clear();
   session.kinds.clear();

@@ -22,6 +22,7 @@ struct Options {
   bool races = true;          // Whether every access is checked against those before it.
   int workers = 1;            // OS threads, each of which runs whole blocks.
   int multiprocessors = 132;  // What use_device() answers.
+  int capability = 90;        // Of 90, is_hopper() says yes.
 };
 
 struct Counters {

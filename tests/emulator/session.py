@@ -40,9 +40,11 @@ class Session:
         races: bool = True,
         workers: int = 1,
         multiprocessors: int = 132,
+        capability: int = 90,
     ) -> None:
         """Forgets buffers and errors. With a seed other than 0, blocks and warps run in an order of chance."""
-        self.library.emulator_reset(mode, wgmma_mode, ctypes.c_uint64(seed), races, workers, multiprocessors)
+        options = (ctypes.c_uint64(seed), races, workers, multiprocessors, capability)
+        self.library.emulator_reset(mode, wgmma_mode, *options)
 
     def add(self, name: str, x: Tensor, writable: bool = False) -> None:
         """Kernels may read, or read and write, from the first element of x to its last one."""

@@ -17,6 +17,32 @@ struct KeyTask {
   int64_t token;          // of the prefix's token 0 among those of all, as gradients lie
 };
 
+// A block's task may wait in shared memory, where 48 bytes are its, for whoever needs its registers.
+FP_DEVICE void save_task(uint32_t to, const KeyTask& t) {
+  const auto word = [](int64_t x) { return static_cast<uint32_t>(x); };
+  st_shared(to, Bits4{{word(t.b), word(t.h_kv), word(t.first_key), word(t.end_key)}});
+  st_shared(to + 16, Bits4{{word(t.first_row), word(t.end_row), word(t.start), word(t.prefix)}});
+  st_shared(to + 32, Bits4{{word(t.share), word(t.keys), word(t.first_unit), word(t.token)}});
+}
+FP_DEVICE KeyTask saved_task(uint32_t from) {
+  const Bits4 a = ld_shared_bits4(from), b = ld_shared_bits4(from + 16), c = ld_shared_bits4(from + 32);
+  const auto number = [](uint32_t x) { return static_cast<int>(x); };
+  KeyTask t{};
+  t.b = number(a.x[0]);
+  t.h_kv = number(a.x[1]);
+  t.first_key = number(a.x[2]);
+  t.end_key = number(a.x[3]);
+  t.first_row = number(b.x[0]);
+  t.end_row = number(b.x[1]);
+  t.start = number(b.x[2]);
+  t.prefix = number(b.x[3]);
+  t.share = number(c.x[0]);
+  t.keys = number(c.x[1]);
+  t.first_unit = number(c.x[2]);
+  t.token = number(c.x[3]);
+  return t;
+}
+
 // Of a packed bank: which prefix has tile number `tile`, and which of its tiles that is. Behind the last prefix's tiles
 // come those of tokens that no prefix has. By all lanes of a warp together.
 template <int BLOCK_N>

@@ -1,11 +1,13 @@
-// The backward for sm_90a on a stream: up to six launches, of which none is made for what nothing needs.
+// The backward on a stream: up to six launches, of which none is made for what nothing needs.
 #pragma once
 
 #include <algorithm>
 
 #include "backward/delta.cuh"
 #include "backward/keys.cuh"
+#include "backward/keys_sm80.cuh"
 #include "backward/rows.cuh"
+#include "backward/rows_sm80.cuh"
 #include "backward/shares.cuh"
 #include "decode/bank.cuh"
 #include "decode/plan.h"
@@ -23,38 +25,42 @@ inline const char* backward_refusal(const BackwardCall& call) {
   return nullptr;
 }
 
-// A prefix of 64 tokens is one group's keys; of a longer one, two groups share the rows.
 inline int mean_tokens(const AttentionCall& c) { return c.packed ? cdiv(c.P, larger(c.N, 1)) : c.P; }
-inline int prefix_key_groups(const AttentionCall& c) { return mean_tokens(c) <= 64 ? 1 : 2; }
 inline int64_t prefix_tensors(const AttentionCall& c) { return c.packed ? 1 : c.N; }
+
+// How many of a prefix's keys a block has and how many rows a step. Where a prefix has few keys, several parts of the block
+// have the same, and leave sums of their own.
+inline PrefixWork prefix_work(const AttentionCall& c, bool hopper) {
+  const int tokens = mean_tokens(c);
+  if (hopper) return tokens <= 64 ? PrefixWork{64, 64, 2} : PrefixWork{128, 64, 1};
+  return tokens <= 16 ? PrefixWork{16, 64, 4} : tokens <= 64 ? PrefixWork{64, 64, 2} : PrefixWork{128, 32, 1};
+}
 // Tiles of keys, of a packed bank those of all its prefixes, each of which may end in one that is not full, as may the
 // tokens behind the last.
-inline int64_t prefix_key_tiles(const AttentionCall& c) {
-  const int64_t tiles = cdiv(c.P, 64 * prefix_key_groups(c));
+inline int64_t prefix_key_tiles(const AttentionCall& c, const PrefixWork& work) {
+  const int64_t tiles = cdiv(c.P, work.keys);
   return c.packed ? tiles + c.N + 1 : tiles;
 }
 inline bool needs_prefix(const BackwardCall& call) { return call.forward.P > 0 && (call.dprefix_k || call.dprefix_v); }
 
-// Shares that fill the machine, each at least one step of rows.
-inline int prefix_shares(const AttentionCall& c, int multiprocessors) {
-  const int64_t used = prefixes_in_use(c), tiles = used * cdiv(mean_tokens(c), 64 * prefix_key_groups(c)) * c.H_kv;
+// Shares that fill the machine, each at least 64 rows.
+inline int prefix_shares(const AttentionCall& c, const PrefixWork& work, int multiprocessors) {
+  const int64_t used = prefixes_in_use(c), tiles = used * cdiv(mean_tokens(c), work.keys) * c.H_kv;
   const int64_t steps = cdiv(int64_t{c.B} * c.S * (c.H / c.H_kv), 64 * used);
   // A padded bank has room for each prefix in each share: with many that nobody reads, few shares.
   const int64_t most = std::max<int64_t>(1, 8 * used / prefix_tensors(c));
   return static_cast<int>(std::max<int64_t>(1, std::min({cdiv(int64_t{multiprocessors}, std::max<int64_t>(1, tiles)), steps, most})));
 }
-// Their number in memory: where two groups have the same keys, each leaves its own.
-inline int64_t shares_in_memory(const AttentionCall& c, int multiprocessors) {
-  return prefix_shares(c, multiprocessors) * (2 / prefix_key_groups(c));
-}
 
 struct BackwardWorkspace {
   int64_t rows, share_k, share_v, units, first, bytes;
 };
-inline BackwardWorkspace workspace_of(const BackwardCall& call, int multiprocessors) {
+inline BackwardWorkspace workspace_of(const BackwardCall& call, int multiprocessors, bool hopper) {
   const AttentionCall& c = call.forward;
   const int64_t rows = int64_t{c.B} * c.H * c.S * 8;
-  const int64_t tokens = needs_prefix(call) ? shares_in_memory(c, multiprocessors) * prefix_tensors(c) * c.H_kv * c.P * 4 : 0;
+  const PrefixWork work = prefix_work(c, hopper);
+  const int64_t shares = needs_prefix(call) ? prefix_shares(c, work, multiprocessors) * work.copies : 0;
+  const int64_t tokens = shares * prefix_tensors(c) * c.H_kv * c.P * 4;
   const auto padded = [](int64_t bytes) { return cdiv(bytes, 16) * 16; };
   const int64_t k = padded(rows), v = k + padded(call.dprefix_k ? tokens * c.D : 0);
   const int64_t units = v + padded(call.dprefix_v ? tokens * c.D_v : 0);
@@ -69,9 +75,9 @@ const char* launch_tiles(BackwardParams params, int64_t tiles, void* stream) {
   return launch<Kernel>(Kernel::blocks(params), params, stream);
 }
 
-inline const char* add_shares(const BackwardParams& p, const float* from, float* to, int64_t width, int multiprocessors, void* stream) {
+inline const char* add_shares(const BackwardParams& p, const float* from, float* to, int64_t width, void* stream) {
   const AttentionCall& c = p.call.forward;
-  const AddShares::Params params{from, to, prefix_tensors(c) * c.H_kv * c.P * width, static_cast<int>(shares_in_memory(c, multiprocessors))};
+  const AddShares::Params params{from, to, prefix_tensors(c) * c.H_kv * c.P * width, p.shares * p.work.copies};
   return to ? launch<AddShares>(AddShares::blocks(params), params, stream) : nullptr;
 }
 
@@ -88,33 +94,61 @@ inline const char* list_rows(const BackwardParams& p, void* stream) {
   return launch<ListBankTiles>(1, params, stream);
 }
 
+// The kernels that differ between devices, in all of their instances for a dtype and a width.
 template <class T, int D>
-const char* launch_backward(const BackwardParams& params, int multiprocessors, void* stream) {
+struct HopperKernels {
+  static const char* rows(const BackwardParams& p, int64_t tiles, void* stream) {
+    return mean_tokens(p.call.forward) <= 16 ? launch_tiles<BackwardRows<T, D, 16>>(p, tiles, stream)
+                                             : launch_tiles<BackwardRows<T, D, 64>>(p, tiles, stream);
+  }
+  static const char* content(const BackwardParams& p, int64_t tiles, void* stream) {
+    return launch_tiles<BackwardKeys<T, D, 2, false>>(p, tiles, stream);
+  }
+  static const char* prefix(const BackwardParams& p, int64_t tiles, void* stream) {
+    return p.work.keys == 64 ? launch_tiles<BackwardKeys<T, D, 1, true>>(p, tiles, stream)
+                             : launch_tiles<BackwardKeys<T, D, 2, true>>(p, tiles, stream);
+  }
+};
+template <class T, int D>
+struct Sm80Kernels {
+  static const char* rows(const BackwardParams& p, int64_t tiles, void* stream) {
+    return mean_tokens(p.call.forward) <= 16 ? launch_tiles<BackwardRowsSm80<T, D, 16>>(p, tiles, stream)
+                                             : launch_tiles<BackwardRowsSm80<T, D, D == 128 ? 32 : 64>>(p, tiles, stream);
+  }
+  static const char* content(const BackwardParams& p, int64_t tiles, void* stream) {
+    return launch_tiles<BackwardKeysSm80<T, D, 8, 1, false>>(p, tiles, stream);
+  }
+  static const char* prefix(const BackwardParams& p, int64_t tiles, void* stream) {
+    switch (p.work.keys) {
+      case 16: return launch_tiles<BackwardKeysSm80<T, D, 1, 4, true>>(p, tiles, stream);
+      case 64: return launch_tiles<BackwardKeysSm80<T, D, 4, 2, true>>(p, tiles, stream);
+      default: return launch_tiles<BackwardKeysSm80<T, D, 8, 1, true>>(p, tiles, stream);
+    }
+  }
+};
+
+template <class T, class Kernels>
+const char* launch_backward(const BackwardParams& params, void* stream) {
+  constexpr int ROWS = 128, KEYS = 128;   // of a block
   const BackwardCall& call = params.call;
   const AttentionCall& c = call.forward;
   const char* error = launch<BackwardDelta<T>>(BackwardDelta<T>::blocks(params), params, stream);
-  if (!error && call.dq.data) {
-    const int64_t tiles = cdiv(int64_t{c.S} * (c.H / c.H_kv), 128);
-    error = mean_tokens(c) <= 16 ? launch_tiles<BackwardRows<T, D, 16>>(params, tiles, stream) : launch_tiles<BackwardRows<T, D, 64>>(params, tiles, stream);
-  }
-  if (!error && (call.dk.data || call.dv.data) && c.T > 0)
-    error = launch_tiles<BackwardKeys<T, D, 2, false>>(params, cdiv(c.T, 128), stream);
+  if (!error && call.dq.data) error = Kernels::rows(params, cdiv(int64_t{c.S} * (c.H / c.H_kv), ROWS), stream);
+  if (!error && (call.dk.data || call.dv.data) && c.T > 0) error = Kernels::content(params, cdiv(c.T, KEYS), stream);
   if (error || !needs_prefix(call)) return error;
   if (params.bank_first) error = list_rows(params, stream);
-  if (error) return error;
-  const int64_t tiles = prefix_key_tiles(c);
-  error = prefix_key_groups(c) == 1 ? launch_tiles<BackwardKeys<T, D, 1, true>>(params, tiles, stream)
-                                    : launch_tiles<BackwardKeys<T, D, 2, true>>(params, tiles, stream);
-  if (!error) error = add_shares(params, params.share_k, call.dprefix_k, c.D, multiprocessors, stream);
-  return error ? error : add_shares(params, params.share_v, call.dprefix_v, c.D_v, multiprocessors, stream);
+  if (!error) error = Kernels::prefix(params, prefix_key_tiles(c, params.work), stream);
+  if (!error) error = add_shares(params, params.share_k, call.dprefix_k, c.D, stream);
+  return error ? error : add_shares(params, params.share_v, call.dprefix_v, c.D_v, stream);
 }
 
-inline BackwardParams prepare_backward(const BackwardCall& call, void* workspace, int multiprocessors) {
+inline BackwardParams prepare_backward(const BackwardCall& call, void* workspace, int multiprocessors, bool hopper) {
   BackwardParams params{};
   params.call = call;
   params.by_G = divisor_of(call.forward.H / call.forward.H_kv);
   params.by_S = divisor_of(call.forward.S);
-  const BackwardWorkspace at = workspace_of(call, multiprocessors);
+  params.work = prefix_work(call.forward, hopper);
+  const BackwardWorkspace at = workspace_of(call, multiprocessors, hopper);
   char* room = static_cast<char*>(workspace);
   params.rows = reinterpret_cast<Float2*>(room + at.rows);
   params.share_k = reinterpret_cast<float*>(room + at.share_k);
@@ -123,8 +157,11 @@ inline BackwardParams prepare_backward(const BackwardCall& call, void* workspace
     params.bank_units = reinterpret_cast<int*>(room + at.units);
     params.bank_first = reinterpret_cast<int*>(room + at.first);
   }
-  params.shares = needs_prefix(call) ? prefix_shares(call.forward, multiprocessors) : 0;
+  params.shares = needs_prefix(call) ? prefix_shares(call.forward, params.work, multiprocessors) : 0;
   return params;
 }
+
+// All instances for devices other than Hopper, which are compiled beside the others.
+const char* backward_sm80(const BackwardParams& params, void* stream);
 
 }  // namespace fastprefix

@@ -2,9 +2,10 @@
 // prefix's first. One warpgroup fetches keys and values by cp.async, two multiply by wgmma, 64 rows each.
 #pragma once
 
-#include "backward/params.cuh"
+#include "backward/row_block.cuh"
+#include "forward/key_tiles.cuh"
 #include "forward/segments.cuh"
-#include "forward/visible.cuh"
+#include "hopper_wrappers.cuh"
 
 namespace fastprefix {
 
@@ -35,7 +36,6 @@ struct BackwardRows {
   FP_DEVICE void produce(const BackwardParams& p, const RowTile& t) {
     const AttentionCall& c = p.call.forward;
     const int prefix_tiles = ld_shared_int(Shared::list(1)), tiles = prefix_tiles + cdiv(t.high - t.low, BLOCK_N);
-    const int64_t h = t.h_kv, b = t.b;
     Walk walk{};
     if (prefix_tiles) walk = Walk::begin();
     FP_NO_UNROLL
@@ -45,23 +45,13 @@ struct BackwardRows {
         mbarrier_wait(empty(stage), ((step / STAGES) & 1) ^ 1);
         sync_warp();   // lanes overwrite what others of them have written
         if (step < prefix_tiles) {
-          const int before = tokens_before(c, walk.prefix), n = walk.prefix;
-          const int first = walk.first, keys = walk.keys;
-          const auto row = [&](const Rows& x, int64_t at) {
-            return [&x, at, first, keys](int i) { return first + i < keys ? element(x, at + (first + i) * x.row) : nullptr; };
-          };
-          copy_tile<BLOCK_P, D>(k_tile(stage), c.D, c.prefix_k.data, row(c.prefix_k, prefix_offset(c, c.prefix_k, n, before) + h * c.prefix_k.head));
-          copy_tile<BLOCK_P, D>(v_tile(stage), c.D_v, c.prefix_v.data, row(c.prefix_v, prefix_offset(c, c.prefix_v, n, before) + h * c.prefix_v.head));
+          copy_prefix<BLOCK_P, D>(k_tile(stage), c, c.prefix_k, c.D, t.h_kv, walk.prefix, walk.first, walk.keys);
+          copy_prefix<BLOCK_P, D>(v_tile(stage), c, c.prefix_v, c.D_v, t.h_kv, walk.prefix, walk.first, walk.keys);
           Walk::advance(walk);
         } else {
           const int first = t.low + (step - prefix_tiles) * BLOCK_N;
-          const auto row = [&](const Rows& x) {
-            return [&x, h, b, first, &t](int i) {
-              return first + i < t.high ? element(x, b * x.batch + h * x.head + (first + i) * x.row) : nullptr;
-            };
-          };
-          copy_tile<BLOCK_N, D>(k_tile(stage), c.D, c.k.data, row(c.k));
-          copy_tile<BLOCK_N, D>(v_tile(stage), c.D_v, c.v.data, row(c.v));
+          copy_content<BLOCK_N, D>(k_tile(stage), c.k, c.D, t, first);
+          copy_content<BLOCK_N, D>(v_tile(stage), c.v, c.D_v, t, first);
         }
       }
       cp_async_commit_group();
@@ -98,19 +88,9 @@ struct BackwardRows {
     wgmma_wait_group<0>();
     pin(x);
     pin(dp);
-    const Logits logits = Logits::of(me.c.scale, me.c.softcap);
-    FP_UNROLL for (int e = 0; e < N / 2; e++) x[e] = logit(x[e], logits);
-    hide(x);
-    FP_UNROLL
-    for (int e = 0; e < N / 2; e++) {
-      const Float2& mine = row[row_of(e)];
-      const float weight = ex2_approx(x[e] - mine.x[0]);
-      dp[e] = through_cap(weight * (dp[e] - mine.x[1]), x[e], me.cap);
-    }
+    row_gradients(x, dp, me, row, hide);
     uint32_t ds[N / 16][4];
-    FP_UNROLL
-    for (int i = 0; i < N / 16; i++)
-      FP_UNROLL for (int j = 0; j < 4; j++) ds[i][j] = pack<T>(dp[8 * i + 2 * j], dp[8 * i + 2 * j + 1]);
+    pack_operand<T, N>(ds, dp);
     wgmma_fence();
     FP_UNROLL
     for (int i = 0; i < N / 16; i++) wgmma_rs<T, true>(dq, ds[i], matrix_descriptor(k_tile(stage) + i * 16 * 128, N * 128, 1024), true);
@@ -121,15 +101,9 @@ struct BackwardRows {
   }
 
   FP_DEVICE void consume(const BackwardParams& p, const RowTile& t, int group) {
-    const AttentionCall& c = p.call.forward;
-    const Lane me{c, p.by_G, t, thread_index() % 32, group, c.scale * LOG2E, c.softcap * LOG2E};
-    const int64_t first = (int64_t{t.h_kv} * c.B + t.b) * t.rows;
+    const Lane me = lane_of(p, t, group);
     Float2 row[2];
-    FP_UNROLL
-    for (int half = 0; half < 2; half++) {
-      const int r = row_of_lane(me, half);
-      row[half] = r < t.rows ? ld_global(p.rows + first + r) : Float2{{-NEGATIVE_INFINITY, 0.0f}};
-    }
+    find_rows(row, p, me);
     float dq[D / 2];
     FP_UNROLL for (int e = 0; e < D / 2; e++) dq[e] = 0.0f;
     const int prefix_tiles = ld_shared_int(Shared::list(1)), content_tiles = cdiv(t.high - t.low, BLOCK_N);
@@ -146,19 +120,7 @@ struct BackwardRows {
     FP_NO_UNROLL
     for (int i = 0; i < content_tiles; i++)
       step<BLOCK_N>(dq, me, row, prefix_tiles + i, [&](float(&x)[BLOCK_N / 2]) { hide_content(x, me, t.low + i * BLOCK_N); });
-    FP_UNROLL
-    for (int half = 0; half < 2; half++) {
-      const int r = row_of_lane(me, half);
-      if (r >= t.rows) continue;
-      const int64_t at = offset(p.call.dq, place_of(p.by_G, t, r));
-      FP_UNROLL
-      for (int j = 0; j < D / 8; j++) {
-        const int column = j * 8 + accumulator_column(me.lane);
-        if (column < c.D)
-          st_global(reinterpret_cast<uint32_t*>(static_cast<uint16_t*>(p.call.dq.data) + at + column),
-                    pack<T>(dq[4 * j + 2 * half] * c.scale, dq[4 * j + 2 * half + 1] * c.scale));
-      }
-    }
+    store_dq<T, D>(p, me, dq);
   }
 
   FP_DEVICE void run(const BackwardParams& p) {
@@ -175,10 +137,7 @@ struct BackwardRows {
     // q and do stay for the whole loop: every warpgroup but the last fetches one of them.
     if (thread_index() < 256) {
       const bool of_q = thread_index() < 128;
-      const Rows& x = of_q ? c.q : p.call.dout;
-      copy_tile<BLOCK_M, D>(shared_base() + (of_q ? Q : DOUT), of_q ? c.D : c.D_v, x.data, [&](int row) {
-        return t.first_row + row < t.rows ? element(x, offset(x, place_of(p.by_G, t, t.first_row + row))) : nullptr;
-      });
+      copy_rows<D, BLOCK_M>(shared_base() + (of_q ? Q : DOUT), p, of_q, t);
       cp_async_commit_group();
       cp_async_wait_group<0>();
       fence_proxy_async();

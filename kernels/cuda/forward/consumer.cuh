@@ -4,6 +4,7 @@
 
 #include "forward/visible.cuh"
 #include "hopper_wrappers.cuh"
+#include "tiles.cuh"
 
 namespace fastprefix {
 
@@ -33,42 +34,6 @@ struct ForwardConsumer {
       wgmma_rs<T, true>(o, weights[step], matrix_descriptor(tile + step * 16 * 128, N * 128, 1024), true);
   }
 
-  // One step of the running softmax; x becomes its weights, and o's rows are to be multiplied with alpha.
-  template <int N>
-  FP_DEVICE void update(State& state, float (&x)[N / 2], float (&alpha)[2], float scale) {
-    FP_UNROLL
-    for (int half = 0; half < 2; half++) {
-      float m = state.m[half];
-      FP_UNROLL
-      for (int j = 0; j < N / 8; j++) m = larger(m, larger(x[4 * j + 2 * half], x[4 * j + 2 * half + 1]));
-      m = larger(m, shfl_xor(m, 1));
-      m = larger(m, shfl_xor(m, 2));
-      const float shift = shift_of(m) * scale;
-      alpha[half] = ex2_approx(state.m[half] * scale - shift);
-      float sum = 0.0f;
-      FP_UNROLL
-      for (int j = 0; j < N / 8; j++) {
-        FP_UNROLL
-        for (int e = 4 * j + 2 * half; e < 4 * j + 2 * half + 2; e++) {
-          x[e] = ex2_approx(x[e] * scale - shift);
-          sum += x[e];
-        }
-      }
-      state.m[half] = m;
-      state.l[half] = state.l[half] * alpha[half] + sum;   // of this lane's keys
-    }
-  }
-  FP_DEVICE void rescale(State& state, const float (&alpha)[2]) {
-    FP_UNROLL
-    for (int j = 0; j < D / 8; j++) FP_UNROLL for (int e = 0; e < 4; e++) state.o[4 * j + e] *= alpha[e / 2];
-  }
-  template <int N>
-  FP_DEVICE void pack_weights(uint32_t (&weights)[N / 16][4], const float (&x)[N / 2]) {
-    FP_UNROLL
-    for (int step = 0; step < N / 16; step++)
-      FP_UNROLL for (int i = 0; i < 4; i++) weights[step][i] = pack<T>(x[8 * step + 2 * i], x[8 * step + 2 * i + 1]);
-  }
-
   // `count` tiles of N keys. `see` hides keys of the next tile.
   template <int N, class See>
   FP_DEVICE void attend(State& state, const Lane& me, int count, See&& see) {
@@ -84,9 +49,9 @@ struct ForwardConsumer {
     pin(x);
     release(Shared::empty_k(state.step % STAGES));
     see(x);
-    update<N>(state, x, alpha, me.scale);
-    rescale(state, alpha);
-    pack_weights<N>(weights, x);
+    softmax_step(x, state.m, state.l, alpha, me.scale);
+    rescale(state.o, alpha);
+    pack_operand<T, N>(weights, x);
     FP_NO_UNROLL
     for (int i = 1; i < count; i++) {
       const int last = state.step % STAGES, phase = state.step / STAGES & 1;
@@ -104,12 +69,12 @@ struct ForwardConsumer {
       pin(x);
       release(Shared::empty_k(stage));
       see(x);
-      update<N>(state, x, alpha, me.scale);
+      softmax_step(x, state.m, state.l, alpha, me.scale);
       wgmma_wait_group<0>();
       pin(state.o);
       release(Shared::empty_v(last));
-      rescale(state, alpha);
-      pack_weights<N>(weights, x);
+      rescale(state.o, alpha);
+      pack_operand<T, N>(weights, x);
     }
     const int last = state.step % STAGES;
     mbarrier_wait(Shared::full_v(last), state.step / STAGES & 1);

@@ -1,6 +1,7 @@
-// The forward for sm_90a on a stream: one launch.
+// The forward on a stream: one launch, of the kernel for sm_90a or of that for all other devices.
 #pragma once
 
+#include "forward/sm80.cuh"
 #include "forward/sm90.cuh"
 #include "launch.cuh"
 #include "tensor_map.cuh"
@@ -62,5 +63,16 @@ const char* launch_forward(const AttentionCall& call, void* stream) {
   const char* reason = prepare_forward<Kernel::BLOCK_M, Kernel::BLOCK_N>(call, BLOCK_P, params);
   return reason ? reason : launch<Kernel>(Kernel::blocks(params), params, stream);
 }
+
+template <class T, int D, int BLOCK_P>
+const char* launch_forward_sm80(const AttentionCall& call, void* stream) {
+  using Kernel = ForwardSm80<T, D, BLOCK_P>;
+  const int64_t rows = int64_t{call.S} * (call.H / call.H_kv);
+  const ForwardSm80Params params{call, divisor_of(call.H / call.H_kv), static_cast<int>(cdiv(rows, Kernel::BLOCK_M))};
+  return launch<Kernel>(Kernel::blocks(params), params, stream);
+}
+
+// All of its instances, which are compiled beside the others.
+const char* forward_sm80(const AttentionCall& call, void* stream);
 
 }  // namespace fastprefix

@@ -30,9 +30,8 @@ struct ForwardProducer {
     FP_NO_UNROLL
     for (int i = lane; i < BLOCK_P * (D / 8); i += 32) {
       const int row = i / (D / 8), chunk = i % (D / 8);
-      const uint32_t place = to + chunk / 8 * (BLOCK_P * 128) + panel_offset(row, chunk % 8);
       const bool inside = row < keys && chunk * 8 < columns;
-      cp_async_16(place, inside ? rows + row * x.row + chunk * 8 : rows, inside ? 16 : 0);
+      cp_async_16(to + tile_place<BLOCK_P>(row, chunk), inside ? rows + row * x.row + chunk * 8 : rows, inside ? 16 : 0);
     }
     cp_async_commit_group();
     cp_async_wait_group<0>();

@@ -44,9 +44,25 @@ FP_DEVICE RowTile row_tile(const AttentionCall& c, const Divisor& by_G, int tile
   return t;
 }
 
+// A tile may wait in shared memory, where 48 bytes are its, for whoever needs its registers.
+FP_DEVICE void save_tile(uint32_t to, const RowTile& t) {
+  const auto word = [](int x) { return static_cast<uint32_t>(x); };
+  st_shared(to, Bits4{{word(t.b), word(t.h_kv), word(t.first_row), word(t.rows)}});
+  st_shared(to + 16, Bits4{{word(t.start), word(t.low), word(t.high), word(t.first_position)}});
+  st_shared(to + 32, Bits4{{word(t.last_position), word(t.least_segment), word(t.most_segment), 0}});
+}
+FP_DEVICE RowTile saved_tile(uint32_t from) {
+  const Bits4 a = ld_shared_bits4(from), b = ld_shared_bits4(from + 16), c = ld_shared_bits4(from + 32);
+  const auto number = [](uint32_t x) { return static_cast<int>(x); };
+  return {number(a.x[0]), number(a.x[1]), number(a.x[2]), number(a.x[3]), number(b.x[0]), number(b.x[1]),
+          number(b.x[2]), number(b.x[3]), number(c.x[0]), number(c.x[1]), number(c.x[2])};
+}
+
 FP_DEVICE Place place_of(const Divisor& by_G, const RowTile& t, int row) {
   const int token = quotient(row, by_G);
   return {t.b, token, t.h_kv * static_cast<int>(by_G.divisor) + remainder(row, token, by_G)};
 }
+
+FP_DEVICE const uint16_t* element(const Rows& x, int64_t offset) { return static_cast<const uint16_t*>(x.data) + offset; }
 
 }  // namespace fastprefix

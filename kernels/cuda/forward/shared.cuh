@@ -2,11 +2,9 @@
 #pragma once
 
 #include "forward/params.cuh"
+#include "tiles.cuh"
 
 namespace fastprefix {
-
-// Tiles lie in panels of 64 columns, 128 bytes a row, in the swizzle that the copy engine writes and wgmma reads.
-FP_CONSTEXPR uint32_t panel_offset(int row, int chunk) { return static_cast<uint32_t>(row * 128 + ((chunk ^ (row & 7)) << 4)); }
 
 template <int D, int BLOCK_M, int BLOCK_N, int STAGES>
 struct ForwardShared {

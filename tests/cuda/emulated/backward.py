@@ -73,6 +73,7 @@ class Backward:
         seed: int = 0,
         multiprocessors: int = 4,
         wgmma_mode: Mode = Mode.LATE,
+        capability: int = 90,
     ) -> list[Tensor]:
         """The five gradients, nan where they are not needed; those of the prefix in fp32."""
         args = problem.args
@@ -90,7 +91,9 @@ class Backward:
         for name, x, need in zip(("dprefix_k", "dprefix_v"), found[3:], needs[3:]):
             if need and x.numel():
                 setattr(call, name, x.data_ptr())
-        self.session.reset(mode=mode, seed=seed, multiprocessors=multiprocessors, wgmma_mode=wgmma_mode)
+        self.session.reset(
+            mode=mode, seed=seed, multiprocessors=multiprocessors, wgmma_mode=wgmma_mode, capability=capability
+        )
         workspace = torch.full((self.room(ctypes.byref(call)) // 4,), float("nan"))
         error = self.run(ctypes.byref(call), workspace.data_ptr(), None)
         assert error is None or self.session.errors, error

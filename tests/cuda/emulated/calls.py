@@ -87,6 +87,7 @@ class Kernels:
         seed: int = 0,
         multiprocessors: int = 4,
         wgmma_mode: Mode = Mode.LATE,
+        capability: int = 90,
     ) -> tuple[Tensor, Tensor]:
         """``o`` and ``lse``; what the emulator has against the launches is in ``session.errors``."""
         B, H, S, _ = args.q.shape
@@ -94,7 +95,9 @@ class Kernels:
         lse = torch.full((B, H, S), float("nan"))
         sinks = None if args.sinks is None else args.sinks.float().contiguous()
         call = ctypes.byref(Call.of(args, o, lse, sinks, route))
-        self.session.reset(mode=mode, seed=seed, multiprocessors=multiprocessors, wgmma_mode=wgmma_mode)
+        self.session.reset(
+            mode=mode, seed=seed, multiprocessors=multiprocessors, wgmma_mode=wgmma_mode, capability=capability
+        )
         if route == "fused":
             run = self.library.fastprefix_fused
             run.restype, run.argtypes = ctypes.c_char_p, [ctypes.c_void_p] * 2
@@ -113,4 +116,5 @@ class Kernels:
 @functools.cache
 def kernels() -> Kernels:
     """All of them, as they are."""
-    return Kernels(library("tests/cuda/emulated/kernels.cpp", sources=[ROOT / "tests/cuda/emulated/backward.cpp"]))
+    others = [ROOT / f"tests/cuda/emulated/{name}.cpp" for name in ("backward", "sm80")]
+    return Kernels(library("tests/cuda/emulated/kernels.cpp", sources=others))

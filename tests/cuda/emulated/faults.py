@@ -31,12 +31,12 @@ PACKED_TEXTS = make_call(
 )
 
 
-def faults(faulty: Kernels, args: AttentionArgs, route: str) -> tuple[list[str], bool]:
+def faults(faulty: Kernels, args: AttentionArgs, route: str, capability: int = 90) -> tuple[list[str], bool]:
     """The emulator's errors, and whether a result is wrong, on machines of two sizes."""
     said: list[str] = []
     wrong = False
     for multiprocessors in (2, 132):
-        o, lse = faulty(args, route, multiprocessors=multiprocessors)
+        o, lse = faulty(args, route, multiprocessors=multiprocessors, capability=capability)
         said += faulty.session.errors
         try:
             assert_right(args, o, lse)
@@ -55,14 +55,14 @@ def assert_found(mutant: Mutant, said: list[str], wrong: bool) -> None:
         assert wrong
 
 
-def check(args: AttentionArgs, route: str, random: Random) -> None:
+def check(args: AttentionArgs, route: str, random: Random, capability: int = 90) -> None:
     """Right, clean, and the same bits whatever the order of blocks, warps and copies."""
     multiprocessors, session = random.choice([1, 4, 16, 132]), kernels().session
-    first = kernels()(args, route, Mode.LATE, 0, multiprocessors)
+    first = kernels()(args, route, Mode.LATE, 0, multiprocessors, capability=capability)
     assert not session.errors, (args, route, session.errors)
     assert_right(args, *first)
     modes = random.choice([Mode.LATE, Mode.EAGER, Mode.RANDOM]), random.randrange(1, 1000)
-    again = kernels()(args, route, *modes, multiprocessors, random.choice([Mode.LATE, Mode.EAGER]))
+    again = kernels()(args, route, *modes, multiprocessors, random.choice([Mode.LATE, Mode.EAGER]), capability)
     assert not session.errors, (args, route, session.errors)
     for x, y in zip(first, again):
         assert torch.equal(x, y)

@@ -28,6 +28,9 @@ from tests.emulator.session import Mode, Session
 from tests.support.operator_calls import Call, arguments
 
 NAMESPACE = "fastprefix_emulated"
+# The route ``fused`` by the kernels for devices other than Hopper.
+SM80 = "fused_sm80"
+ROUTES = (*cuda.ROUTES, SM80)
 
 
 @functools.cache
@@ -50,12 +53,14 @@ class Emulated:
     mode: Mode = Mode.LATE
     seed: int = 0
     multiprocessors: int = 4
+    capability: int = 90
 
     def fwd(self, args: AttentionArgs, route: str | None = None) -> tuple[Tensor, Tensor]:
         """In place of the backend's own ``fwd``: by this route, or the reasons why the route cannot."""
         if reasons := cuda.unsupported(args, self.route):
             raise UnsupportedError("; ".join(reasons))
-        self.session.reset(mode=self.mode, seed=self.seed, multiprocessors=self.multiprocessors)
+        options = {"multiprocessors": self.multiprocessors, "capability": self.capability}
+        self.session.reset(mode=self.mode, seed=self.seed, **options)
         found = _fwd(args, self.route)
         assert not self.session.errors, self.session.errors
         assert self.session.counters.blocks or not found[0].numel()
@@ -67,9 +72,11 @@ _fwd = cuda.fwd
 
 @contextmanager
 def emulated(route: str) -> Iterator[Emulated]:
-    """``backend="cuda"`` is the emulator in the block."""
+    """``backend="cuda"`` is the emulator in the block, by one of ``ROUTES``."""
     with cuda.emulated(str(operators()), NAMESPACE), pytest.MonkeyPatch.context() as patch:
         here = Emulated(route, kernels().session)
+        if route == SM80:
+            here.route, here.capability = "fused", 80
         patch.setattr(cuda, "fwd", here.fwd)
         yield here
 
@@ -79,7 +86,7 @@ def routes_of(call: Call) -> list[str]:
     options = {name: x for name, x in call.options.items() if name != "gate"}  # two calls of the operator without one
     args = arguments(Call(call.leaves, options).to(torch.bfloat16))
     with cuda.emulated(None):
-        return [route for route in cuda.ROUTES if not cuda.unsupported(args, route)]
+        return [route for route in ROUTES if not cuda.unsupported(args, "fused" if route == SM80 else route)]
 
 
 def emulated_param(*values: Any, route: str) -> Any:

@@ -11,7 +11,7 @@ import torch
 from tests.cuda.emulated.calls import Kernels
 from tests.cuda.emulated.faults import assert_found, check, faults
 from tests.cuda.emulated.mutants.decode_mutants import DECODE_MUTANTS
-from tests.cuda.emulated.mutants.mutant import Mutant
+from tests.cuda.emulated.mutants.mutant import Mutant, each
 from tests.cuda.emulated.random_calls import decode_routes, random_decode
 from tests.emulator.build import library
 from tests.support.operator_calls import arguments, make_call
@@ -88,7 +88,7 @@ def test_the_calls_for_faulty_kernels_are_right_without_faults(name: str) -> Non
         assert not said and not wrong
 
 
-@pytest.mark.parametrize("mutant", DECODE_MUTANTS, ids=lambda mutant: mutant.name)
+@pytest.mark.parametrize("mutant", each(DECODE_MUTANTS))
 def test_a_faulty_kernel_is_found(mutant: Mutant) -> None:
     faulty = Kernels(
         library("tests/cuda/emulated/mutant_decode.cpp", kernels=mutant.write(), extra_flags=["-w", "-O0"])

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from fastprefix.backends import cuda
 from tests.cuda.emulated.layouts import lay_out
-from tests.cuda.emulated.operators import Emulated, emulated, routes_of
+from tests.cuda.emulated.operators import ROUTES, Emulated, emulated, routes_of
 from tests.cuda.emulated.random_calls import assert_right, random_decode, random_forward
 from tests.cuda.test_calls import assert_right as assert_call_is_right
 from tests.operator.test_fuzz import FULL, QUICK, valid
@@ -32,7 +32,7 @@ def in_half_precision(call: Call, dtype: torch.dtype) -> Call:
 
 def check(profile: settings) -> None:
     @profile
-    @given(valid(), *map(st.sampled_from, (cuda.ROUTES, (torch.bfloat16, torch.float16), (1, 4, 132))))
+    @given(valid(), *map(st.sampled_from, (ROUTES, (torch.bfloat16, torch.float16), (1, 4, 132))))
     def every(call: Call, route: str, dtype: torch.dtype, multiprocessors: int) -> None:
         call = in_half_precision(call, dtype)
         route = route if route in routes_of(call) else "fused"  # which takes them all: each call that is drawn runs

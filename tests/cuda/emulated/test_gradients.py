@@ -7,7 +7,7 @@ import torch
 
 from fastprefix import prefix_attention
 from fastprefix.dispatch import UnsupportedError
-from tests.cuda.emulated.operators import emulated
+from tests.cuda.emulated.operators import SM80, emulated
 from tests.support.operator_calls import make_call, run
 from tests.support.operator_cases import CASES
 from tests.support.operator_oracle import assert_close, assert_within_rule, eager, truth
@@ -21,13 +21,14 @@ TAKEN = [name for name in CASES if "bias" not in name and "dropout" not in name]
 TOLERANCE = {torch.bfloat16: 4e-2, torch.float16: 5e-3}
 
 
+@pytest.mark.parametrize("route", ["fused", SM80])
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("case", TAKEN)
-def test_every_argument(case: str, dtype: torch.dtype, poisoned_memory: None) -> None:
+def test_every_argument(case: str, dtype: torch.dtype, route: str, poisoned_memory: None) -> None:
     call = CASES[case]().to(dtype)
     if dtype == torch.float16 and "sinks" in call.options:
         call.options["sinks"] = call.options["sinks"].float()  # some are as low as no fp16 number is
-    with emulated("fused") as here:
+    with emulated(route) as here:
         got = run(call, "cuda")
         assert not here.session.errors, here.session.errors
     assert_close(got, truth(call), TOLERANCE[dtype])

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from tests.cuda.emulated.mutants.mutant import Mutant
 
-ROWS, KEYS, BANK, LAUNCHES = "backward/rows.cuh", "backward/keys.cuh", "decode/bank.cuh", "backward/launches.cuh"
+ROWS, KEYS, BLOCK, LAUNCHES = (f"backward/{name}.cuh" for name in ("rows", "keys", "key_block", "launches"))
+BANK = "decode/bank.cuh"
 RACE = "race|in flight|nothing wrote|without a barrier"
 FENCE = "        fence_proxy_async();   // wgmma reads by another proxy than these threads write\n"
 
@@ -115,14 +116,14 @@ BACKWARD_MUTANTS = [
     Mutant(
         "two groups leave one share",
         KEYS,
-        "t.share * SHARES_OF_BLOCK + (KEY_GROUPS == 1 ? group : 0)",
-        "t.share * SHARES_OF_BLOCK",
+        "KEY_GROUPS == 1 ? group : 0, dk, dv",
+        "0, dk, dv",
         "threads of a block write",
         "short prefix",
     ),
     Mutant(
         "shares of blocks overwrite each other",
-        KEYS,
+        BLOCK,
         "(share * prefixes + (c.packed ? 0 : t.prefix))",
         "(share * prefixes)",
         "two blocks write",
@@ -130,7 +131,7 @@ BACKWARD_MUTANTS = [
     ),
     Mutant(
         "what follows a prefix's end is not set",
-        KEYS,
+        BLOCK,
         "        t.end_key = smaller(t.first_key + BLOCK_N, c.P);\n      }\n",
         "        t.end_key = smaller(t.first_key + BLOCK_N, t.keys);\n      }\n",
         "nothing wrote|no launch wrote",
@@ -144,5 +145,5 @@ BACKWARD_MUTANTS = [
         "nothing wrote|no launch wrote",
         "bank",
     ),
-    Mutant("one share is not added", LAUNCHES, "shares_in_memory(c, multiprocessors))};", "1)};", "", "short prefix"),
+    Mutant("one share is not added", LAUNCHES, "p.shares * p.work.copies};", "1};", "", "short prefix"),
 ]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from tests.cuda.emulated.mutants.mutant import Mutant
 
-CONSUMER, PRODUCER, KERNEL, SEGMENTS = (f"forward/{name}.cuh" for name in ("consumer", "producer", "sm90", "segments"))
+NAMES = ("consumer", "producer", "sm90", "segments", "rows")
+CONSUMER, PRODUCER, KERNEL, SEGMENTS, ROWS = (f"forward/{name}.cuh" for name in NAMES)
 LAUNCHES = "forward/launches.cuh"
 
 FUSED_MUTANTS = [
@@ -77,9 +78,9 @@ FUSED_MUTANTS = [
         "weights are overwritten while they are multiplied",
         CONSUMER,
         "      wgmma_wait_group<0>();\n      pin(state.o);\n      release(Shared::empty_v(last));\n"
-        "      rescale(state, alpha);\n      pack_weights<N>(weights, x);\n",
-        "      pack_weights<N>(weights, x);\n      wgmma_wait_group<0>();\n      pin(state.o);\n"
-        "      release(Shared::empty_v(last));\n      rescale(state, alpha);\n",
+        "      rescale(state.o, alpha);\n      pack_operand<T, N>(weights, x);\n",
+        "      pack_operand<T, N>(weights, x);\n      wgmma_wait_group<0>();\n      pin(state.o);\n"
+        "      release(Shared::empty_v(last));\n      rescale(state.o, alpha);\n",
         "register operand",
         "long",
     ),
@@ -153,15 +154,15 @@ FUSED_MUTANTS = [
     Mutant(
         "o overwrites q while it is multiplied",
         KERNEL,
-        "    sync_group(me.group);   // every warp's products with q are done\n",
+        "    sync_group(group);   // every warp's products with q are done\n",
         "",
         "may still be read|race",
         "long",
     ),
     Mutant(
         "o is written before all lanes have left theirs",
-        KERNEL,
-        "    sync_warp();   // a warp reads its own 16 rows\n",
+        ROWS,
+        "  sync_warp();   // a warp reads its own 16 rows\n",
         "",
         "without a sync_warp|race",
         "long",

@@ -7,8 +7,12 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 from tests.emulator.build import KERNELS, ROOT
 
@@ -42,3 +46,11 @@ class Mutant:
 
     def is_named_in(self, errors: list[str]) -> bool:
         return any(re.search(self.says, error) for error in errors)
+
+
+def each(mutants: Sequence[Mutant]) -> list[Any]:
+    """Parameters: every fourth mutant, and the others where tests may take minutes."""
+    return [
+        pytest.param(mutant, id=mutant.name, marks=() if i % 4 == 0 else pytest.mark.exhaustive)
+        for i, mutant in enumerate(mutants)
+    ]
