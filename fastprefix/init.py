@@ -1,5 +1,18 @@
-"""``fastprefix.init``: initial values of a prefix. See :mod:`fastprefix.prefixes.init`."""
+"""``fastprefix.init``: initial values of a prefix, given, or made of other prefixes (see ``prefixes.arithmetic``)."""
 
-from fastprefix.prefixes.init import Init, kv, normal, text, token_ids, vocabulary
+from fastprefix.prefixes.arithmetic import average, concat, drop, slice
+from fastprefix.prefixes.init import Init, embeddings, kv, normal, text, token_ids, vocabulary
 
-__all__ = ["Init", "kv", "normal", "text", "token_ids", "vocabulary"]
+__all__ = [
+    "Init",
+    "average",
+    "concat",
+    "drop",
+    "embeddings",
+    "kv",
+    "normal",
+    "slice",
+    "text",
+    "token_ids",
+    "vocabulary",
+]

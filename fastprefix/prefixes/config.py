@@ -111,8 +111,9 @@ class PrefixConfig:
             is_int(self.encoder_hidden_size) and self.encoder_hidden_size > 0
         ):
             raise fail("encoder_hidden_size", repr(self.encoder_hidden_size), "an int of at least 1")
-        if not isinstance(self.init, Init):
-            raise fail("init", repr(self.init), "what fastprefix.init.normal, text, token_ids or kv return")
+        if not isinstance(self.init, Init) or self.init.embeddings is not None:
+            got = f"init.{self.init.name} of a soft prompt" if isinstance(self.init, Init) else repr(self.init)
+            raise fail("init", got, "what fastprefix.init.normal, text, token_ids or kv return")
         if self.position_offset not in ("after_prefix", "none"):
             raise fail("position_offset", repr(self.position_offset), "'after_prefix' or 'none'")
         frozen = self.num_frozen_tokens

@@ -27,6 +27,7 @@ class Init:
     ids: tuple[int, ...] | None = None
     keys: tuple[Tensor, ...] | None = None
     values: tuple[Tensor, ...] | None = None
+    embeddings: Tensor | None = None  # [P, d], of a soft prompt
     most_common: int | None = None
 
     @property
@@ -39,6 +40,8 @@ class Init:
         """The number of tokens that this initialisation has; None where it makes any number."""
         if self.ids is not None:
             return len(self.ids)
+        if self.embeddings is not None:
+            return self.embeddings.shape[0]
         return self.keys[0].shape[1] if self.keys else None
 
     def tokens(self, num_virtual_tokens: int, vocab_size: int) -> Tensor:
@@ -131,3 +134,11 @@ def kv(keys: Any, values: Sequence[Tensor] | None = None) -> Init:
                 raise fail(name, got, "tensors [H_kv, P, D] (or [1, H_kv, P, D]), one per layer")
         pairs.append(tuple(x.detach().clone() for x in squeezed))
     return Init("kv", keys=pairs[0], values=pairs[1])
+
+
+def embeddings(given: Tensor) -> Init:
+    """Given embeddings ``[P, d]`` of a soft prompt's tokens."""
+    if not isinstance(given, Tensor) or given.dim() != 2 or not len(given):
+        got = f"shape {list(given.shape)}" if isinstance(given, Tensor) else type(given).__name__
+        raise fail("given", got, "a tensor [P, d] of at least one token")
+    return Init("embeddings", embeddings=given.detach().clone())

@@ -33,7 +33,7 @@ class PromptConfig:
     Args:
         num_virtual_tokens: prompt tokens P, at least 1; default as many as the text of ``init`` has.
         init: where training starts: ``fastprefix.init.vocabulary()`` (default), ``.text(text, tokenizer)``,
-            ``.token_ids(ids)`` (the model's embeddings of these tokens) or ``.normal(std)``.
+            ``.token_ids(ids)`` (the model's embeddings of these tokens), ``.embeddings(x)`` or ``.normal(std)``.
         modules_to_save: modules of the model that are trained and saved with the prompt, as in :class:`PrefixConfig`.
 
     Raises:
@@ -102,6 +102,11 @@ class SoftPrompt(nn.Module):
 @torch.no_grad()
 def start(config: PromptConfig, word_embeddings: nn.Module, vocab_size: int, dim: int, device: torch.device) -> Tensor:
     """Initial embeddings ``[P, d]`` on a device: the model's input embeddings of tokens, or random numbers."""
+    given = config.init.embeddings
+    if given is not None:
+        if tuple(given.shape) != (config.num_virtual_tokens, dim):
+            raise fail("init", f"embeddings {list(given.shape)}", f"[P, d] = {[config.num_virtual_tokens, dim]}")
+        return given.to(device).float()
     if config.init.of_tokens:
         ids = config.init.tokens(config.num_virtual_tokens, vocab_size)
         return word_embeddings(ids.to(device)).float()

@@ -7,7 +7,8 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Protocol
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from fastprefix.errors import fail
 from fastprefix.hf.adapters.modules_to_save import TrainedModules
@@ -62,8 +63,9 @@ class AttachedPrefixes:
         return None if self.selection.active is None else AdapterSelection((self.selection.active,))
 
     def resolve(self, name: Name) -> ResolvedPrefix:
-        """The prefix of a name, resolved; raises ValueError where there is none."""
-        return resolve(self.prefix(name), self.num_layers)
+        """The prefix of a name, or several behind each other, resolved; raises ValueError where there is none."""
+        found = [resolve(self.prefix(part), self.num_layers) for part in parts(name)]
+        return found[0] if len(found) == 1 else behind_each_other(found, name)
 
     def prefix(self, name: Name) -> Prefix | SoftPrompt:
         """The prefix attached under a name, or read from disk; raises ValueError where there is none."""
@@ -75,16 +77,66 @@ class AttachedPrefixes:
         return prefix
 
     def modules(self, name: Name | None) -> dict[str, nn.Module]:
-        """A prefix's trained copies of the model's modules, by path."""
-        return {} if name is None else self.prefix(name).modules_to_save.named()
+        """A prefix's trained copies of the model's modules, by path.
+
+        Raises:
+            ValueError: of several prefixes behind each other two have copies of one module.
+        """
+        found: dict[str, nn.Module] = {}
+        for part in () if name is None else parts(name):
+            own = self.prefix(part).modules_to_save.named()
+            if both := sorted(found.keys() & own.keys()):
+                raise fail("names", f"{name!r}, of which two have trained {both[0]!r}", "at most one that has")
+            found.update(own)
+        return found
 
     @contextmanager
     def held(self, selection: AdapterSelection) -> Iterator[None]:
         """Keep registered prefixes in memory inside the block, and let every row use its own prefix's modules."""
-        with nullcontext() if self.registry is None else self.registry.pin(selection.distinct()):
+        used = [part for name in selection.distinct() for part in parts(name)]
+        with nullcontext() if self.registry is None else self.registry.pin(used):
             modules = {name: self.modules(name) for name in dict.fromkeys(selection.names)}
             with self.modules_in_model.rows(selection, modules):
                 yield
+
+
+def parts(name: Name) -> tuple[Name, ...]:
+    """The names of prefixes that a row reads behind each other: one, or those of a tuple."""
+    return name if isinstance(name, tuple) else (name,)
+
+
+def behind_each_other(prefixes: Sequence[ResolvedPrefix], name: Name) -> ResolvedPrefix:
+    """Several prefixes as one; soft prompts as one prompt, whose tokens see those before them.
+
+    Raises:
+        ValueError: soft prompts and prefixes are mixed.
+    """
+    prompts = [prefix.prompt for prefix in prefixes if prefix.prompt is not None]
+    if prompts and len(prompts) < len(prefixes):
+        kinds = " and ".join(dict.fromkeys(prefix.kind for prefix in prefixes))
+        raise fail("names", f"{name!r} of a {kinds}", "soft prompts alone or prefixes alone behind each other")
+
+    def parameters() -> Iterator[Tensor]:
+        for prefix in prefixes:
+            yield from prefix.parameters()
+
+    def key_values() -> KeyValues:
+        found = [prefix.key_values() for prefix in prefixes if prefix.key_values is not None]
+        return [joined([kv for kv in layer if kv is not None]) for layer in zip(*found, strict=True)]
+
+    kind, tokens, offset = prefixes[0].kind, sum(x.tokens for x in prefixes), sum(x.offset for x in prefixes)
+    if prompts:
+        return ResolvedPrefix(
+            kind, tokens, offset, parameters, prompt=lambda: torch.cat([prompt() for prompt in prompts])
+        )
+    return ResolvedPrefix(kind, tokens, offset, parameters, key_values, layers=max(x.layers or 0 for x in prefixes))
+
+
+def joined(pairs: Sequence[LayerKV]) -> LayerKV | None:
+    """One layer's keys and values of several prefixes, behind each other; None without any."""
+    if len(pairs) < 2:
+        return pairs[0] if pairs else None
+    return LayerKV(torch.cat([kv.k for kv in pairs], 1), torch.cat([kv.v for kv in pairs], 1))
 
 
 def resolve(prefix: Prefix | SoftPrompt, num_layers: int) -> ResolvedPrefix:

@@ -13,7 +13,7 @@ from fastprefix.errors import fail
 from fastprefix.hf.attention.packed_prompts import PackedPrompts
 from fastprefix.prefixes.prefix import LayerKV
 
-Name = Hashable  # of a prefix; PEFT's multitask prompts are (name, task)
+Name = Hashable  # of a prefix; several behind each other are a tuple of names, PEFT's multitask prompts (name, task)
 KeyValues = list[LayerKV | None]  # one for every attention layer
 
 
