@@ -5,6 +5,7 @@ from fastprefix.hf.adapters.prefix_batch import prefix_batch
 from fastprefix.hf.attention import registration as _register  # noqa: F401
 from fastprefix.hf.peft.patch import patch, unpatch
 from fastprefix.hf.sharing.completions import completion_logprobs
+from fastprefix.hf.sharing.hard_prompt_search import search_hard_prompt
 from fastprefix.hf.sharing.shared_prompt import shared_prompt
 from fastprefix.hf.sharing.trl import share_prompts
 from fastprefix.hf.storage.registry import register
@@ -20,6 +21,7 @@ __all__ = [
     "prefix_batch",
     "register",
     "save",
+    "search_hard_prompt",
     "set_prefix",
     "share_prompts",
     "shared_prompt",

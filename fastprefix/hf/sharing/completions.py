@@ -65,7 +65,7 @@ def completion_logprobs(
     probing.check_model(bare)
     check_tokens(bare)
     device = offload.device(bare.get_input_embeddings())
-    rows, real = _completions(completions, mask, device)
+    rows, real = completions_of(completions, mask, device)
     tokens = prompts_of(prompts, device, name="prompts")
     chosen = groups_of(groups, tokens)
     chosen = torch.zeros(len(rows), dtype=torch.long) if chosen is None else chosen
@@ -109,7 +109,7 @@ def completion_logprobs(
     return CompletionLogprobs(found[:, :width], None if entropies is None else entropies[:, :width], real)
 
 
-def _completions(completions: Any, mask: Any, device: torch.device) -> tuple[Tensor, Tensor]:
+def completions_of(completions: Any, mask: Any, device: torch.device) -> tuple[Tensor, Tensor]:
     """Completions as ``[B, R]`` token ids padded on the right, and which of them are real."""
     if not isinstance(completions, Tensor):
         if not isinstance(completions, Sequence) or isinstance(completions, str) or not completions:
