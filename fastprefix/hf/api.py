@@ -1,6 +1,7 @@
 """The public functions that need transformers. Importing this module registers the attention implementation."""
 
 from fastprefix.hf.adapters.attach import attach, bake, detach, set_prefix
+from fastprefix.hf.adapters.ensemble import ensemble
 from fastprefix.hf.adapters.prefix_batch import prefix_batch
 from fastprefix.hf.attention import registration as _register  # noqa: F401
 from fastprefix.hf.peft.patch import patch, unpatch
@@ -16,6 +17,7 @@ __all__ = [
     "bake",
     "completion_logprobs",
     "detach",
+    "ensemble",
     "load",
     "patch",
     "prefix_batch",
