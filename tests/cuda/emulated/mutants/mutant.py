@@ -49,8 +49,8 @@ class Mutant:
 
 
 def each(mutants: Sequence[Mutant]) -> list[Any]:
-    """Parameters: every fourth mutant, and the others where tests may take minutes."""
+    """Parameters: every eighth mutant, and the others where tests may take minutes."""
     return [
-        pytest.param(mutant, id=mutant.name, marks=() if i % 4 == 0 else pytest.mark.exhaustive)
+        pytest.param(mutant, id=mutant.name, marks=() if i % 8 == 0 else pytest.mark.exhaustive)
         for i, mutant in enumerate(mutants)
     ]
