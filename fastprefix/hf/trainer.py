@@ -95,13 +95,13 @@ def restore(
     """
     stored = SavedAdapter(dir)
     own, path = stored.own, stored.paths[peft_format.OWN_CONFIG]
-    encoder = prefix.encoder if isinstance(prefix, Prefix) else None
+    encoder = prefix.encoder
     if own is None:
         raise fail("dir", f"no file {path}", "a folder written by fastprefix.save")
     tokens = prefix.num_virtual_tokens
     mine: dict[str, Any] = {"format_version": peft_format.FORMAT_VERSION, "num_virtual_tokens": tokens}
     if isinstance(prefix, SoftPrompt):
-        mine["kind"] = "prompt"
+        mine.update(kind="prompt", projected=None if encoder is None else True)
     else:
         config = prefix.config
         mine.update(position_offset=config.position_offset, num_frozen_tokens=config.num_frozen_tokens)
@@ -112,7 +112,7 @@ def restore(
     modules = prefix.modules_to_save.named() if modules is None else modules
     saved_modules.check(stored.modules, modules, stored.paths[peft_format.WEIGHTS])
     if isinstance(prefix, SoftPrompt):
-        stored.check_embedding(prefix.embedding.shape[1])
+        stored.check_prompt(prefix.config, prefix.embedding.shape[1])
         saved_modules.fill(stored.modules, modules)
         return stored.fill(prefix)
     keys, values = peft_format.stored_key_values(stored.tensors, prefix, stored.paths[peft_format.WEIGHTS])

@@ -104,7 +104,7 @@ def _start(prefix: Any) -> Init:
         pairs = prefix.key_values()
         return Init("kv", keys=tuple(k for k, _ in pairs), values=tuple(v for _, v in pairs))
     if isinstance(prefix, SoftPrompt):
-        return Init("embeddings", embeddings=prefix())
+        return Init("embeddings", embeddings=prefix.without_dropout())
     if isinstance(prefix, Init) and (prefix.keys is not None or prefix.embeddings is not None):
         return prefix
     got = f"init.{prefix.name}" if isinstance(prefix, Init) else type(prefix).__name__

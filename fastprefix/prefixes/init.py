@@ -36,6 +36,11 @@ class Init:
         return self.ids is not None or self.most_common is not None
 
     @property
+    def is_random(self) -> bool:
+        """Whether the initial values are random numbers, neither given nor of tokens."""
+        return not self.of_tokens and self.length is None
+
+    @property
     def length(self) -> int | None:
         """The number of tokens that this initialisation has; None where it makes any number."""
         if self.ids is not None:

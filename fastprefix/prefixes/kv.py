@@ -47,6 +47,24 @@ class Projection(nn.Module):
         """``[..., outputs]``."""
         return nn.functional.linear(x, self.weight, self.bias)
 
+    @torch.no_grad()
+    def fit(self, x: Tensor, target: Tensor) -> float:
+        """Set weight and bias by least squares, so that ``x [P, inputs]`` gives ``target [P, outputs]``.
+
+        The fit is exact where the rows of ``x`` are linearly independent.
+
+        Returns:
+            The remaining error, relative to the target (Frobenius norms).
+        """
+        x, target = x.double(), target.double()
+        mean = target.mean(0)
+        # gelsd, for its minimum-norm solution: the smallest singular values of ``x`` may be close to zero.
+        solution = torch.linalg.lstsq(x.cpu(), (target - mean).cpu(), driver="gelsd").solution
+        self.weight.copy_(solution.T)
+        self.bias.copy_(mean)
+        left = nn.functional.linear(x, self.weight.double(), self.bias.double()) - target
+        return float(left.norm() / target.norm().clamp(min=torch.finfo(torch.float32).tiny))
+
 
 class PrefixEncoder(nn.Module):
     """The MLP reparameterisation (Li & Liang 2021, section 4.3): ``[P, d] -> tanh -> every layer's keys and values``.
@@ -99,15 +117,7 @@ class PrefixEncoder(nn.Module):
             The remaining error, relative to the keys and values (Frobenius norms).
         """
         columns = [x.transpose(0, 1).flatten(1) for pair in zip(keys, values, strict=True) for x in pair]
-        target = torch.cat(columns, dim=-1).double()  # [P, sum numel]
-        hidden = torch.tanh(self.down(self.embedding)).double()  # [P, hidden]
-        mean = target.mean(0)
-        # gelsd, for its minimum-norm solution: the smallest singular values of ``hidden`` may be close to zero.
-        solution = torch.linalg.lstsq(hidden.cpu(), (target - mean).cpu(), driver="gelsd").solution
-        self.up.weight.copy_(solution.T)
-        self.up.bias.copy_(mean)
-        left = torch.nn.functional.linear(hidden, self.up.weight.double(), self.up.bias.double()) - target
-        return float(left.norm() / target.norm().clamp(min=torch.finfo(torch.float32).tiny))
+        return self.up.fit(torch.tanh(self.down(self.embedding)), torch.cat(columns, dim=-1))  # [P, sum numel]
 
 
 class PartEncoders(nn.ModuleDict):

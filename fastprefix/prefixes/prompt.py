@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 from fastprefix.errors import fail
 from fastprefix.prefixes.config import check_tokens, checked_modules
-from fastprefix.prefixes.init import Init, take_length, vocabulary
+from fastprefix.prefixes.init import Init, normal, take_length, vocabulary
 from fastprefix.prefixes.modules import Modules
+from fastprefix.prefixes.prompt_encoder import ENCODER_KINDS, EncoderKind, PromptEncoder
+from fastprefix.validation import is_int
 
 
 @dataclass
@@ -33,18 +35,35 @@ class PromptConfig:
     Args:
         num_virtual_tokens: prompt tokens P, at least 1; default as many as the text of ``init`` has.
         init: where training starts: ``fastprefix.init.vocabulary()`` (default), ``.text(text, tokenizer)``,
-            ``.token_ids(ids)`` (the model's embeddings of these tokens), ``.embeddings(x)`` or ``.normal(std)``.
+            ``.token_ids(ids)`` (the model's embeddings of these tokens), ``.embeddings(x)`` or ``.normal(std)``. With
+            an ``encoder`` the default is ``.normal()``: a random encoder, whatever its ``std``, as in PEFT. With any
+            other ``init``, least squares fits the encoder's last layer, so that its output starts at these embeddings.
         modules_to_save: modules of the model that are trained and saved with the prompt, as in :class:`PrefixConfig`.
+        encoder: ``"mlp"`` or ``"lstm"`` trains a network whose output is the prompt, in place of the prompt itself
+            (P-tuning, Liu et al. 2021): embeddings ``[P, d]`` through three linear layers with ReLU between them, or
+            through a bidirectional LSTM and two linear layers. It runs once per forward.
+            :func:`fastprefix.bake` replaces it by its output.
+        encoder_hidden_size: width of the encoder's hidden layers; default the model's hidden size.
+        encoder_num_layers: layers of the LSTM. The MLP's number is fixed.
+        encoder_dropout: dropout between the LSTM's layers in training, drawn once per forward for all rows (PEFT draws
+            it for each row). Saved and baked embeddings are those without dropout.
 
     Raises:
-        ValueError: a field is out of range; the message names the field.
+        ValueError: a field is out of range or two contradict each other; the message names the field.
     """
 
     num_virtual_tokens: int = None  # type: ignore[assignment]  # an int from __post_init__ on
-    init: Init = field(default_factory=vocabulary)
+    init: Init = None  # type: ignore[assignment]  # an Init from __post_init__ on
     modules_to_save: Sequence[str] | None = None
+    encoder: EncoderKind | None = None
+    encoder_hidden_size: int | None = None
+    encoder_num_layers: int = 2
+    encoder_dropout: float = 0.0
 
     def __post_init__(self) -> None:
+        given: Init | None = self.init
+        if given is None:
+            self.init = vocabulary() if self.encoder is None else normal()
         if isinstance(self.init, Init):
             self.num_virtual_tokens = take_length(self.num_virtual_tokens, self.init)
         check_tokens(self.num_virtual_tokens)
@@ -52,42 +71,93 @@ class PromptConfig:
             expected = "what fastprefix.init.vocabulary, text, token_ids or normal return"
             raise fail("init", repr(self.init.name if isinstance(self.init, Init) else self.init), expected)
         self.modules_to_save = checked_modules(self.modules_to_save)
+        self._check_encoder()
+
+    def _check_encoder(self) -> None:
+        if self.encoder is not None and self.encoder not in ENCODER_KINDS:
+            raise fail("encoder", repr(self.encoder), "'mlp', 'lstm' or None")
+        hidden, layers, dropout = self.encoder_hidden_size, self.encoder_num_layers, self.encoder_dropout
+        if hidden is not None and self.encoder is None:
+            raise fail("encoder_hidden_size", hidden, "None, or an encoder beside it")
+        if hidden is not None and not (is_int(hidden) and hidden > 0):
+            raise fail("encoder_hidden_size", repr(hidden), "an int of at least 1")
+        if not is_int(layers) or layers < 1:
+            raise fail("encoder_num_layers", repr(layers), "an int of at least 1")
+        if layers != 2 and self.encoder != "lstm":
+            raise fail("encoder_num_layers", layers, "2, or encoder='lstm' beside it")
+        if isinstance(dropout, bool) or not isinstance(dropout, int | float) or not 0.0 <= dropout < 1.0:
+            raise fail("encoder_dropout", repr(dropout), "a number from 0 to below 1")
+        if dropout and (self.encoder != "lstm" or layers == 1):
+            raise fail("encoder_dropout", dropout, "0.0, or an LSTM of several layers, between which it is applied")
 
     def to_json(self) -> dict[str, Any]:
-        """The fields as plain data; of ``init`` only the name."""
+        """The fields as plain data; of ``init`` only the name, and those of the encoder where there is one."""
         names = None if self.modules_to_save is None else list(self.modules_to_save)
-        return {"num_virtual_tokens": self.num_virtual_tokens, "init": self.init.name, "modules_to_save": names}
+        fields = {"num_virtual_tokens": self.num_virtual_tokens, "init": self.init.name, "modules_to_save": names}
+        if self.encoder is None:
+            return fields
+        return {
+            **fields,
+            "encoder": self.encoder,
+            "encoder_hidden_size": self.encoder_hidden_size,
+            "encoder_num_layers": self.encoder_num_layers,
+            "encoder_dropout": self.encoder_dropout,
+        }
+
+    def new_encoder(self, token_dim: int) -> PromptEncoder:
+        """A new random encoder for prompts of a model whose embeddings have ``token_dim`` numbers."""
+        assert self.encoder is not None
+        hidden = self.encoder_hidden_size or token_dim
+        sizes = self.num_virtual_tokens, token_dim, hidden, self.encoder_num_layers
+        return PromptEncoder(self.encoder, *sizes, float(self.encoder_dropout))
 
 
 class Table(nn.Module):
-    """The prompt's trained embeddings, fp32: a child module of the model."""
+    """A prompt's embeddings where they are trained themselves: a child module of the model."""
 
     def __init__(self, embedding: Tensor) -> None:
         super().__init__()
-        self.embedding = nn.Parameter(embedding.detach().float().clone())
+        self.embedding = nn.Parameter(embedding.detach().clone())
 
 
 class SoftPrompt(nn.Module):
-    """Trained embeddings ``[P, d]``. They are also in the model, so that optimisers and checkpoints find them.
+    """P input embeddings, trained themselves or through an encoder; calling the prompt returns them, ``[P, d]``.
+
+    The parameters are also in the model, so that optimisers and checkpoints find them.
 
     Attributes:
         config: the :class:`PromptConfig` that the prompt was made from.
-        embedding: the trained parameter, fp32.
+        embedding: the trained parameter ``[P, d]``, fp32: the prompt itself or, with an encoder, the encoder's input.
+        encoder: the :class:`PromptEncoder`, or None where the embeddings are trained themselves.
         modules_to_save: the prompt's copies of the modules that ``config.modules_to_save`` names.
     """
 
-    def __init__(self, config: PromptConfig, embedding: Tensor) -> None:
+    def __init__(self, config: PromptConfig, start: Tensor | PromptEncoder) -> None:
         super().__init__()
-        if embedding.dim() != 2 or embedding.shape[0] != config.num_virtual_tokens:
-            raise fail("embedding", f"shape {list(embedding.shape)}", f"[P, d] with P = {config.num_virtual_tokens}")
         self.config = config
-        self.table = Table(embedding)
+        self.table: Table | PromptEncoder
+        if isinstance(start, PromptEncoder):
+            self.table = start
+        else:
+            self.set_direct(start.float())
         self.modules_to_save = Modules()
+
+    def set_direct(self, embedding: Tensor) -> None:
+        """Make these embeddings ``[P, d]`` the parameter, without an encoder."""
+        tokens = self.config.num_virtual_tokens
+        if embedding.dim() != 2 or embedding.shape[0] != tokens:
+            raise fail("embedding", f"shape {list(embedding.shape)}", f"[P, d] with P = {tokens}")
+        self.table = Table(embedding)
 
     @property
     def embedding(self) -> nn.Parameter:
         """``[P, d]``."""
-        return self.table.embedding
+        return self.table.embedding.weight if isinstance(self.table, PromptEncoder) else self.table.embedding
+
+    @property
+    def encoder(self) -> PromptEncoder | None:
+        """The network whose output is the prompt, if there is one."""
+        return self.table if isinstance(self.table, PromptEncoder) else None
 
     @property
     def num_virtual_tokens(self) -> int:
@@ -96,7 +166,11 @@ class SoftPrompt(nn.Module):
 
     def forward(self) -> Tensor:
         """``[P, d]``."""
-        return self.embedding
+        return self.embedding if self.encoder is None else self.encoder()
+
+    def without_dropout(self) -> Tensor:
+        """The embeddings ``[P, d]`` as the prompt has them in eval mode, without a gradient."""
+        return self.embedding.detach() if self.encoder is None else self.encoder.without_dropout()
 
 
 @torch.no_grad()

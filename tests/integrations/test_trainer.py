@@ -26,6 +26,7 @@ CONFIGS = {
     "direct": {"num_frozen_tokens": 1},
     "projected": {"prefix_projection": True, "encoder_hidden_size": 8},
     "prompt": {"prompt": True},
+    "encoded prompt": {"prompt": True, "encoder": "lstm", "encoder_hidden_size": 8},
 }
 
 
@@ -33,7 +34,7 @@ def attached(**options: Any) -> tuple[Any, Any]:
     torch.manual_seed(1)
     model = tiny_model()
     if options.pop("prompt", False):
-        return model, fastprefix.attach(model, fastprefix.PromptConfig(3))
+        return model, fastprefix.attach(model, fastprefix.PromptConfig(3, **options))
     return model, fastprefix.attach(model, fastprefix.PrefixConfig(3, **options))
 
 
@@ -157,6 +158,15 @@ def test_another_prefix_is_not_restored(tmp_path: Path) -> None:
         other = fastprefix.attach(tiny_model(), config)
         with pytest.raises(ValueError, match=field):
             restore(other, tmp_path)
+    model, _ = attached(prompt=True, encoder="mlp", encoder_hidden_size=5)
+    fastprefix.save(model, tmp_path)
+    for prompt, field in (
+        (fastprefix.PromptConfig(3), "projected: got True, expected None"),
+        (fastprefix.PromptConfig(3, encoder="lstm", encoder_hidden_size=5), "an LSTM of 0 layers"),
+        (fastprefix.PromptConfig(3, encoder="mlp", encoder_hidden_size=6), "prefix_encoder.*mlp_head.0.weight"),
+    ):
+        with pytest.raises(ValueError, match=field):
+            restore(fastprefix.attach(tiny_model(), prompt), tmp_path)
 
 
 def test_the_plain_trainer_trains_resumes_and_keeps_the_model_frozen(tmp_path: Path) -> None:

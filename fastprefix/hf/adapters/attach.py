@@ -144,10 +144,12 @@ def detach(model: Any) -> None:
 
 
 def bake(model: Any, name: str = "default") -> Prefix | SoftPrompt:
-    """Replace a prefix's MLP by its output: the same keys and values without the MLP's cost. No-op without an MLP.
+    """Replace a prefix's MLP, or a soft prompt's encoder, by its output: the same numbers without the network's cost.
+
+    Without a network this does nothing. An encoder's output is that without dropout.
 
     Returns:
-        The same prefix; its keys and values are now parameters themselves.
+        The same prefix; its keys and values, or the prompt's embeddings, are now parameters themselves.
 
     Raises:
         ValueError: no prefix of this name is attached, or the model is sharded.
@@ -159,6 +161,9 @@ def bake(model: Any, name: str = "default") -> Prefix | SoftPrompt:
         with torch.no_grad():
             keys, values = zip(*prefix.key_values(), strict=True)
         prefix.set_direct(keys, values)
+        placement.place(require_installation(model), name, prefix)
+    elif isinstance(prefix, SoftPrompt) and prefix.encoder is not None:
+        prefix.set_direct(prefix.encoder.without_dropout())
         placement.place(require_installation(model), name, prefix)
     return prefix
 

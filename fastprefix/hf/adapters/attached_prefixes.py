@@ -143,7 +143,8 @@ def resolve(prefix: Prefix | SoftPrompt, num_layers: int) -> ResolvedPrefix:
     """A :class:`ResolvedPrefix` of a prefix or soft prompt, for a model with ``num_layers`` attention layers."""
     tokens, parameters = prefix.num_virtual_tokens, prefix.parameters
     if isinstance(prefix, SoftPrompt):
-        return ResolvedPrefix("soft prompt", tokens, tokens, parameters, prompt=prefix)
+        through = "" if prefix.encoder is None else f" through an {prefix.encoder.kind.upper()}"
+        return ResolvedPrefix(f"soft prompt{through}", tokens, tokens, parameters, prompt=prefix)
 
     def key_values() -> KeyValues:
         found: KeyValues = [None] * num_layers

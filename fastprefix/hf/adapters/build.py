@@ -34,8 +34,30 @@ def _build(installation: Installation, config: PrefixConfig | PromptConfig) -> P
         dim = prompt_dim(installation)
         vocabulary = installation.model.config.get_text_config().vocab_size
         embeddings = installation.model.get_input_embeddings()
-        return SoftPrompt(config, start(config, embeddings, vocabulary, dim, offload.device(embeddings)))
+        device = offload.device(embeddings)
+        if config.encoder is not None:
+            encoder = config.new_encoder(dim).to(device)
+            if not config.init.is_random:
+                _warn_of_fit(config, dim, encoder.fit(start(config, embeddings, vocabulary, dim, device)))
+            return SoftPrompt(config, encoder)
+        return SoftPrompt(config, start(config, embeddings, vocabulary, dim, device))
     return build_prefix(installation, config)
+
+
+def _warn_of_fit(config: PrefixConfig | PromptConfig, hidden_size: int, error: float) -> None:
+    """Warn where a network could not be fitted to the start of a config; ``error``: how much of it is left."""
+    if error <= _INEXACT:
+        return
+    tokens, hidden = config.num_virtual_tokens, config.encoder_hidden_size or hidden_size
+    if isinstance(config, PrefixConfig):
+        network, what, enough = "MLP", "keys and values", f"{tokens} or more can"
+    else:  # half of a ReLU's units are zero
+        network, what, enough = str(config.encoder).upper(), "embeddings", f"{2 * tokens} or more usually can"
+    warnings.warn(
+        f"fastprefix: init: an {network} of {hidden} hidden units cannot give the {what} of {tokens} tokens: training "
+        f"starts {error:.0%} away from them (encoder_hidden_size={enough})",
+        stacklevel=3,
+    )
 
 
 def prompt_dim(installation: Installation) -> int:
@@ -118,14 +140,7 @@ def build_prefix(installation: Installation, config: PrefixConfig) -> Prefix:
         if given is not None:
             prefix.check(*given)
             error = encoder.fit(*([x.to(devices[0]) for x in part] for part in given))
-            if error > _INEXACT:
-                hidden = config.encoder_hidden_size or installation.model.config.get_text_config().hidden_size
-                warnings.warn(
-                    f"fastprefix: init: an MLP of {hidden} hidden units cannot give the keys and values of "
-                    f"{config.num_virtual_tokens} tokens: training starts {error:.0%} away from them "
-                    f"(encoder_hidden_size={config.num_virtual_tokens} or more can)",
-                    stacklevel=2,
-                )
+            _warn_of_fit(config, installation.model.config.get_text_config().hidden_size, error)
         return prefix
     if given is None:
         given = _random(config, prefix.shapes)

@@ -11,7 +11,7 @@ from fastprefix.prefixes.prompt import SoftPrompt
 
 
 def place(installation: Installation, name: str, prefix: Prefix | SoftPrompt) -> None:
-    """Make a prefix's layers children of the attention modules, and its MLP a child of the model."""
+    """Make a prefix's layers children of the attention modules, and its MLP or encoder a child of the model."""
     slots = installation.slots
     if isinstance(prefix, Prefix):
         for layer, index in zip(prefix.layers, prefix.layer_indices, strict=True):
@@ -26,7 +26,7 @@ def place(installation: Installation, name: str, prefix: Prefix | SoftPrompt) ->
             encoders = nn.ModuleDict()
             installation.facts.layers.main.owner.add_module(ENCODERS, encoders)
         assert isinstance(encoders, nn.ModuleDict)
-        encoders[name] = encoder
+        encoders[name] = encoder.train(installation.facts.layers.main.owner.training)
     elif isinstance(encoders, nn.ModuleDict) and name in encoders:
         del encoders[name]
         if not encoders:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastprefix.hf.model.facts import ModelFacts
+from fastprefix.prefixes.prompt_encoder import BidirectionalLSTM
 
 
 def why_not_shareable(facts: ModelFacts, tokens: int, kwargs: dict[str, Any], embedded: bool = True) -> str | None:
@@ -62,7 +63,8 @@ def _last_position(facts: ModelFacts, kwargs: dict[str, Any]) -> int:
 def _active_dropout(owner: nn.Module) -> str | None:
     """The name of a module whose dropout, or a router's noise, is active in the current mode; None without one."""
     for name, module in owner.named_modules():
-        if not module.training:
+        # A prompt's encoder draws its dropout once for all rows, as it runs once.
+        if not module.training or isinstance(module, BidirectionalLSTM):
             continue
         if isinstance(module, nn.modules.dropout._DropoutNd):
             if module.p > 0.0:

@@ -84,7 +84,18 @@ def peft_config(model: Any, prefix: Prefix | SoftPrompt, modules: Sequence[str])
         "modules_to_save": list(modules) or None,
     }
     if isinstance(prefix, SoftPrompt):
-        return {**common, "peft_type": "PROMPT_TUNING", "token_dim": prefix.embedding.shape[1]}
+        dim, given = prefix.embedding.shape[1], prefix.config
+        if prefix.encoder is None:
+            return {**common, "peft_type": "PROMPT_TUNING", "token_dim": dim}
+        return {
+            **common,
+            "peft_type": "P_TUNING",
+            "token_dim": dim,
+            "encoder_reparameterization_type": prefix.encoder.kind.upper(),
+            "encoder_hidden_size": given.encoder_hidden_size or dim,
+            "encoder_num_layers": given.encoder_num_layers,
+            "encoder_dropout": given.encoder_dropout,
+        }
     heads, dim, _ = prefix.shapes[0]
     config = {
         **common,
@@ -120,7 +131,8 @@ def own_configuration(own: dict[str, Any], path: Path) -> PrefixConfig | PromptC
     """The configuration that :func:`save` wrote; ValueError naming path and field when it is malformed."""
     if field(own, "format_version", int, path) != FORMAT_VERSION:
         raise fail(f"{path}: format_version", own["format_version"], str(FORMAT_VERSION))
-    configured = {f.name for f in dataclasses.fields(PrefixConfig)}
+    kinds = (PrefixConfig, PromptConfig) if "kind" in own else (PrefixConfig,)
+    configured = {f.name for kind in kinds for f in dataclasses.fields(kind)}
     known = {"format_version", "kind", "projected", "weights", "encoder_weights", "frozen_modules"}
     unknown = sorted(set(own) - configured - known)
     if unknown:
@@ -131,8 +143,13 @@ def own_configuration(own: dict[str, Any], path: Path) -> PrefixConfig | PromptC
     if "kind" in own:
         if own["kind"] != "prompt":
             raise fail(f"{path}: kind", shown(own["kind"]), "'prompt', or no such field for keys and values")
+        encoder: dict[str, Any] = {}
+        if field(own, "projected", bool, path, None):
+            names = [f.name for f in dataclasses.fields(PromptConfig) if f.name.startswith("encoder")]
+            encoder = {name: own[name] for name in names if name in own}
+            field(own, "encoder", str, path)
         with errors_naming(path):
-            return PromptConfig(tokens)
+            return PromptConfig(tokens, **encoder)
     fields: dict[str, Any] = {
         n: own[n] for n in ("num_virtual_tokens", "layers", "position_offset", "num_frozen_tokens", "parts") if n in own
     }

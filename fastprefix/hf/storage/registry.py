@@ -38,7 +38,7 @@ class PrefixRegistry:
         """The prefix of a name, read from disk unless it is in memory; the least recently used ones make room."""
         if name not in self.resident:
             prefix = SavedAdapter(self.paths[name]).build(self.installation)
-            prefix.requires_grad_(False)
+            prefix.requires_grad_(False).eval()  # it is no part of the model, whose modes do not reach its dropout
             self.resident[name] = prefix
         self.resident.move_to_end(name)
         for other in list(self.resident):

@@ -1,10 +1,11 @@
 """``save`` and ``load``: PEFT's files, and next to them files for everything that PEFT has no field for.
 
-    adapter_config.json          PEFT's PrefixTuningConfig (CartridgeConfig with frozen tokens, PromptTuningConfig)
+    adapter_config.json          PEFT's PrefixTuningConfig (CartridgeConfig with frozen tokens, PromptTuningConfig, or
+                                 PromptEncoderConfig with an encoder)
     adapter_model.safetensors    prompt_embeddings: [P, 2*L*H_kv*D], slots 2i and 2i+1 layer i's keys and values;
                                  [P, d] for a soft prompt; base_model.<name>: modules that are saved with it
     fastprefix_config.json       fastprefix's own configuration
-    prefix_encoder.safetensors   the MLP, when one is trained: training resumes from it
+    prefix_encoder.safetensors   the MLP or a soft prompt's encoder, when one is trained: training resumes from it
 
 A prefix that PEFT cannot represent (a subset of layers, position_offset="none", layers of different shapes, an
 encoder-decoder's parts) is written with ``peft_type`` FASTPREFIX and one tensor per layer, so that PEFT refuses it
@@ -102,12 +103,12 @@ def _write(
     files = {}
     if isinstance(prefix, SoftPrompt):
         fields["kind"] = "prompt"
-    else:
+    if isinstance(prefix, Prefix) or prefix.encoder is not None:
         fields["projected"] = prefix.encoder is not None
-        if prefix.encoder is not None:
-            encoder = {n: x.detach().cpu().contiguous() for n, x in prefix.encoder.state_dict().items()}
-            fields["encoder_weights"] = digest(encoder)
-            files[ENCODER] = functools.partial(write_tensors, encoder)
+    if prefix.encoder is not None:
+        encoder = {n: x.detach().cpu().contiguous() for n, x in prefix.encoder.state_dict().items()}
+        fields["encoder_weights"] = digest(encoder)
+        files[ENCODER] = functools.partial(write_tensors, encoder)
     files[WEIGHTS] = functools.partial(write_tensors, tensors)
     files[OWN_CONFIG] = functools.partial(write_json, fields)
     files[CONFIG] = functools.partial(write_json, config)
@@ -121,7 +122,7 @@ def contents(
     """Configuration and weights (with those of ``modules``), in PEFT's format if PEFT can represent the prefix."""
     config, beside = peft_config(installation.model, prefix, list(modules)), saved_modules.tensors(modules)
     if isinstance(prefix, SoftPrompt):
-        return config, {EMBEDDINGS: prefix.embedding.detach().cpu().contiguous(), **beside}
+        return config, {EMBEDDINGS: prefix.without_dropout().cpu().contiguous(), **beside}
     pairs = [(k.detach().cpu().contiguous(), v.detach().cpu().contiguous()) for k, v in prefix.key_values()]
     if is_peft(prefix, installation.facts.layers):
         return config, {EMBEDDINGS: pack([k for k, _ in pairs], [v for _, v in pairs]), **beside}
@@ -136,12 +137,12 @@ def contents(
 def load(model: Any, dir: str | os.PathLike[str], name: str = "default") -> Prefix | SoftPrompt:
     """Attach a saved adapter: fastprefix's, or PEFT's PREFIX_TUNING, CARTRIDGE, PROMPT_TUNING or P_TUNING.
 
-    A prefix that was trained through an MLP is loaded with the MLP, so that training resumes; :func:`fastprefix.bake`
-    drops the MLP. PEFT's files hold only the output of its encoders, which is loaded as keys and values or embeddings.
-    In an encoder-decoder, PEFT's prefix is one of the decoder's self-attention, whose layers share slots; slots that
-    PEFT never reads are left out. Modules that were saved with the adapter (a classifier's head) become the prefix's
-    own, see ``modules_to_save`` of :class:`PrefixConfig`: they are in the model while the prefix is active, and
-    trainable if they were trained.
+    A prefix that was trained through an MLP is loaded with the MLP, a soft prompt with its encoder, so that training
+    resumes; :func:`fastprefix.bake` drops them. PEFT's files hold only the output of its encoders, which is loaded as
+    keys and values or embeddings. In an encoder-decoder, PEFT's prefix is one of the decoder's self-attention, whose
+    layers share slots; slots that PEFT never reads are left out. Modules that were saved with the adapter (a
+    classifier's head) become the prefix's own, see ``modules_to_save`` of :class:`PrefixConfig`: they are in the model
+    while the prefix is active, and trainable if they were trained.
 
     Args:
         model: a transformers model, with or without other attached prefixes.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -75,7 +76,8 @@ class SavedAdapter:
         listed, where_listed = (self.peft, path) if self.own is None else (self.own, own_path)
         self.trained = saved_modules.names(listed, "modules_to_save", where_listed)
         self.frozen = saved_modules.names(listed, saved_modules.FROZEN, where_listed) if self.own is not None else []
-        projected = isinstance(self.config, PrefixConfig) and self.config.prefix_projection
+        config = self.config
+        projected = config.prefix_projection if isinstance(config, PrefixConfig) else config.encoder is not None
         self.encoder = read_tensors(self.paths[ENCODER]) if projected else None
 
     def build(self, installation: Installation) -> Prefix | SoftPrompt:
@@ -84,7 +86,7 @@ class SavedAdapter:
         modules = installation.modules.matching([*self.trained, *self.frozen])
         saved_modules.check(self.modules, modules, self.paths[WEIGHTS])
         if isinstance(self.config, PromptConfig):
-            self.check_embedding(prompt_dim(installation))
+            self.check_prompt(self.config, prompt_dim(installation))
             return self._build(installation)
         with errors_naming(path):
             empty = empty_prefix(installation, self.config)
@@ -122,20 +124,33 @@ class SavedAdapter:
     @torch.no_grad()
     def fill(self, prefix: Prefix | SoftPrompt) -> None:
         """Copy the saved values into a new prefix of this configuration."""
-        if isinstance(prefix, SoftPrompt):
-            prefix.embedding.copy_(self.tensors[EMBEDDINGS])
-        elif prefix.encoder is not None:
+        if prefix.encoder is not None:
             assert self.encoder is not None
             prefix.encoder.load_state_dict(self.encoder)
+        elif isinstance(prefix, SoftPrompt):
+            prefix.embedding.copy_(self.tensors[EMBEDDINGS])
         else:
             pairs = stored_key_values(self.tensors, prefix, self.paths[WEIGHTS])
             devices = prefix.devices()
             prefix.set_direct(*([x.float().to(d) for x, d in zip(part, devices, strict=True)] for part in pairs))
 
-    def check_embedding(self, dim: int) -> None:
-        """Check that the weights are a soft prompt's ``[P, d]`` and belong to the configuration."""
-        want = {EMBEDDINGS: ("[P, d]", [self.config.num_virtual_tokens, dim])}
+    def check_prompt(self, config: PromptConfig, dim: int) -> None:
+        """Check that the weights are those of this soft prompt ``[P, d]`` and its encoder, and of one save."""
+        want = {EMBEDDINGS: ("[P, d]", [config.num_virtual_tokens, dim])}
         check_tensors(self.tensors, want, self.paths[WEIGHTS])
+        if self.encoder is not None:
+            hidden = config.encoder_hidden_size or dim
+            if config.encoder == "lstm":
+                layers = len([n for n in self.encoder if re.fullmatch(r"lstm_head\.weight_hh_l\d+", n)])
+                if layers != config.encoder_num_layers:
+                    expected = f"encoder_num_layers = {config.encoder_num_layers}"
+                    raise fail(str(self.paths[ENCODER]), f"an LSTM of {layers} layers", expected)
+                sizes = [4 * hidden, hidden]
+                self._check_size("lstm_head.weight_hh_l0", "[4 * encoder_hidden_size, encoder_hidden_size]", sizes)
+            else:
+                self._check_size("mlp_head.0.weight", "[encoder_hidden_size, d]", [hidden, dim])
+            with torch.device("meta"):
+                self.check_encoder(config.new_encoder(dim))
         self.check_whole()
 
     def check_hidden(self, installation: Installation) -> None:
@@ -144,10 +159,15 @@ class SavedAdapter:
         hidden = self.config.encoder_hidden_size or installation.model.config.get_text_config().hidden_size
         names = [name for name in self.encoder if name.endswith("down.bias")] or ["down.bias"]
         for name in names:
-            x = self.encoder.get(name)
-            if x is None or list(x.shape) != [hidden]:
-                got = "no such tensor" if x is None else f"shape {list(x.shape)}"
-                raise fail(f"{self.paths[ENCODER]}: {name}", got, f"[encoder_hidden_size] = [{hidden}]")
+            self._check_size(name, "[encoder_hidden_size]", [hidden])
+
+    def _check_size(self, name: str, dims: str, sizes: list[int]) -> None:
+        """Check a tensor of the MLP or encoder against the configuration, by which the other tensors are allocated."""
+        assert self.encoder is not None
+        x = self.encoder.get(name)
+        if x is None or list(x.shape) != sizes:
+            got = "no such tensor" if x is None else f"shape {list(x.shape)}"
+            raise fail(f"{self.paths[ENCODER]}: {name}", got, f"{dims} = {sizes}")
 
     def check_encoder(self, encoder: nn.Module) -> None:
         """Check that the MLP's weights have the shapes of this encoder's."""
