@@ -1,7 +1,7 @@
 """``fastprefix.init``: initial values of a prefix, given, or made of other prefixes (see ``prefixes.arithmetic``)."""
 
 from fastprefix.prefixes.arithmetic import average, concat, drop, slice
-from fastprefix.prefixes.init import Init, embeddings, kv, normal, text, token_ids, vocabulary
+from fastprefix.prefixes.init import Init, embeddings, kv, labels, normal, text, token_ids, vocabulary
 
 __all__ = [
     "Init",
@@ -10,6 +10,7 @@ __all__ = [
     "drop",
     "embeddings",
     "kv",
+    "labels",
     "normal",
     "slice",
     "text",

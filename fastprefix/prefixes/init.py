@@ -17,6 +17,8 @@ from torch import Tensor
 from fastprefix.errors import fail
 from fastprefix.validation import is_int
 
+MOST_COMMON = 5000  # the tokens that Lester et al. draw from
+
 
 @dataclass(frozen=True)
 class Init:
@@ -29,6 +31,7 @@ class Init:
     values: tuple[Tensor, ...] | None = None
     embeddings: Tensor | None = None  # [P, d], of a soft prompt
     most_common: int | None = None
+    labels: tuple[tuple[int, ...], ...] | None = None  # the token ids of each label
 
     @property
     def of_tokens(self) -> bool:
@@ -45,6 +48,8 @@ class Init:
         """The number of tokens that this initialisation has; None where it makes any number."""
         if self.ids is not None:
             return len(self.ids)
+        if self.labels is not None:
+            return len(self.labels)
         if self.embeddings is not None:
             return self.embeddings.shape[0]
         return self.keys[0].shape[1] if self.keys else None
@@ -61,7 +66,8 @@ class Init:
 def take_length(num_virtual_tokens: int | None, init: Init) -> int:
     """The number P of prefix tokens: ``num_virtual_tokens``, or if that is None the initialisation's length.
 
-    If a text has another length, a warning with both numbers says that the text is cut or repeated.
+    If a text has another length, a warning with both numbers says that the text is cut or repeated. So does one for
+    more labels than P.
 
     Raises:
         ValueError: both are None.
@@ -80,6 +86,12 @@ def take_length(num_virtual_tokens: int | None, init: Init) -> int:
             "(leave num_virtual_tokens out to take them all once)",
             stacklevel=4,
         )
+    if init.labels is not None and is_int(num_virtual_tokens) and 0 < num_virtual_tokens < len(init.labels):
+        warnings.warn(
+            f"fastprefix: init: {length} labels for num_virtual_tokens={num_virtual_tokens}: only the first "
+            f"{num_virtual_tokens} are taken (leave num_virtual_tokens out to take them all)",
+            stacklevel=4,
+        )
     return num_virtual_tokens
 
 
@@ -90,7 +102,7 @@ def normal(std: float = 0.02) -> Init:
     return Init("normal", std=std)
 
 
-def vocabulary(most_common: int = 5000) -> Init:
+def vocabulary(most_common: int = MOST_COMMON) -> Init:
     """Tokens drawn from the first ``most_common`` ids, the most frequent of a BPE vocabulary (Lester et al. 2021)."""
     if not isinstance(most_common, int) or most_common < 1:
         raise fail("most_common", repr(most_common), "an int of at least 1")
@@ -118,6 +130,33 @@ def text(prompt: str, tokenizer: Any) -> Init:
     if not ids:
         raise fail("prompt", repr(prompt), "a text of at least one token")
     return token_ids(ids)
+
+
+def labels(labels: Sequence[str], tokenizer: Any) -> Init:
+    """The model's embeddings of the words of a task's classes, for a soft prompt (Lester et al. 2021, section 3.2).
+
+    Each label is one prompt token ``[d]``, at the mean of the embeddings of the label's tokens. Where a prompt has more
+    tokens than there are labels, the others are drawn as by :func:`vocabulary`. Where it has fewer, a warning says that
+    only the first labels are taken. Leave ``num_virtual_tokens`` out of the config to get as many tokens as labels.
+
+    Args:
+        labels: the words as the model is to write them. To many tokenizers ``" good"`` is a word inside a text, and
+            ``"good"`` is the first word of one.
+        tokenizer: any callable tokenizer of transformers. Special tokens are left out.
+
+    Raises:
+        ValueError: ``labels`` is empty or a single text, or a label is no text of at least one token.
+    """
+    expected = "a sequence of texts of at least one token each"
+    if isinstance(labels, str) or not isinstance(labels, Sequence) or not labels:
+        raise fail("labels", repr(labels), expected)
+    found = []
+    for label in labels:
+        ids = tokenizer(label, add_special_tokens=False)["input_ids"] if isinstance(label, str) and label else ()
+        if not len(ids):
+            raise fail("labels", repr(label), expected)
+        found.append(tuple(int(i) for i in ids))
+    return Init("labels", most_common=MOST_COMMON, labels=tuple(found))
 
 
 def kv(keys: Any, values: Sequence[Tensor] | None = None) -> Init:

@@ -33,11 +33,13 @@ class PromptConfig:
     ``use_cache=False``.
 
     Args:
-        num_virtual_tokens: prompt tokens P, at least 1; default as many as the text of ``init`` has.
+        num_virtual_tokens: prompt tokens P, at least 1; default as many as ``init`` has (tokens of a text,
+            labels, or embeddings).
         init: where training starts: ``fastprefix.init.vocabulary()`` (default), ``.text(text, tokenizer)``,
-            ``.token_ids(ids)`` (the model's embeddings of these tokens), ``.embeddings(x)`` or ``.normal(std)``. With
-            an ``encoder`` the default is ``.normal()``: a random encoder, whatever its ``std``, as in PEFT. With any
-            other ``init``, least squares fits the encoder's last layer, so that its output starts at these embeddings.
+            ``.token_ids(ids)`` (the model's embeddings of these tokens), ``.labels(labels, tokenizer)`` (those of a
+            task's classes), ``.embeddings(x)`` or ``.normal(std)``. With an ``encoder`` the default is ``.normal()``: a
+            random encoder, whatever its ``std``, as in PEFT. With any other ``init``, least squares fits the encoder's
+            last layer, so that its output starts at these embeddings.
         modules_to_save: modules of the model that are trained and saved with the prompt, as in :class:`PrefixConfig`.
         encoder: ``"mlp"`` or ``"lstm"`` trains a network whose output is the prompt, in place of the prompt itself
             (P-tuning, Liu et al. 2021): embeddings ``[P, d]`` through three linear layers with ReLU between them, or
@@ -68,7 +70,7 @@ class PromptConfig:
             self.num_virtual_tokens = take_length(self.num_virtual_tokens, self.init)
         check_tokens(self.num_virtual_tokens)
         if not isinstance(self.init, Init) or self.init.keys is not None:
-            expected = "what fastprefix.init.vocabulary, text, token_ids or normal return"
+            expected = "what fastprefix.init.vocabulary, text, token_ids, labels or normal return"
             raise fail("init", repr(self.init.name if isinstance(self.init, Init) else self.init), expected)
         self.modules_to_save = checked_modules(self.modules_to_save)
         self._check_encoder()
@@ -181,6 +183,11 @@ def start(config: PromptConfig, word_embeddings: nn.Module, vocab_size: int, dim
         if tuple(given.shape) != (config.num_virtual_tokens, dim):
             raise fail("init", f"embeddings {list(given.shape)}", f"[P, d] = {[config.num_virtual_tokens, dim]}")
         return given.to(device).float()
+    if config.init.labels is not None:
+        groups = config.init.labels[: config.num_virtual_tokens]
+        found = [word_embeddings(torch.tensor(ids, device=device)).float().mean(0) for ids in groups]
+        rest = config.init.tokens(config.num_virtual_tokens - len(found), vocab_size)
+        return torch.cat([torch.stack(found), word_embeddings(rest.to(device)).float()])
     if config.init.of_tokens:
         ids = config.init.tokens(config.num_virtual_tokens, vocab_size)
         return word_embeddings(ids.to(device)).float()

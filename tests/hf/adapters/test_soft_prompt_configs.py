@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from typing import Any
 
 import pytest
 import torch
 
 import fastprefix
-from fastprefix import PromptConfig, init
+from fastprefix import PrefixConfig, PromptConfig, init
 from tests.model_zoo.architectures import ROWS
 from tests.support.soft_prompts import prompted, tokens
 
@@ -57,3 +58,61 @@ def test_peft_reads_and_writes_the_same_files(tmp_path: Any) -> None:
 def test_wrong_configurations(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         PromptConfig(**arguments)
+
+
+def spelling(text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
+    """A tokenizer of one id for each letter, and special tokens around them."""
+    ids = [3 + ord(letter) % 20 for letter in text.strip()]
+    return {"input_ids": [1, *ids, 2] if add_special_tokens else ids}
+
+
+def ids_of(*labels: str) -> list[list[int]]:
+    return [spelling(label, add_special_tokens=False)["input_ids"] for label in labels]
+
+
+def test_starts_from_labels_then_from_the_vocabulary() -> None:
+    model = ROWS["llama_gqa"].build()
+    table = model.get_input_embeddings().weight
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        config = PromptConfig(5, init=init.labels(["yes", "a", "no"], spelling))
+        prompt = fastprefix.attach(model, config)
+    want = torch.stack([table[ids].mean(0) for ids in ids_of("yes", "a", "no")])
+    assert torch.equal(prompt.embedding[:3], want)
+    assert all((row == table).all(1).any() for row in prompt.embedding[3:])
+    torch.manual_seed(11)
+    again = fastprefix.attach(model, config, "again")
+    assert torch.equal(again.embedding[:3], want) and not torch.equal(again.embedding[3:], prompt.embedding[3:])
+
+
+def test_labels_are_as_many_tokens_as_there_are_unless_told() -> None:
+    start = init.labels(("yes", "no"), spelling)
+    assert PromptConfig(init=start).num_virtual_tokens == 2
+    with pytest.warns(UserWarning, match="init: 2 labels for num_virtual_tokens=1: only the first 1") as told:
+        config = PromptConfig(1, init=start)
+    assert told[0].filename == __file__
+    model = ROWS["gemma2"].build()  # it scales its embeddings
+    prompt = fastprefix.attach(model, config)
+    want = model.get_input_embeddings()(torch.tensor(ids_of("yes"))).mean(1)
+    torch.testing.assert_close(prompt.embedding.data, want)
+
+
+def test_an_encoder_starts_at_labels() -> None:
+    model = ROWS["llama_gqa"].build()
+    start = init.labels(["yes", "no"], spelling)
+    prompt = fastprefix.attach(model, PromptConfig(init=start, encoder="mlp", encoder_hidden_size=16))
+    want = torch.stack([model.get_input_embeddings().weight[ids].mean(0) for ids in ids_of("yes", "no")])
+    torch.testing.assert_close(prompt(), want, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("given", ["yes", [], ["yes", ""], ["yes", " "], ["yes", 3], {"yes"}], ids=str)
+def test_what_are_no_labels(given: Any) -> None:
+    with pytest.raises(ValueError, match=r"labels: got .*, expected a sequence of texts of at least one token each"):
+        init.labels(given, spelling)
+
+
+def test_labels_are_no_keys_and_values() -> None:
+    with pytest.raises(ValueError, match=r"init: got init.labels of a soft prompt, expected what fastprefix.init.norm"):
+        PrefixConfig(2, init=init.labels(["yes", "no"], spelling))
+    with pytest.raises(ValueError, match=r"prefixes: got init.labels, expected what attach returns"):
+        init.slice(init.labels(["yes", "no"], spelling), 1)
