@@ -2,6 +2,7 @@
 
 from fastprefix.hf.adapters.attach import attach, bake, detach, set_prefix
 from fastprefix.hf.adapters.ensemble import ensemble
+from fastprefix.hf.adapters.nearest_tokens import nearest_tokens
 from fastprefix.hf.adapters.prefix_batch import prefix_batch
 from fastprefix.hf.attention import registration as _register  # noqa: F401
 from fastprefix.hf.peft.patch import patch, unpatch
@@ -19,6 +20,7 @@ __all__ = [
     "detach",
     "ensemble",
     "load",
+    "nearest_tokens",
     "patch",
     "prefix_batch",
     "register",
