@@ -44,7 +44,7 @@ class PromptConfig:
         encoder: ``"mlp"`` or ``"lstm"`` trains a network whose output is the prompt, in place of the prompt itself
             (P-tuning, Liu et al. 2021): embeddings ``[P, d]`` through three linear layers with ReLU between them, or
             through a bidirectional LSTM and two linear layers. It runs once per forward.
-            :func:`fastprefix.bake` replaces it by its output.
+            :func:`fastprefix.bake` replaces it by its output. ``torch.vmap`` has no rule for an LSTM, and raises.
         encoder_hidden_size: width of the encoder's hidden layers; default the model's hidden size.
         encoder_num_layers: layers of the LSTM. The MLP's number is fixed.
         encoder_dropout: dropout between the LSTM's layers in training, drawn once per forward for all rows (PEFT draws

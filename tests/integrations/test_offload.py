@@ -58,6 +58,7 @@ CONFIGS: dict[str, Any] = {
     "frozen": PrefixConfig(P, num_frozen_tokens=1),
     "prompt": PromptConfig(P, init=init.token_ids([5, 6, 7])),
     "noise": PromptConfig(P, init=init.normal(0.5)),
+    "encoded": PromptConfig(P, encoder="lstm", encoder_hidden_size=6),
 }
 
 

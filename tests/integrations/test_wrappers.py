@@ -25,6 +25,7 @@ CONFIGS: dict[str, Any] = {
     "prefix": PrefixConfig(P, init=init.normal(0.5)),
     "mlp": PrefixConfig(P, prefix_projection=True),
     "prompt": PromptConfig(P),
+    "encoded": PromptConfig(P, encoder="mlp", encoder_hidden_size=6),  # torch.vmap has no rule for an LSTM
 }
 
 

@@ -30,6 +30,7 @@ CONFIGS: dict[str, Any] = {
     "direct": lambda: PrefixConfig(3, init=init.normal(0.5)),
     "projected": lambda: PrefixConfig(3, prefix_projection=True, encoder_hidden_size=5),
     "prompt": lambda: PromptConfig(3),
+    "encoded": lambda: PromptConfig(3, encoder="lstm", encoder_hidden_size=5),
 }
 
 
