@@ -132,15 +132,56 @@ def _attached(model: Any) -> Installation:
     return installation
 
 
-def detach(model: Any) -> None:
-    """Take every prefix out. The model is again bit for bit what it was; parameters that were trainable are so again.
+def detach(model: Any, name: str | None = None) -> None:
+    """Take every prefix out, or one of them.
+
+    Without a name the model is again bit for bit what it was, and parameters that were trainable are so again. With a
+    name that prefix alone leaves the model: its parameters, and its copies of modules (``modules_to_save``), are no
+    longer in ``model.parameters()``. If it was active, no prefix is, and the model runs bare until
+    :func:`set_prefix`. Whatever else is attached computes what it did before, bit for bit. A prefix on disk
+    (:func:`register`) is dropped from memory, and its name is free again; its files stay. Once no prefix is left, in
+    the model or on disk, the model is what it was before the first.
+
+    Args:
+        model: a model with prefixes attached or registered.
+        name: name of the prefix to take out; None for all of them, also those on disk.
 
     Raises:
-        ValueError: nothing is attached, or the model is a patched PEFT model (see :func:`unpatch`).
+        ValueError: nothing is attached, or none under this name; the model is a patched PEFT model (see
+            :func:`unpatch`). With a name also: a block of :func:`prefix_batch` or :func:`shared_prompt` is open, or the
+            model is sharded or in a wrapper that has collected the prefix's parameters (DistributedDataParallel).
     """
+    if name is not None:
+        model = wrappers.unwrapped(model, but=wrappers.REMOVING)
     installation = _attached(model)
     with installation.lock.hold():
+        if name is None:
+            uninstall(installation)
+        else:
+            _detach_named(installation, name)
+
+
+def _detach_named(installation: Installation, name: str) -> None:
+    """Take one prefix out; ValueError, and nothing is changed, where that cannot be done."""
+    selection = installation.selection
+    provider = require_not_patched(installation)
+    if selection.chosen is not None or selection.shared is not None:
+        block = "prefix_batch" if selection.chosen is not None else "shared_prompt"
+        raise fail("name", f"{name!r} inside a block of {block}", "the block's end first")
+    if name not in provider.names():
+        raise fail("name", repr(name), f"None or one of {sorted(provider.names())}")
+    dtensor.refuse(installation.model)
+    if selection.active == name:
+        installation.activate(None)
+    if name in selection.prefixes:
+        placement.displace(installation, name)
+    elif provider.registry is not None:
+        provider.registry.forget(name)
+    if not provider.names():
         uninstall(installation)
+        return
+    installation.origins.forget(name)
+    installation.modules.forget_unused(provider.in_memory())
 
 
 def bake(model: Any, name: str = "default") -> Prefix | SoftPrompt:

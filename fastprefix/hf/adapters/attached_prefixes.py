@@ -36,6 +36,10 @@ class StoredPrefixes(Protocol):
         """Keep these prefixes in memory inside the block."""
         ...
 
+    def forget(self, name: str) -> None:
+        """Drop a prefix from memory, and its name; its files stay."""
+        ...
+
 
 class AttachedPrefixes:
     """The ``PrefixProvider`` of prefixes that are attached to a model or registered on disk."""
@@ -53,6 +57,11 @@ class AttachedPrefixes:
     def resident(self) -> list[str]:
         """Names of the prefixes in memory."""
         return [*self.selection.prefixes, *(self.registry.resident if self.registry is not None else ())]
+
+    def in_memory(self) -> list[Prefix | SoftPrompt]:
+        """The prefixes in memory."""
+        resident = () if self.registry is None else self.registry.resident.values()
+        return [*self.selection.prefixes.values(), *resident]
 
     def enabled(self) -> bool:
         """Always True: there is no switch."""

@@ -6,7 +6,7 @@ that device moves, train/eval modes and optimizers reach them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,6 +20,8 @@ from fastprefix.hf.model.layers import Layers
 from fastprefix.hf.runtime.forward_context import AdapterSelection, Name
 from fastprefix.hf.runtime.selection import Selection
 from fastprefix.prefixes.modules import Modules
+from fastprefix.prefixes.prefix import Prefix
+from fastprefix.prefixes.prompt import SoftPrompt
 
 KEPT, ENCODERS = "fastprefix_modules", "fastprefix_encoders"
 _OURS = {SLOT, KEPT, ENCODERS}
@@ -146,6 +148,13 @@ class TrainedModules:
             if modules:
                 held = kept.prefixes[name] = Modules()
                 held.put(modules)
+
+    def forget_unused(self, prefixes: Iterable[Prefix | SoftPrompt]) -> None:
+        """Forget the places for which none of these prefixes has a copy; the originals stand there."""
+        needed = {path for prefix in prefixes for path in prefix.modules_to_save.named()} | set(self.using)
+        for path in self.places.keys() - needed:
+            del self.places[path], self.originals[path]
+        self.keep()
 
     def _stands(self, path: str, module: nn.Module) -> bool:
         parent, leaf = self.places[path]

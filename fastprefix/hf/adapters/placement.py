@@ -36,6 +36,7 @@ def place(installation: Installation, name: str, prefix: Prefix | SoftPrompt) ->
 def displace(installation: Installation, name: str) -> None:
     """Take one prefix out of the model."""
     del installation.selection.prefixes[name]
+    installation.parameters.known.pop(name, None)
     for slot in installation.slots:
         if name in slot.prefixes:
             del slot.prefixes[name]

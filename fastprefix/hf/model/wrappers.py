@@ -19,6 +19,13 @@ ADDING = {
     AveragedModel.__name__: "the model itself, and AveragedModel around it afterwards: it knows parameters by order",
     _FLAT: "the model itself, and fully_shard (FSDP2) afterwards",
 }
+# The same, of which no parameters can be taken.
+REMOVING = {
+    DistributedDataParallel.__name__: "the model itself, and DistributedDataParallel around it afterwards: it waits "
+    "for the gradients of all parameters that it has collected",
+    AveragedModel.__name__: ADDING[AveragedModel.__name__],
+    _FLAT: "the model itself, and fully_shard (FSDP2) afterwards",
+}
 SAVING = {_FLAT: "a model sharded by fully_shard (FSDP2): FSDP1 has flattened what is to be saved"}
 
 

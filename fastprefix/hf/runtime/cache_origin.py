@@ -28,6 +28,7 @@ class Origin(NamedTuple):
     names: tuple[Name | None, ...]  # one name for all rows, or one for each row
     shared: int | None  # number of the open shared_prompt block
     rows: int  # batch size, with beams and returned sequences
+    again: tuple[int, ...] = ()  # for each of ``names``, how many prefixes of this name were taken out before
 
     def __str__(self) -> str:
         names = "no prefix" if self.names == (None,) else f"prefix {self.names[0]!r}"
@@ -42,8 +43,9 @@ class Origin(NamedTuple):
         """Whether a forward of this origin may use a cache of the other: the same one, or a subset of its rows."""
         if self.installation != other.installation or self.shared != other.shared:
             return False
-        some = len(other.names) > 1 and self.rows != other.rows and set(self.names) <= set(other.names)
-        return self.names == other.names or some
+        mine, others = (list(zip(x.names, x.again, strict=True)) for x in (self, other))
+        some = len(others) > 1 and self.rows != other.rows and set(mine) <= set(others)
+        return mine == others or some
 
 
 class CacheOrigins:
@@ -52,6 +54,14 @@ class CacheOrigins:
     def __init__(self, facts: ModelFacts, selection: Selection, warn: WarnOnce) -> None:
         self.facts, self.selection, self.warn = facts, selection, warn
         self.number = next(_numbers)  # number of this installation
+        self.forgotten: dict[Name, int] = {}  # how many prefixes of a name were taken out
+
+    def forget(self, name: str) -> None:
+        """Keep the caches of a prefix that was taken out apart from those of a later one with its name."""
+        self.forgotten[name] = self.forgotten.get(name, 0) + 1
+
+    def _taken_out(self, name: Name | None) -> int:
+        return sum(self.forgotten.get(part, 0) for part in (name if isinstance(name, tuple) else (name,)) if part)
 
     def of(self, kwargs: dict[str, Any]) -> Origin:
         """The origin of a forward with these keyword arguments."""
@@ -60,7 +70,8 @@ class CacheOrigins:
         names = names[:1] if len(set(names)) == 1 else names
         inputs = [kwargs.get(name) for name in (self.facts.layers.main.main_input, "inputs_embeds")]
         rows = next((len(x) for x in inputs if isinstance(x, Tensor)), 0)  # without an input the model raises
-        return Origin(self.number, names, None if shared is None else shared.number, rows)
+        again = tuple(map(self._taken_out, names)) if self.forgotten else (0,) * len(names)
+        return Origin(self.number, names, None if shared is None else shared.number, rows, again)
 
     def check(self, kwargs: dict[str, Any]) -> Origin:
         """The forward's origin, compared with that of its cache; an empty cache gets the forward's origin.

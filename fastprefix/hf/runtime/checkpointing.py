@@ -23,6 +23,7 @@ from fastprefix.hf.runtime.slots import AttentionSlots
 from fastprefix.prefixes.prefix import LayerKV
 
 _FUNCTION = gradient_checkpointing.FUNCTION
+_TAKEN_OUT = "fastprefix: the prefix was taken out between a checkpointed forward and its backward"
 
 
 class SwappedModules(Protocol):
@@ -109,7 +110,10 @@ class Checkpointing:
     def recomputing(self, context: ForwardContext | None, active: str | None) -> Iterator[None]:
         """Restore a forward's context (None: the bare model) inside the block, whichever prefix is active now."""
         if not self.slots.present():
-            raise RuntimeError("fastprefix: the prefix was taken out between a checkpointed forward and its backward")
+            raise RuntimeError(_TAKEN_OUT)
+        in_slots = context is not None and context.layers is None
+        if in_slots and active not in self.selection.prefixes:
+            raise RuntimeError(_TAKEN_OUT)
         slots, on, implementation = list(self.slots), self.configs.on, masks.requested.implementation
         offset, self.query_scaling.offset = self.query_scaling.offset, context.offset if context else 0
         outside = [(slot.active, slot.override, slot.is_overridden, slot.packed) for slot in slots]

@@ -46,6 +46,11 @@ class PrefixRegistry:
                 del self.resident[other]
         return self.resident[name]
 
+    def forget(self, name: str) -> None:
+        """Drop a prefix from memory, and its name; its files stay."""
+        del self.paths[name]
+        self.resident.pop(name, None)
+
     @contextmanager
     def pin(self, names: Sequence[Name]) -> Iterator[None]:
         """Keep the registered ones of these prefixes in memory inside the block, once read."""
