@@ -17,8 +17,9 @@ from fastprefix.hf.adapters.installation import Installation
 from fastprefix.hf.adapters.lookup import find_installation, get_or_install, require_not_patched, uninstall
 from fastprefix.hf.runtime.forward_context import Name
 from fastprefix.hf.storage.atomic_folder import resolve_path
+from fastprefix.hf.storage.hub import adapter_folder
 from fastprefix.hf.storage.peft_format import CONFIG
-from fastprefix.hf.storage.saved_adapter import SavedAdapter
+from fastprefix.hf.storage.saved_adapter import FILES, SavedAdapter
 from fastprefix.prefixes.prefix import Prefix
 from fastprefix.prefixes.prompt import SoftPrompt
 
@@ -72,12 +73,13 @@ def register(model: Any, dirs: Mapping[str, str | os.PathLike[str]], max_residen
 
     Args:
         model: a transformers model, with or without attached prefixes.
-        dirs: folders as written by :func:`save` or by PEFT, by name.
+        dirs: folders as written by :func:`save` or by PEFT, by name, or repositories on the Hugging Face Hub as for
+            :func:`load`, each at its main branch. Those are downloaded here, unless they are in the Hub's cache.
         max_resident: how many prefixes may be in memory at a time; a later call's number replaces an earlier one's.
 
     Raises:
-        ValueError: a name is taken or malformed, a folder does not exist, ``max_resident`` is below 1. What a folder
-            holds is checked when it is read.
+        ValueError: a name is taken or malformed, there is neither a folder nor a repository, ``max_resident`` is below
+            1. What a folder holds is checked when it is read.
     """
     if not isinstance(max_resident, int) or max_resident < 1:
         raise fail("max_resident", repr(max_resident), "an int of at least 1")
@@ -85,11 +87,12 @@ def register(model: Any, dirs: Mapping[str, str | os.PathLike[str]], max_residen
     installation = get_or_install(model)
     provider = require_not_patched(installation)
     try:
-        paths = {name: Path(path) for name, path in dirs.items()}
-        for name, path in paths.items():
+        paths: dict[str, Path] = {}
+        for name, given in dirs.items():
             check_name(name)
             if name in provider.names():
                 raise fail("dirs", f"{name!r}, which is taken", "new names")
+            paths[name] = path = adapter_folder(given, FILES, argument="dirs")
             if not resolve_path(path, CONFIG).is_file():
                 raise fail("dirs", f"{path} for {name!r}", f"a folder with {CONFIG}")
     except BaseException:

@@ -33,6 +33,7 @@ from fastprefix.hf.model import wrappers
 from fastprefix.hf.model.dtensor import gathered
 from fastprefix.hf.storage import saved_modules
 from fastprefix.hf.storage.atomic_folder import write_atomically
+from fastprefix.hf.storage.hub import adapter_folder
 from fastprefix.hf.storage.peft_format import (
     CONFIG,
     EMBEDDINGS,
@@ -47,7 +48,7 @@ from fastprefix.hf.storage.peft_format import (
     pack,
     peft_config,
 )
-from fastprefix.hf.storage.saved_adapter import SavedAdapter
+from fastprefix.hf.storage.saved_adapter import FILES, SavedAdapter
 from fastprefix.hf.storage.validated_files import write_json, write_tensors
 from fastprefix.prefixes.prefix import Prefix
 from fastprefix.prefixes.prompt import SoftPrompt
@@ -134,7 +135,9 @@ def contents(
     return {"peft_type": OWN, "num_virtual_tokens": prefix.num_virtual_tokens}, {**tensors, **beside}
 
 
-def load(model: Any, dir: str | os.PathLike[str], name: str = "default") -> Prefix | SoftPrompt:
+def load(
+    model: Any, dir: str | os.PathLike[str], name: str = "default", *, revision: str | None = None
+) -> Prefix | SoftPrompt:
     """Attach a saved adapter: fastprefix's, or PEFT's PREFIX_TUNING, CARTRIDGE, PROMPT_TUNING or P_TUNING.
 
     A prefix that was trained through an MLP is loaded with the MLP, a soft prompt with its encoder, so that training
@@ -146,14 +149,18 @@ def load(model: Any, dir: str | os.PathLike[str], name: str = "default") -> Pref
 
     Args:
         model: a transformers model, with or without other attached prefixes.
-        dir: a folder written by :func:`save` or by PEFT's ``save_pretrained``.
+        dir: a folder written by :func:`save` or by PEFT's ``save_pretrained``, or ``"namespace/name"`` of a repository
+            on the Hugging Face Hub with the files of one. Whatever exists under this path comes first. A repository's
+            files are downloaded to the Hub's cache; what is there is used as it is offline (``HF_HUB_OFFLINE=1``).
         name: the name to attach it under.
+        revision: branch, tag or commit of the repository; None for its main branch, and for a folder.
 
     Returns:
         The trainable :class:`Prefix` or :class:`SoftPrompt`.
 
     Raises:
         ValueError: a file is missing or malformed (a pickle, numbers that are not finite or no floats, tensors or
-            fields of no known meaning), or does not fit the model; path and field are named. Nothing is attached then.
+            fields of no known meaning), or does not fit the model; path and field are named. There is neither a folder
+            nor a repository of this name, or a folder comes with a ``revision``. Nothing is attached then.
     """
-    return attach_prefix(model, name, SavedAdapter(dir).build)
+    return attach_prefix(model, name, SavedAdapter(adapter_folder(dir, FILES, revision)).build)
