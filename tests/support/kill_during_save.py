@@ -26,6 +26,7 @@ from torch import Tensor
 
 import fastprefix
 from fastprefix.hf.storage.atomic_folder import committed
+from fastprefix.hf.storage.model_card import is_ours
 from tests.support.fault_injection import at_step
 from tests.support.saved_adapters import CONFIG, KINDS, WEIGHTS, numbers, same
 from tests.support.tiny_models import tiny_model
@@ -130,6 +131,7 @@ class Change:
     def check(self, peft: bool = True) -> str:
         """Which adapter is there; everybody finds it whole."""
         pair = seen_by_peft(self.folder)
+        assert (self.folder / "README.md").read_text() == "mine", "somebody's file was replaced"
         may_miss = self.pairs[0][0] != self.pairs[1][0]  # type: ignore[index]
         assert pair in self.pairs or (pair is None and may_miss), "PEFT would read a mixture"
         if peft:
@@ -215,6 +217,7 @@ def at_random(folder: Path, count: int) -> dict[str, Any]:
             overtaken += 1
             assert same(found, ring[last % len(ring)][1]), "neither the last adapter nor the next"
         check_peft(folder)
+        assert is_ours((folder / "README.md").read_text()), "half a card"
     return {"kills": count, "saves": last, "killed behind the commit": overtaken}
 
 

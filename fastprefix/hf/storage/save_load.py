@@ -6,6 +6,7 @@
                                  [P, d] for a soft prompt; base_model.<name>: modules that are saved with it
     fastprefix_config.json       fastprefix's own configuration
     prefix_encoder.safetensors   the MLP or a soft prompt's encoder, when one is trained: training resumes from it
+    README.md                    a model card for the Hub, unless there is one that somebody else wrote or edited
 
 A prefix that PEFT cannot represent (a subset of layers, position_offset="none", layers of different shapes, an
 encoder-decoder's parts) is written with ``peft_type`` FASTPREFIX and one tensor per layer, so that PEFT refuses it
@@ -31,7 +32,7 @@ from fastprefix.hf.adapters.installation import Installation
 from fastprefix.hf.adapters.lookup import require_installation, require_not_patched
 from fastprefix.hf.model import wrappers
 from fastprefix.hf.model.dtensor import gathered
-from fastprefix.hf.storage import saved_modules
+from fastprefix.hf.storage import model_card, saved_modules
 from fastprefix.hf.storage.atomic_folder import write_atomically
 from fastprefix.hf.storage.hub import adapter_folder
 from fastprefix.hf.storage.peft_format import (
@@ -64,6 +65,9 @@ def save(model: Any, dir: str | os.PathLike[str], name: str = "default") -> None
     Modules of the configuration's ``modules_to_save`` are written with the prefix. As in PEFT, so is the head of a
     model for sequence or token classification or question answering (``classifier``, ``score``, ``qa_outputs``),
     whether it was trained by ``modules_to_save`` or by hand. A warning names all other trained parameters.
+
+    A model card, ``README.md``, says what the adapter is and how it is loaded. A card that was there before stays,
+    unless an earlier save wrote it and nobody has edited it.
 
     Args:
         model: a model with the prefix attached, also inside DataParallel, DistributedDataParallel, ``torch.compile`` or
@@ -112,6 +116,9 @@ def _write(
         files[ENCODER] = functools.partial(write_tensors, encoder)
     files[WEIGHTS] = functools.partial(write_tensors, tensors)
     files[OWN_CONFIG] = functools.partial(write_json, fields)
+    if model_card.may_write(folder):
+        card = model_card.card(installation.model, prefix, config, tensors)
+        files[model_card.CARD] = functools.partial(model_card.write, card)
     files[CONFIG] = functools.partial(write_json, config)
     write_atomically(folder, files, without=() if ENCODER in files else (ENCODER,))
 

@@ -131,7 +131,7 @@ def test_a_commit_that_is_none_is_rubbish(text: str, tmp_path: Path) -> None:
     (tmp_path / STAGING / CONFIG).write_text("half")
     assert same(numbers(fastprefix.load(tiny_model(), tmp_path)), before)
     saved(tmp_path, "direct")
-    assert {path.name for path in tmp_path.iterdir()} == {CONFIG, WEIGHTS, OWN}
+    assert {path.name for path in tmp_path.iterdir()} == {CONFIG, WEIGHTS, OWN, "README.md"}
     assert (tmp_path.parent / "x").read_text() == "somebody's"
 
 

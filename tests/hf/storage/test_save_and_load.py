@@ -150,7 +150,7 @@ def test_saving_again_leaves_nothing_of_before(tmp_path: Path) -> None:
     assert (tmp_path / "prefix_encoder.safetensors").exists()
     fastprefix.bake(model)
     fastprefix.save(model, tmp_path)
-    names = {"adapter_config.json", "adapter_model.safetensors", "fastprefix_config.json"}
+    names = {"adapter_config.json", "adapter_model.safetensors", "fastprefix_config.json", "README.md"}
     assert {p.name for p in tmp_path.iterdir()} == names
 
 
