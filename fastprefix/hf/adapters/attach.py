@@ -210,7 +210,18 @@ def bake(model: Any, name: str = "default") -> Prefix | SoftPrompt:
 
 
 def set_prefix(model: Any, name: str | None) -> None:
-    """Make an attached prefix the active one; None runs the bare model.
+    """Make an attached or registered prefix the active one; None runs the bare model.
+
+    The other prefixes take no part in forwards and training: they get no gradient, and an optimizer skips parameters
+    whose ``grad`` is None, whatever its weight decay. A gradient from before the switch is applied by the next step
+    unless ``zero_grad()`` clears it; zeros (``set_to_none=False``) count as a gradient. ``requires_grad`` of their
+    parameters stays as it is, as :func:`prefix_batch` trains whichever it names, and a backward pass may still come of
+    a forward before the switch. DistributedDataParallel waits for the gradients of all trainable parameters: freeze the
+    others before it is made (``prefix.requires_grad_(False)``), or pass ``find_unused_parameters=True``.
+
+    Args:
+        model: a model with prefixes attached or registered.
+        name: name of the prefix, or None.
 
     Raises:
         ValueError: no prefix is attached, or none under this name.
