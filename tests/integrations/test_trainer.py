@@ -26,7 +26,7 @@ CONFIGS = {
     "direct": {"num_frozen_tokens": 1},
     "projected": {"prefix_projection": True, "encoder_hidden_size": 8},
     "prompt": {"prompt": True},
-    "encoded prompt": {"prompt": True, "encoder": "lstm", "encoder_hidden_size": 8},
+    "encoded_prompt": {"prompt": True, "encoder": "lstm", "encoder_hidden_size": 8},
 }
 
 

@@ -24,7 +24,7 @@ KINDS: dict[str, Callable[[], PrefixConfig | PromptConfig]] = {
     "frozen": lambda: PrefixConfig(P, num_frozen_tokens=1),
     "layers": lambda: PrefixConfig(P, layers=[1]),
     "prompt": lambda: PromptConfig(P),
-    "encoded prompt": lambda: PromptConfig(P, encoder="lstm", encoder_hidden_size=5, encoder_num_layers=1),
+    "encoded_prompt": lambda: PromptConfig(P, encoder="lstm", encoder_hidden_size=5, encoder_num_layers=1),
 }
 
 

@@ -24,7 +24,7 @@ from fastprefix.prefixes.prefix import Prefix
 from fastprefix.prefixes.prompt import SoftPrompt
 
 CARD = "README.md"
-_TAGS = {"PROMPT_TUNING": "prompt-tuning", "CARTRIDGE": "cartridge"}
+_TAGS = {"PROMPT_TUNING": "prompt-tuning", "P_TUNING": "p-tuning", "CARTRIDGE": "cartridge"}
 _MARK = "<!-- Written by fastprefix.save, which replaces this card unless it was edited: {} -->\n"
 _BASE = "BASE_MODEL"  # in the examples, where the model's name is not known
 _HERE = "path/to/this/folder"
@@ -95,8 +95,9 @@ def _facts(prefix: Prefix | SoftPrompt, tensors: Mapping[str, Tensor]) -> list[s
         layers = len(prefix.layer_indices)
         what = f"trained keys and values in {layers} attention layer{'s' * (layers > 1)} (prefix tuning)"
     found = [f"- Kind: {what}", f"- Virtual tokens: {prefix.num_virtual_tokens}", f"- Parameters: {own:,}"]
-    if isinstance(prefix, Prefix) and prefix.encoder is not None:
-        found.append(f"- Trained through an MLP: `{ENCODER}` holds it, `{WEIGHTS}` what it computes")
+    if prefix.encoder is not None:
+        network = "an MLP" if isinstance(prefix, Prefix) else f"an {prefix.encoder.kind.upper()} (P-tuning)"
+        found.append(f"- Trained through {network}: `{ENCODER}` holds it, `{WEIGHTS}` what it computes")
     if beside:
         names = sorted({name.removeprefix(BASE).rpartition(".")[0] for name in tensors if name.startswith(BASE)})
         found.append(f"- Saved with it: {', '.join(f'`{name}`' for name in names)}, {beside:,} numbers")
