@@ -1,1 +1,1 @@
-"""Trainable prefixes and soft prompts, their configurations and initial values. Does not import transformers."""
+"""Trainable prefixes and soft prompts, their configurations and initial values, given or made of others. Does not import transformers."""
