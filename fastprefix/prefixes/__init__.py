@@ -1,1 +1,4 @@
-"""Trainable prefixes and soft prompts, their configurations and initial values, given or made of others. Does not import transformers."""
+"""Trainable prefixes and soft prompts, their configurations, and initial values, given or made of other prefixes.
+
+Does not import transformers.
+"""

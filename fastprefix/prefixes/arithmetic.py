@@ -10,7 +10,6 @@ the content begins after all tokens of the new prefix: composition as in Cartrid
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from operator import index
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from fastprefix.errors import fail
 from fastprefix.prefixes.init import Init
 from fastprefix.prefixes.prefix import Prefix
 from fastprefix.prefixes.prompt import SoftPrompt
+from fastprefix.validation import is_int
 
 Operand = Prefix | SoftPrompt | Init
 
@@ -44,8 +44,9 @@ def average(*prefixes: Operand, weights: Sequence[float] | None = None) -> Init:
         ValueError: as :func:`concat`, or the numbers of tokens differ, or the weights' number, or their sum is 0.
     """
     starts = _several(prefixes)
-    given = [1.0] * len(starts) if weights is None else [float(weight) for weight in weights]
-    if len(given) != len(starts) or not abs(sum(given)) > 0.0:
+    given = [1.0] * len(starts) if weights is None else list(weights)
+    numbers = all(isinstance(weight, int | float) for weight in given)
+    if not numbers or len(given) != len(starts) or not 0.0 < abs(sum(given)) < float("inf"):
         raise fail("weights", given, f"{len(starts)} numbers whose sum is not 0")
     shares = [weight / sum(given) for weight in given]
 
@@ -64,6 +65,9 @@ def slice(prefix: Operand, start: int | None = None, stop: int | None = None) ->
         ValueError: no token is left.
     """
     source = _start(prefix)
+    for name, place in (("start", start), ("stop", stop)):
+        if place is not None and not is_int(place):
+            raise fail(name, repr(place), "an int or None")
     kept = list(range(_length(source)))[start:stop]
     if not kept:
         raise fail("start and stop", f"{start} and {stop}", f"at least one of the prefix's {_length(source)} tokens")
@@ -81,8 +85,8 @@ def drop(prefix: Operand, tokens: int | Sequence[int]) -> Init:
     """
     source = _start(prefix)
     length = _length(source)
-    places = [index(tokens)] if isinstance(tokens, int) else [index(place) for place in tokens]
-    if not places or not all(-length <= place < length for place in places):
+    places = [tokens] if isinstance(tokens, int) else list(tokens)
+    if not places or not all(is_int(place) and -length <= place < length for place in places):
         raise fail("tokens", places, f"places in {-length}..{length - 1}, at least one")
     dropped = {place % length for place in places}
     kept = [place for place in range(length) if place not in dropped]

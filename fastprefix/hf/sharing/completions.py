@@ -109,24 +109,26 @@ def completion_logprobs(
     return CompletionLogprobs(found[:, :width], None if entropies is None else entropies[:, :width], real)
 
 
-def completions_of(completions: Any, mask: Any, device: torch.device) -> tuple[Tensor, Tensor]:
+def completions_of(
+    completions: Any, mask: Any, device: torch.device, name: str = "completions"
+) -> tuple[Tensor, Tensor]:
     """Completions as ``[B, R]`` token ids padded on the right, and which of them are real."""
     if not isinstance(completions, Tensor):
         if not isinstance(completions, Sequence) or isinstance(completions, str) or not completions:
-            raise fail("completions", type(completions).__name__, "a tensor [B, R] of token ids, or sequences of them")
+            raise fail(name, type(completions).__name__, "a tensor [B, R] of token ids, or sequences of them")
         if mask is not None:
             raise fail("mask", type(mask).__name__, "None beside sequences, whose lengths say the same")
         if any(isinstance(row, str) for row in completions):
-            raise fail("completions", "strings", "their token ids")
+            raise fail(name, "strings", "their token ids")
         each = [torch.as_tensor(row) for row in completions]
         if any(row.dim() != 1 or not len(row) or not are_ids(row) for row in each):
-            raise fail("completions", "a sequence without ids, or nested", "one token id or more in each completion")
+            raise fail(name, "a sequence without ids, or nested", "one token id or more in each completion")
         lengths = torch.tensor([len(row) for row in each], device=device)
         rows = nn.utils.rnn.pad_sequence([row.long().to(device) for row in each], batch_first=True)
         return rows, torch.arange(rows.shape[1], device=device) < lengths[:, None]
     if completions.dim() != 2 or not are_ids(completions) or 0 in completions.shape:
         got = f"shape {list(completions.shape)}, {completions.dtype}"
-        raise fail("completions", got, "token ids [B, R], at least one token")
+        raise fail(name, got, "token ids [B, R], at least one token")
     rows = completions.long().to(device)
     if mask is None:
         return rows, torch.ones_like(rows, dtype=torch.bool)

@@ -196,7 +196,7 @@ def _begin(task: _Task, usable: Tensor, start: Any, num_tokens: int, seed: int) 
 
 
 def _task(model: Any, rows: Any, labels: Any, device: torch.device) -> _Task:
-    ids, real = completions_of(rows, None, device)
+    ids, real = completions_of(rows, None, device, name="rows")
     if labels is None:
         return _Task(model, ids, real, real)
     if isinstance(labels, Tensor):

@@ -188,3 +188,8 @@ def test_wrong_calls(options: dict[str, Any], says: str) -> None:
 def test_a_model_that_reads_in_both_directions_is_refused() -> None:
     with pytest.raises(ValueError, match="reads text in both directions"):
         search_hard_prompt(ROWS["bert"].build(), torch.randint(3, VOCAB, (2, 4)))
+
+
+def test_rows_are_named_in_their_errors() -> None:
+    with pytest.raises(ValueError, match=r"rows: got str, expected a tensor \[B, R\] of token ids, or sequences"):
+        search_hard_prompt(planted(0)[0], "a text")
