@@ -203,3 +203,17 @@ def test_what_is_gone_is_not_kept_in_memory() -> None:
         fastprefix.detach(model, name)
         gc.collect()
         assert gone and not [ref for ref in gone if ref() is not None]
+
+
+def test_the_active_one_on_disk_keeps_the_models_module_when_it_is_not_in_memory(tmp_path: Path) -> None:
+    model, paths = tiny_model(), on_disk(tmp_path)
+    head = model.lm_head
+    fastprefix.attach(model, PrefixConfig(3, init=init.normal(0.5)), "a")
+    fastprefix.register(model, paths, max_resident=1)
+    fastprefix.set_prefix(model, "x")
+    with torch.no_grad(), fastprefix.prefix_batch(model, ["y", None]):
+        model(IDS)
+    assert list(model._fastprefix.selection.provider.registry.resident) == ["y"] and model.lm_head is not head
+    fastprefix.detach(model, "a")
+    fastprefix.set_prefix(model, None)
+    assert model.lm_head is head

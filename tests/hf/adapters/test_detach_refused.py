@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -76,6 +77,13 @@ def test_a_cache_belongs_to_the_prefix_that_was_taken_out() -> None:
         pytest.raises(ValueError, match="past_key_values: got a cache made with prefixes"),
     ):
         model(IDS[:, :1], past_key_values=both)
+    row = copy.deepcopy(both)
+    row.batch_select_indices(torch.tensor([0]))
+    with (
+        fastprefix.prefix_batch(model, ["direct"]),
+        pytest.raises(ValueError, match="past_key_values: got a cache made with prefixes"),
+    ):
+        model(IDS[:1, :1], past_key_values=row)
     fastprefix.set_prefix(model, "frozen")
     model(IDS[:, :1], past_key_values=caches["frozen"])
     both.batch_select_indices(torch.tensor([1]))
