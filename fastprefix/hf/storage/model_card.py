@@ -90,14 +90,15 @@ def _facts(prefix: Prefix | SoftPrompt, tensors: Mapping[str, Tensor]) -> list[s
     own = sum(x.numel() for name, x in tensors.items() if not name.startswith(BASE))
     beside = sum(x.numel() for name, x in tensors.items() if name.startswith(BASE))
     if isinstance(prefix, SoftPrompt):
-        what = "trained embeddings in front of the text (prompt tuning)"
+        kind = "prompt tuning" if prefix.encoder is None else "P-tuning"
+        what = f"trained embeddings in front of the text ({kind})"
     else:
         layers = len(prefix.layer_indices)
         what = f"trained keys and values in {layers} attention layer{'s' * (layers > 1)} (prefix tuning)"
     found = [f"- Kind: {what}", f"- Virtual tokens: {prefix.num_virtual_tokens}", f"- Parameters: {own:,}"]
     if prefix.encoder is not None:
-        network = "an MLP" if isinstance(prefix, Prefix) else f"an {prefix.encoder.kind.upper()} (P-tuning)"
-        found.append(f"- Trained through {network}: `{ENCODER}` holds it, `{WEIGHTS}` what it computes")
+        network = "LSTM" if isinstance(prefix, SoftPrompt) and prefix.encoder.kind == "lstm" else "MLP"
+        found.append(f"- Trained through an {network}: `{ENCODER}` holds it, `{WEIGHTS}` what it computes")
     if beside:
         names = sorted({name.removeprefix(BASE).rpartition(".")[0] for name in tensors if name.startswith(BASE)})
         found.append(f"- Saved with it: {', '.join(f'`{name}`' for name in names)}, {beside:,} numbers")

@@ -21,7 +21,7 @@ from tests.support.tiny_models import tiny_model
 pytest.importorskip("transformers")
 
 IDS = torch.arange(3, 19).view(2, 8)
-NAMES = ("direct", "projected", "frozen", "layers", "prompt")
+NAMES = ("direct", "projected", "frozen", "layers", "encoded_prompt", "prompt")
 
 
 def several() -> Any:
@@ -29,7 +29,7 @@ def several() -> Any:
     torch.manual_seed(1)
     model = tiny_model()
     for name in NAMES:
-        fastprefix.attach(model, KINDS[name](), name)
+        fastprefix.attach(model, KINDS[name.replace("_", " ")](), name)
     return model
 
 

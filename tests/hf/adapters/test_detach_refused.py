@@ -46,7 +46,9 @@ def test_not_inside_a_block(block: Any) -> None:
 @pytest.mark.parametrize("name", ["nothing", "", 3, ("direct", "prompt")])
 def test_names_that_nothing_has(name: Any) -> None:
     model = several()
-    with pytest.raises(ValueError, match=r"name: got .*, expected None or one of \['direct', 'frozen', 'layers'"):
+    with pytest.raises(
+        ValueError, match=r"name: got .*, expected None or one of \['direct', 'encoded_prompt', 'frozen'"
+    ):
         fastprefix.detach(model, name)
     assert list(model._fastprefix.selection.prefixes) == list(NAMES)
 

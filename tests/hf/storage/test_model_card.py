@@ -30,11 +30,7 @@ EXPECTED = {
     "frozen": ("peft", "cartridge", ["2 attention layers", "Parameters: 192"]),
     "layers": ("fastprefix", "prefix-tuning", ["1 attention layer ", "Parameters: 96", "PEFT has no format"]),
     "prompt": ("peft", "prompt-tuning", ["# Soft prompt for", "trained embeddings", "Parameters: 96"]),
-    "encoded_prompt": (
-        "peft",
-        "p-tuning",
-        ["# Soft prompt for", "an LSTM (P-tuning): `prefix_encoder", "Parameters: 96"],
-    ),
+    "encoded_prompt": ("peft", "p-tuning", ["(P-tuning)", "through an LSTM: `prefix_encoder", "Parameters: 96"]),
 }
 
 
