@@ -29,7 +29,7 @@ def several() -> Any:
     torch.manual_seed(1)
     model = tiny_model()
     for name in NAMES:
-        fastprefix.attach(model, KINDS[name.replace("_", " ")](), name)
+        fastprefix.attach(model, KINDS[name](), name)
     return model
 
 

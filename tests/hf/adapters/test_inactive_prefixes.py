@@ -20,15 +20,14 @@ from tests.support.tiny_models import tiny_model
 pytest.importorskip("transformers")
 
 IDS = torch.arange(3, 19).view(2, 8)
-MADE = {name.replace(" ", "_"): make for name, make in KINDS.items()}
-NAMES = (*MADE, "head")
+NAMES = (*KINDS, "head")
 
 
 def several() -> tuple[Any, dict[str, Any]]:
     """A model with a prefix of every kind, and the prefixes by name."""
     torch.manual_seed(1)
     model = tiny_model()
-    configs = {**{name: make() for name, make in MADE.items()}, "head": PrefixConfig(3, modules_to_save=["lm_head"])}
+    configs = {**{name: make() for name, make in KINDS.items()}, "head": PrefixConfig(3, modules_to_save=["lm_head"])}
     return model, {name: fastprefix.attach(model, config, name) for name, config in configs.items()}
 
 
