@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,16 +28,6 @@ CONFIGS: dict[str, Any] = {
 }
 
 
-@pytest.fixture
-def group(tmp_path: Path) -> Iterator[None]:
-    """A process group of this process alone."""
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        yield
-    finally:
-        torch.distributed.destroy_process_group()
-
-
 def attached(name: str = "prefix") -> tuple[Any, Any]:
     made = model()
     torch.manual_seed(2)
@@ -59,7 +48,7 @@ WRAPPERS = {
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("group")
+@pytest.mark.usefixtures("process_group")
 @pytest.mark.parametrize("name", WRAPPERS)
 def test_functions_look_through_wrappers(name: str, tmp_path: Path) -> None:
     made, _ = attached()
@@ -121,7 +110,7 @@ def test_an_average_is_saved_and_used(tmp_path: Path) -> None:
     torch.testing.assert_close(average(input_ids=ids()).logits, fresh(input_ids=ids()).logits, rtol=0, atol=1e-12)
 
 
-@pytest.mark.usefixtures("group")
+@pytest.mark.usefixtures("process_group")
 def test_what_cannot_be_looked_through_is_named(tmp_path: Path) -> None:
     from torch.distributed.fsdp import FullyShardedDataParallel
 

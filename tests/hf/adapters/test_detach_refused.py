@@ -6,7 +6,6 @@ import copy
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -110,18 +109,8 @@ def test_between_a_checkpointed_forward_and_its_backward(reentrant: bool) -> Non
     loss.backward()
 
 
-@pytest.fixture
-def group(tmp_path: Path) -> Iterator[None]:
-    """A process group of this process alone."""
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        yield
-    finally:
-        torch.distributed.destroy_process_group()
-
-
 @pytest.mark.slow
-@pytest.mark.usefixtures("group")
+@pytest.mark.usefixtures("process_group")
 def test_not_from_a_model_whose_parameters_are_collected_or_sharded() -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard

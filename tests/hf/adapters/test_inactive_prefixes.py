@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -125,18 +123,8 @@ def test_gradients_of_before_are_still_applied() -> None:
     assert changed(prefixes, before) == {"direct", "frozen"}  # a zero is a gradient, and weights decay
 
 
-@pytest.fixture
-def group(tmp_path: Path) -> Iterator[None]:
-    """A process group of this process alone."""
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        yield
-    finally:
-        torch.distributed.destroy_process_group()
-
-
 @pytest.mark.slow
-@pytest.mark.usefixtures("group")
+@pytest.mark.usefixtures("process_group")
 def test_distributed_data_parallel_waits_for_all_but_frozen_ones() -> None:
     """It wants a gradient for every parameter that was trainable when it was made."""
     made = several()
