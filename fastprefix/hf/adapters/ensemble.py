@@ -43,12 +43,15 @@ def ensemble(model: Any, names: Sequence[str | tuple[str, ...] | None], **inputs
             raise fail(argument, type(inputs[argument]).__name__, "none: a vote is on what the rows' logits say")
     rows = installation.facts.layers.batch_size(inputs)
 
-    def of_all_members(x: Any) -> Any:
-        has_rows = isinstance(x, Tensor) and x.dim() > 0 and x.shape[0] == rows
-        return x.repeat(len(names), *(1,) * (x.dim() - 1)) if has_rows else x
+    def of_all_members(name: str, x: Any) -> Any:
+        if not isinstance(x, Tensor) or x.dim() < 2:  # one number for each place, as many as rows only by chance
+            return x
+        # Positions of several kinds are [kinds, B, S].
+        axis = x.dim() - 2 if name == "position_ids" else 0
+        return torch.cat([x] * len(names), axis) if x.shape[axis] == rows else x
 
     with prefix_batch(model, names):
-        output = model(**{name: of_all_members(x) for name, x in inputs.items()})
+        output = model(**{name: of_all_members(name, x) for name, x in inputs.items()})
     logits = output.logits.unflatten(0, (len(names), rows))
     probabilities = logits.float().softmax(-1).mean(0)
     counts = torch.nn.functional.one_hot(logits.argmax(-1), logits.shape[-1]).sum(0)  # [B, ..., C]

@@ -3,7 +3,7 @@
 //
 // There is one tile of keys and one of values: values arrive while keys are multiplied, and the next keys while the softmax
 // and the values are. A warp has 32 rows in two parts, so that what it reads of a tile serves two products; at head dim 128
-// a block takes 65 KiB, of which an A100's multiprocessor holds two, and a consumer card's one.
+// a block takes 49 KiB, of which an A100's multiprocessor holds two, and a consumer card's one.
 #pragma once
 
 #include "forward/key_tiles.cuh"

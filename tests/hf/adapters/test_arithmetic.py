@@ -142,7 +142,7 @@ def test_nothing_is_saved_for_each_row() -> None:
 
         one, two = (saved_bytes(lambda names=names: step(names), exclude=parameters) for names in ("a", ("a", "b")))
         sizes.append(two - one)
-    assert sizes[0] == sizes[1]
+    assert sizes[0] == sizes[1] > 0
 
 
 def test_prefixes_on_disk(tmp_path: Path) -> None:

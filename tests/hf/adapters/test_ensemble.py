@@ -83,3 +83,34 @@ def test_a_classifier_and_gradients_of_all_members() -> None:
 def test_wrong_calls(names: Any, more: dict[str, Any], says: str) -> None:
     with pytest.raises(ValueError, match=says):
         fastprefix.ensemble(model_with_members(), names, input_ids=IDS, **more)
+
+
+def test_a_number_for_each_place_is_no_row() -> None:
+    """Even where there are as many places as rows; positions are each row's own."""
+    model, ids = model_with_members(), IDS[:, :2]
+    seen: dict[str, Any] = {}
+
+    def look(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        seen.update(kwargs)
+
+    model.register_forward_pre_hook(look, with_kwargs=True)
+    positions = torch.arange(2)[None].repeat(2, 1)
+    places = torch.arange(2)
+    with torch.no_grad():
+        fastprefix.ensemble(model, ["a", "b", None], input_ids=ids, position_ids=positions, cache_position=places)
+    assert seen["input_ids"].shape == seen["position_ids"].shape == (6, 2)
+    assert torch.equal(seen["cache_position"], places)
+
+
+def test_adapters_of_a_patched_peft_model() -> None:
+    peft = pytest.importorskip("peft")
+    config = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    made = peft.get_peft_model(ROWS["llama_gqa"].build(), config, adapter_name="a")
+    made.add_adapter("b", config)
+    fastprefix.patch(made)
+    with torch.no_grad():
+        found = fastprefix.ensemble(made, ["a", "b"], input_ids=IDS)
+        for i, name in enumerate("ab"):
+            made.set_adapter(name)
+            torch.testing.assert_close(found.logits[i], made(input_ids=IDS).logits, rtol=1e-4, atol=1e-5)
+    assert not torch.equal(found.logits[0], found.logits[1])
