@@ -26,29 +26,18 @@ struct BackwardRowsSm80 {
     FP_DEVICE uint32_t segment_room() { return shared_base() + ROOM; }
     FP_DEVICE uint32_t list(int word) { return shared_base() + LIST + 4 * word; }   // as of ForwardShared
   };
-  using Walk = PrefixWalk<Shared, BLOCK_P>;
-  // Where the loop is: tiles of the prefix come first.
-  struct Position {
-    int step, prefix_tiles, tiles;
-    Walk walk;   // of the prefix's tiles
-  };
+  using Loop = KeyLoop<Shared, BLOCK_P, BLOCK_N>;
   FP_DEVICE uint32_t k_tile(int step) { return shared_base() + K + step % STAGES * TILE; }
   FP_DEVICE uint32_t v_tile(int step) { return shared_base() + V + step % STAGES * TILE; }
   FP_DEVICE RowTile tile() { return saved_tile(shared_base() + OWN); }
-  FP_DEVICE int first_key(const RowTile& t, const Position& at) { return t.low + (at.step - at.prefix_tiles) * BLOCK_N; }
 
   static int64_t blocks(const BackwardParams& p) { return int64_t{p.call.forward.B} * p.call.forward.H_kv * p.tiles; }
 
   // The tiles where the loop is: half of the threads fetch the keys, half of them the values.
-  FP_DEVICE void copy(const AttentionCall& c, const Position& at) {
-    const RowTile t = tile();
+  FP_DEVICE void copy(const AttentionCall& c, const Loop& at) {
     const bool of_k = thread_index() < 128;
     const uint32_t to = of_k ? k_tile(at.step) : v_tile(at.step);
-    const int columns = of_k ? c.D : c.D_v;
-    if (at.step < at.prefix_tiles)
-      copy_prefix<BLOCK_P, D>(to, c, of_k ? c.prefix_k : c.prefix_v, columns, t.h_kv, at.walk.prefix, at.walk.first, at.walk.keys);
-    else if (at.step < at.tiles)
-      copy_content<BLOCK_N, D>(to, of_k ? c.k : c.v, columns, t, first_key(t, at));
+    Loop::template copy<D>(to, c, of_k ? c.prefix_k : c.prefix_v, of_k ? c.k : c.v, of_k ? c.D : c.D_v, tile(), at);
     cp_async_commit_group();
   }
 
@@ -60,13 +49,12 @@ struct BackwardRowsSm80 {
 
   // One tile of N keys, whose copy was begun. `hide` hides those that a row does not see; `at` is of the next tile then.
   template <int N, class Hide>
-  FP_DEVICE void step(const BackwardParams& p, State& state, Position& at, Hide&& hide) {
+  FP_DEVICE void step(const BackwardParams& p, State& state, Loop& at, Hide&& hide) {
     const int lane = thread_index_again() % 32;   // or addresses would take registers
-    const Position here = at;
+    const Loop here = at;
     cp_async_wait_group<0>();
     sync_block();   // all threads' keys and values are there, and all warps are done with the tiles before
-    if (at.step < at.prefix_tiles) Walk::advance(at.walk);
-    at.step++;
+    Loop::advance(at);
     copy(p.call.forward, at);
     float x[1][N / 2], dp[1][N / 2];
     const auto copy_operand = [](uint32_t (&a)[1][4], const uint32_t (&from)[4]) { FP_UNROLL for (int i = 0; i < 4; i++) a[0][i] = from[i]; };
@@ -101,19 +89,17 @@ struct BackwardRowsSm80 {
     find_rows(state.row, p, lane_of(p, t, thread_index() / 128));
     FP_UNROLL for (int e = 0; e < D / 2; e++) state.dq[0][e] = 0.0f;
     const bool shared_by_all = ld_shared_int(Shared::list(2));
-    Position at{0, ld_shared_int(Shared::list(1)), 0, {}};
-    at.tiles = at.prefix_tiles + cdiv(t.high - t.low, BLOCK_N);
-    if (at.prefix_tiles) at.walk = Walk::begin();
+    Loop at = Loop::begin(t);
     sync_block();   // all warps have their rows, which keys overwrite
     copy(c, at);
     FP_NO_UNROLL
     while (at.step < at.prefix_tiles)
-      step<BLOCK_P>(p, state, at, [&](float(&x)[BLOCK_P / 2], const Lane& me, const Position& here) {
+      step<BLOCK_P>(p, state, at, [&](float(&x)[BLOCK_P / 2], const Lane& me, const Loop& here) {
         hide_prefix(x, me, here.walk.prefix, here.walk.first, here.walk.keys, shared_by_all);
       });
     FP_NO_UNROLL
     while (at.step < at.tiles)
-      step<BLOCK_N>(p, state, at, [&](float(&x)[BLOCK_N / 2], const Lane& me, const Position& here) { hide_content(x, me, first_key(me.t, here)); });
+      step<BLOCK_N>(p, state, at, [&](float(&x)[BLOCK_N / 2], const Lane& me, const Loop& here) { hide_content(x, me, Loop::first_key(me.t, here)); });
     cp_async_wait_group<0>();
     const RowTile own = tile();
     store_dq<T, D>(p, lane_of(p, own, thread_index() / 128), state.dq[0]);

@@ -32,7 +32,7 @@ struct ForwardSm80 {
     FP_DEVICE uint32_t segment_room() { return shared_base() + ROOM; }
     FP_DEVICE uint32_t list(int word) { return shared_base() + LIST + 4 * word; }   // as of ForwardShared
   };
-  using Walk = PrefixWalk<Shared, BLOCK_P>;
+  using Loop = KeyLoop<Shared, BLOCK_P, BLOCK_N>;
 
   static int64_t blocks(const Params& p) { return int64_t{p.call.B} * p.call.H_kv * p.tiles; }
 
@@ -40,33 +40,23 @@ struct ForwardSm80 {
   struct State {
     float o[PARTS][D / 2], m[PARTS][2], l[PARTS][2];
   };
-  // Where the loop is: tiles of the prefix come first.
-  struct Position {
-    int step, prefix_tiles, tiles;
-    Walk walk;   // of the prefix's tiles
-  };
 
   FP_DEVICE RowTile tile() { return saved_tile(shared_base() + TILE); }
-  FP_DEVICE int first_key(const RowTile& t, const Position& at) { return t.low + (at.step - at.prefix_tiles) * BLOCK_N; }
   FP_DEVICE Lane lane_of(const Params& p, const RowTile& t, int part) {
     return {p.call, p.by_G, t, thread_index() % 32, part, softmax_scale(p.call), p.call.softcap * LOG2E};
   }
 
   // The tile of keys or of values where the loop is.
-  FP_DEVICE void copy(uint32_t to, const AttentionCall& c, const Rows& prefix, const Rows& content, int columns, const Position& at) {
-    const RowTile t = tile();
-    if (at.step < at.prefix_tiles)
-      copy_prefix<BLOCK_P, D>(to, c, prefix, columns, t.h_kv, at.walk.prefix, at.walk.first, at.walk.keys);
-    else if (at.step < at.tiles)
-      copy_content<BLOCK_N, D>(to, content, columns, t, first_key(t, at));
+  FP_DEVICE void copy(uint32_t to, const AttentionCall& c, const Rows& prefix, const Rows& content, int columns, const Loop& at) {
+    Loop::template copy<D>(to, c, prefix, content, columns, tile(), at);
     cp_async_commit_group();
   }
-  FP_DEVICE void copy_keys(const AttentionCall& c, const Position& at) { copy(shared_base() + K, c, c.prefix_k, c.k, c.D, at); }
-  FP_DEVICE void copy_values(const AttentionCall& c, const Position& at) { copy(shared_base() + V, c, c.prefix_v, c.v, c.D_v, at); }
+  FP_DEVICE void copy_keys(const AttentionCall& c, const Loop& at) { copy(shared_base() + K, c, c.prefix_k, c.k, c.D, at); }
+  FP_DEVICE void copy_values(const AttentionCall& c, const Loop& at) { copy(shared_base() + V, c, c.prefix_v, c.v, c.D_v, at); }
 
   // One tile of N keys, whose copy was begun. `hide` hides those that a row does not see.
   template <int N, class Hide>
-  FP_DEVICE void attend(const Params& p, State& state, Position& at, Hide&& hide) {
+  FP_DEVICE void attend(const Params& p, State& state, Loop& at, Hide&& hide) {
     const AttentionCall& c = p.call;
     const int thread = thread_index_again(), lane = thread % 32, warp = thread / 32;   // or addresses would take registers
     cp_async_wait_group<0>();
@@ -85,8 +75,7 @@ struct ForwardSm80 {
     }
     cp_async_wait_group<0>();
     sync_block();   // all threads' values are there, and all warps are done with the keys
-    if (at.step < at.prefix_tiles) Walk::advance(at.walk);
-    at.step++;
+    Loop::advance(at);
     copy_keys(c, at);
     uint32_t weights[PARTS][N / 16][4];
     FP_UNROLL
@@ -109,9 +98,7 @@ struct ForwardSm80 {
     if (thread_index() == 0) save_tile(shared_base() + TILE, t);
     sync_block();   // rows, list and tile are there
     const bool shared_by_all = ld_shared_int(Shared::list(2));
-    Position at{0, ld_shared_int(Shared::list(1)), 0, {}};
-    at.tiles = at.prefix_tiles + cdiv(t.high - t.low, BLOCK_N);
-    if (at.prefix_tiles) at.walk = Walk::begin();
+    Loop at = Loop::begin(t);
     copy_keys(c, at);
     State state;
     FP_UNROLL
@@ -130,7 +117,7 @@ struct ForwardSm80 {
       });
     FP_NO_UNROLL
     while (at.step < at.tiles)
-      attend<BLOCK_N>(p, state, at, [&](float(&x)[BLOCK_N / 2], const Lane& me) { hide_content(x, me, first_key(me.t, at)); });
+      attend<BLOCK_N>(p, state, at, [&](float(&x)[BLOCK_N / 2], const Lane& me) { hide_content(x, me, Loop::first_key(me.t, at)); });
     cp_async_wait_group<0>();
     const RowTile own = tile();
     FP_UNROLL

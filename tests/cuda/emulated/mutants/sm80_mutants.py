@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from tests.cuda.emulated.mutants.mutant import Mutant
 
-FORWARD, ROWS, KEYS, PRODUCTS, BLOCK = (
-    f"{name}.cuh"
-    for name in ("forward/sm80", "backward/rows_sm80", "backward/keys_sm80", "mma_tiles", "backward/key_block")
-)
+FORWARD, TILES, PRODUCTS = "forward/sm80.cuh", "forward/key_tiles.cuh", "mma_tiles.cuh"
+ROWS, KEYS, BLOCK = (f"backward/{name}.cuh" for name in ("rows_sm80", "keys_sm80", "key_block"))
 RACE = "race|in flight|nothing wrote|without a barrier"
 WAIT, BARRIER = (
     "    cp_async_wait_group<0>();\n",
@@ -41,7 +39,7 @@ SM80_FORWARD_MUTANTS = [
         "",
         "long",
     ),
-    Mutant("a prefix's tile is not left", FORWARD, "Walk::advance(at.walk);", ";", "", "long"),
+    Mutant("a prefix's tile is not left", TILES, "Walk::advance(at.walk);", ";", "", "long"),
 ]
 
 SM80_BACKWARD_MUTANTS = [
