@@ -93,7 +93,7 @@ def explain(args: AttentionArgs) -> str:
 
 def _trainable(args: AttentionArgs) -> list[Tensor]:
     """The tensors that can get gradients."""
-    found = (args.q, args.k, args.v, args.prefix_k, args.prefix_v, args.sinks, args.bias)
+    found = (args.q, args.k, args.v, args.prefix_k, args.prefix_v, args.sinks, args.bias, args.prefix_bias)
     return [x for x in found if x is not None]
 
 

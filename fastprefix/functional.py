@@ -52,6 +52,7 @@ def prefix_attention(  # type: ignore[misc]  # the overloads tell the return typ
     gate: Tensor | None = None,
     prefix_ids: Tensor | None = None,
     prefix_lens: Tensor | None = None,
+    prefix_bias: Tensor | None = None,
     dropout_p: float = 0.0,
     return_lse: bool = False,
     backend: str = "auto",
@@ -86,6 +87,9 @@ def prefix_attention(  # type: ignore[misc]  # the overloads tell the return typ
         gate: ``[H]``; ``o = o_content + gate * o_prefix`` with two softmaxes (LLaMA-Adapter, Zhang et al. 2023).
         prefix_ids: ``[B]`` or ``[B, S]`` int, the row's prefix in the bank, -1 = none.
         prefix_lens: ``[N]`` int, tokens of each prefix in the bank, 0 and more.
+        prefix_bias: added to the scores of prefix tokens after the softcap, in ``prefix_k``'s shape without D: ``[H_kv,
+            P]``, or ``[N, H_kv, P]`` of a bank (Attention Matching, arXiv:2602.16284). Any float dtype; differentiable.
+            Values of -1e37 and below hide the token.
         dropout_p: probability of dropping an attention weight.
         return_lse: also return the log-sum-exp.
         backend: ``auto``, or a name: that backend or an error, never another.
@@ -101,7 +105,8 @@ def prefix_attention(  # type: ignore[misc]  # the overloads tell the return typ
     plain = gate is None and type(dropout_p) is float and dropout_p == 0.0
     if native.attend is not None and plain and not torch.compiler.is_compiling():
         options = (causal, scale, key_padding_mask, segment_ids, q_start, window, softcap, sinks, bias)
-        found = native.attend(q, k, v, prefix_k, prefix_v, *options, prefix_ids, prefix_lens, backend, return_lse)
+        bank = (prefix_ids, prefix_lens, prefix_bias)
+        found = native.attend(q, k, v, prefix_k, prefix_v, *options, *bank, backend, return_lse)
         if found is not None:
             return found
     validation.check_flag("return_lse", return_lse)
@@ -123,6 +128,7 @@ def prefix_attention(  # type: ignore[misc]  # the overloads tell the return typ
         gate=gate,
         prefix_ids=prefix_ids,
         prefix_lens=prefix_lens,
+        prefix_bias=prefix_bias,
         dropout_p=dropout_p,
     )
     backend = default_backend(backend)
@@ -153,6 +159,7 @@ def _checked_args(
     gate: Tensor | None,
     prefix_ids: Tensor | None,
     prefix_lens: Tensor | None,
+    prefix_bias: Tensor | None,
     dropout_p: float,
 ) -> AttentionArgs:
     """Check everything, apply autocast, fill in the defaults. ``gate`` is checked only: it is applied outside."""
@@ -166,6 +173,7 @@ def _checked_args(
     validation.check_masks(q, k, causal, key_padding_mask, segment_ids, q_start, window)
     validation.check_extras(q, k, sinks, bias, gate, softcap)
     validation.check_bank(q, prefix_k, prefix_ids, prefix_lens)
+    validation.check_prefix_bias(q, prefix_k, prefix_bias)
     validation.check_scalars(scale, dropout_p)
     seed = None
     if dropout_p > 0.0:
@@ -189,6 +197,7 @@ def _checked_args(
         bias_grad=bias is not None and bias.requires_grad and torch.is_grad_enabled(),
         prefix_ids=prefix_ids,
         prefix_lens=prefix_lens,
+        prefix_bias=prefix_bias,
         dropout_p=dropout_p,
         dropout_seed=seed,
     )
@@ -220,7 +229,9 @@ def _call(args: AttentionArgs, backend: str) -> tuple[Tensor, Tensor]:
 def _gated(args: AttentionArgs, gate: Tensor, backend: str) -> tuple[Tensor, Tensor]:
     """Two softmaxes: the content alone, and the prefix alone, added through the gate ``[H]``."""
     no_prefix_k, no_prefix_v = (x[..., :0, :] for x in (args.prefix_k, args.prefix_v))
-    content = replace(args, prefix_k=no_prefix_k, prefix_v=no_prefix_v, prefix_ids=None, prefix_lens=None)
+    content = replace(
+        args, prefix_k=no_prefix_k, prefix_v=no_prefix_v, prefix_bias=None, prefix_ids=None, prefix_lens=None
+    )
     if args.prefix_k.dim() == 4:
         content = replace(content, prefix_k=no_prefix_k[0], prefix_v=no_prefix_v[0])
     prefix = replace(

@@ -55,5 +55,9 @@ def additive_bias(args: AttentionArgs) -> Tensor | None:
     """The float bias, four-dimensional and finite; None without a bias or for a bool bias, which only hides keys."""
     if args.bias is None or args.bias.dtype == torch.bool:
         return None
-    bias = args.bias[(None,) * (4 - args.bias.dim())]
-    return bias.masked_fill(bias <= MASKED_BIAS, 0.0)
+    return finite_bias(args.bias[(None,) * (4 - args.bias.dim())])
+
+
+def finite_bias(bias: Tensor) -> Tensor:
+    """A float bias with 0 where it hides a key, and in place of nan, which hides one too."""
+    return bias.masked_fill(~(bias > MASKED_BIAS), 0.0)

@@ -25,15 +25,18 @@ from .verification import first_use
 _SCHEMA = (
     "Tensor q, Tensor k, Tensor v, Tensor prefix_k, Tensor prefix_v, Tensor? sinks, Tensor? bias, "
     "Tensor? key_padding_mask, Tensor? segment_ids, Tensor? q_start_tensor, Tensor? prefix_ids, Tensor? prefix_lens, "
-    "Tensor? dropout_seed, SymInt? q_start, bool causal, float scale, SymInt? window, float? softcap, "
-    "float dropout_p, bool bias_grad, str backend"
+    "Tensor? prefix_bias, Tensor? dropout_seed, SymInt? q_start, bool causal, float scale, SymInt? window, "
+    "float? softcap, float dropout_p, bool bias_grad, str backend"
 )
 _NAMES = tuple(part.split()[-1] for part in _SCHEMA.split(", "))
 # The field of AttentionArgs that each input holds; the last input, the backend's name, is no field.
 _FIELDS = tuple("q_start" if name == "q_start_tensor" else name for name in _NAMES[:-1])
 _START_TENSOR, _START_NUMBER = (i for i, field in enumerate(_FIELDS) if field == "q_start")
 TENSORS = _NAMES.index("q_start")  # so many inputs, the first, are tensors; the others are numbers, bools and a name
-NEEDED = (*range(5), _NAMES.index("bias"), _NAMES.index("sinks"))  # in the order of the op's needs
+NEEDED = (
+    *range(5),
+    *(_NAMES.index(name) for name in ("bias", "prefix_bias", "sinks")),
+)  # in the order of the op's needs
 
 library = torch.library.Library(add_op_namespace_prefix("").removesuffix("::"), "DEF")
 library.define(f"prefix_attn_fwd({_SCHEMA}) -> (Tensor o, Tensor lse)")
@@ -81,7 +84,7 @@ def needs_no_operator(args: AttentionArgs) -> bool:
 
     An operator written in Python costs 10 us a call, a tenth of a step of decoding.
     """
-    trained = (args.q, args.k, args.v, args.prefix_k, args.prefix_v, args.sinks, args.bias)
+    trained = (args.q, args.k, args.v, args.prefix_k, args.prefix_v, args.sinks, args.bias, args.prefix_bias)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in trained):
         return False
     if args.q.device.type == "meta":  # only the operator's fake knows how to run there

@@ -11,8 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .masks import additive_bias, prefix_owner, visible_keys
-from .types import AttentionArgs, Grads, Needs, lse_dtype
+from .masks import additive_bias, finite_bias, prefix_owner, visible_keys
+from .types import MASKED_BIAS, AttentionArgs, Grads, Needs, lse_dtype
 
 
 class _Dense(NamedTuple):
@@ -23,7 +23,8 @@ class _Dense(NamedTuple):
     v: Tensor  # [B, H, T, D_v]
     prefix_k: Tensor  # [B or 1, H, P, D]; [B*S, H, P, D] when every row has its own prefix
     prefix_v: Tensor  # the same, with D_v
-    prefix_visible: Tensor | None  # [B or B*S, 1, 1, P]; None: all visible
+    prefix_visible: Tensor | None  # [B or B*S, 1 or H, 1, P]; None: all visible
+    prefix_bias: Tensor | None  # [B, H, S or 1, P], finite
 
 
 def _dense(args: AttentionArgs) -> _Dense:
@@ -38,15 +39,26 @@ def _dense(args: AttentionArgs) -> _Dense:
     if args.key_padding_mask is not None:
         hidden = ~args.key_padding_mask[:, None, :, None]
         k, v = k.masked_fill(hidden, 0.0), v.masked_fill(hidden, 0.0)
+    visible = None  # [rows, 1 or H, P]
+    prefix = [args.prefix_k, args.prefix_v]
+    if args.prefix_bias is not None:
+        prefix.append(args.prefix_bias.unsqueeze(-1))
     if args.prefix_ids is None:
-        prefix_k, prefix_v = (heads(x.unsqueeze(0)) for x in (args.prefix_k, args.prefix_v))
-        return _Dense(args.q.to(compute), k, v, prefix_k, prefix_v, None)
-    ids, visible = _bank_rows(args)
-    hidden = ~visible.unsqueeze(-1)  # [rows, 1, P, 1]
-    # With a packed bank every row has all tokens, and those of other prefixes are hidden.
-    own = (x.expand(len(ids), -1, -1, -1) if args.packed else x[ids] for x in (args.prefix_k, args.prefix_v))
-    prefix_k, prefix_v = (heads(x).masked_fill(hidden, 0.0) for x in own)
-    return _Dense(args.q.to(compute), k, v, prefix_k, prefix_v, visible.unsqueeze(2))
+        prefix = [heads(x.unsqueeze(0)) for x in prefix]
+    else:
+        ids, visible = _bank_rows(args)
+        # With a packed bank every row has all tokens, and those of other prefixes are hidden.
+        own = (x.expand(len(ids), -1, -1, -1) if args.packed else x[ids] for x in prefix)
+        hidden = ~visible.unsqueeze(-1)  # [rows, 1, P, 1]
+        prefix = [heads(x).masked_fill(hidden, 0.0) for x in own]
+    bias = None
+    if args.prefix_bias is not None:
+        bias = prefix[2].squeeze(-1)  # [rows, H, P]
+        visible = bias > MASKED_BIAS if visible is None else visible & (bias > MASKED_BIAS)
+        bias = _per_sample(args, finite_bias(bias).unsqueeze(2))
+    return _Dense(
+        args.q.to(compute), k, v, prefix[0], prefix[1], None if visible is None else visible.unsqueeze(2), bias
+    )
 
 
 def _bank_rows(args: AttentionArgs) -> tuple[Tensor, Tensor]:
@@ -91,9 +103,11 @@ def _scores(args: AttentionArgs, x: _Dense) -> tuple[Tensor, Tensor]:
     return _per_sample(args, prefix), content
 
 
-def _logits(args: AttentionArgs, prefix: Tensor, content: Tensor) -> Tensor:
+def _logits(args: AttentionArgs, x: _Dense, prefix: Tensor, content: Tensor) -> Tensor:
     """Scores of prefix, content and sink, concatenated to the softmax's input ``[B, H, S, P + T (+ 1)]``."""
     bias, visible = additive_bias(args), visible_keys(args)
+    if x.prefix_bias is not None:
+        prefix = prefix + x.prefix_bias
     if bias is not None:
         content = content + bias.to(content.dtype)
     if visible is not None:
@@ -124,7 +138,7 @@ def _probabilities(args: AttentionArgs, logits: Tensor, lse: Tensor) -> Tensor:
 def attention(args: AttentionArgs) -> tuple[Tensor, Tensor]:
     """``o [B, H, S, D_v]`` in the compute dtype and ``lse [B, H, S]``; differentiable by autograd."""
     x = _dense(args)
-    logits = _logits(args, *_scores(args, x))
+    logits = _logits(args, x, *_scores(args, x))
     lse = torch.logsumexp(logits, dim=-1) if logits.shape[-1] else logits.new_full(logits.shape[:3], float("-inf"))
     p = _probabilities(args, logits, lse)
     keep = _keep(args, p)
@@ -155,7 +169,7 @@ def bwd(args: AttentionArgs, o: Tensor, lse: Tensor, do: Tensor, needs: Needs, r
     """Gradients of ``fwd``, each in its tensor's dtype; None where ``needs`` says so."""
     x = _dense(args)
     prefix_s, content_s = _scores(args, x)
-    p = _probabilities(args, _logits(args, prefix_s, content_s), lse)
+    p = _probabilities(args, _logits(args, x, prefix_s, content_s), lse)
     num_prefix = args.num_prefix_tokens
     do_ = do.to(x.q.dtype)
     delta = (do_ * o.to(x.q.dtype)).sum(-1, keepdim=True)  # [B, H, S, 1]
@@ -166,6 +180,7 @@ def bwd(args: AttentionArgs, o: Tensor, lse: Tensor, do: Tensor, needs: Needs, r
         dp, dropped = dp * keep, p * keep
     ds = p * (dp - delta)
     dbias = _reduce_to(ds[..., num_prefix:], args.bias) if needs.bias and args.bias is not None else None
+    unscaled = ds[..., :num_prefix]
     if args.softcap is not None:
         slope = 1.0 - (torch.cat([prefix_s, content_s], dim=-1) / args.softcap).square()
         ds = ds * slope.masked_fill(slope.isinf(), 0.0)
@@ -184,6 +199,10 @@ def bwd(args: AttentionArgs, o: Tensor, lse: Tensor, do: Tensor, needs: Needs, r
             return dx.masked_fill(~visible.unsqueeze(-1), 0.0).sum(0).to(like.dtype)
         return dx.new_zeros(like.shape).index_add_(0, ids, dx).to(like.dtype)
 
+    dprefix_bias = None
+    if needs.prefix_bias and args.prefix_bias is not None:
+        sums = _per_row(args, unscaled).sum(2).unsqueeze(-1)  # [B or B*S, H, P, 1]
+        dprefix_bias = prefix_grad(sums, args.prefix_bias.unsqueeze(-1)).squeeze(-1)
     dq = None
     if needs.q:
         dq = _per_sample(args, _per_row(args, ds_prefix) @ x.prefix_k) + ds_content @ x.k
@@ -196,6 +215,7 @@ def bwd(args: AttentionArgs, o: Tensor, lse: Tensor, do: Tensor, needs: Needs, r
         prefix_k=prefix_grad(rows_s @ _per_row(args, x.q) * args.scale, args.prefix_k) if needs.prefix_k else None,
         prefix_v=prefix_grad(rows_p @ _per_row(args, do_), args.prefix_v) if needs.prefix_v else None,
         bias=dbias,
+        prefix_bias=dprefix_bias,
     )
 
 

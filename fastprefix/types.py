@@ -53,6 +53,7 @@ class AttentionArgs:
     sinks: Tensor | None = None  # [H]
     bias: Tensor | None = None  # broadcastable to [B, H, S, T]; float, or bool with True = visible
     bias_grad: bool = False  # whether the backward will be asked for dbias
+    prefix_bias: Tensor | None = None  # prefix_k's shape without D: [H_kv, P], of a padded bank [N, H_kv, P]
     prefix_ids: Tensor | None = None  # [B] or [B, S]
     prefix_lens: Tensor | None = None  # [N]
     dropout_p: float = 0.0
@@ -91,6 +92,7 @@ class Needs(NamedTuple):
     prefix_k: bool
     prefix_v: bool
     bias: bool = False
+    prefix_bias: bool = False
 
     @property
     def content(self) -> bool:
@@ -100,7 +102,7 @@ class Needs(NamedTuple):
     @property
     def prefix(self) -> bool:
         """Whether the prefix part has any work at all."""
-        return self.q or self.prefix_k or self.prefix_v
+        return self.q or self.prefix_k or self.prefix_v or self.prefix_bias
 
 
 class Grads(NamedTuple):
@@ -112,6 +114,7 @@ class Grads(NamedTuple):
     prefix_k: Tensor | None
     prefix_v: Tensor | None
     bias: Tensor | None = None
+    prefix_bias: Tensor | None = None
 
 
 def lse_dtype(dtype: torch.dtype) -> torch.dtype:

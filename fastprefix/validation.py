@@ -205,6 +205,12 @@ def check_bank(q: Tensor, prefix_k: Tensor, prefix_ids: object, prefix_lens: obj
             raise fail("prefix_lens", lens, f"lengths within 0..{tokens}")
 
 
+def check_prefix_bias(q: Tensor, prefix_k: Tensor, prefix_bias: object) -> None:
+    """Check that there is one number for each key/value head and token of the prefix, or of the bank."""
+    dims = "[N, H_kv, P]" if prefix_k.dim() == 4 else "[H_kv, P]"
+    _optional(q, "prefix_bias", prefix_bias, dims, list(prefix_k.shape[:-1]), FLOATS)
+
+
 def _is_number(x: object) -> TypeGuard[float]:
     # A comparison instead of math.isfinite, as torch.compile may have made the number symbolic.
     return isinstance(x, (int, float)) and not isinstance(x, bool) and -INFINITY < x < INFINITY

@@ -139,6 +139,7 @@ CALLS: dict[str, Call] = {
     "sinks": Call(_ROWS, lambda x, g: {"sinks": random_normal(x, g, x.H).requires_grad_()}),
     "bias": Call(_ROWS, _biased),
     "bias bool": Call(_BOTH, lambda x, g: {"bias": torch.rand(x.B, 1, x.S, x.T, generator=g, device=x.device) > 0.3}),
+    "prefix_bias": Call(_ROWS, lambda x, g: {"prefix_bias": random_normal(x, g, x.H_kv, x.P).requires_grad_()}),
     "gate": Call(_ROWS, lambda x, g: {"gate": random_normal(x, g, x.H).requires_grad_()}),
     "scale, fp32 prefix": Call(_ROWS, lambda x, g: {"scale": 0.1}, master=True),
     "D_v smaller": Call(replace(_ROWS, H=4, H_kv=4, D=128), lambda x, g: {}, width=64),

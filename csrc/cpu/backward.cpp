@@ -14,20 +14,35 @@ constexpr int64_t SERIAL = 100'000;  // multiplications
 // Bytes of partial sums of gradients. A longer prefix, or content, is cut less.
 constexpr int64_t MOST_PARTIAL_BYTES = 1 << 26;
 
+// to[i] += part[i]
+void add_up(float* to, const float* part, int64_t size) {
+  struct Sum {
+    float* to;
+    const float* part;
+    int64_t size;
+  } sum{to, part, size};
+  constexpr int64_t STEP = 1 << 14;
+  const auto task = [](const void* x, int64_t index) {
+    const Sum& s = *static_cast<const Sum*>(x);
+    for (int64_t i = index * STEP; i < std::min(s.size, (index + 1) * STEP); i++) s.to[i] += s.part[i];
+  };
+  run_tasks(ceil_div(size, STEP), size < SERIAL, task, &sum);
+}
+
 struct Backward {
   const Call& c;
   const Gradients& g;
   Shape shape;
   const Kernels& run;
-  int64_t R, P, prefix_size;  // numbers in prefix_k and prefix_v together, of one prefix
+  int64_t R, P, prefix_size;  // numbers in prefix_k, prefix_v and, where its gradient is needed, their bias, of one prefix
   Blocks blocks;
   bool need_prefix, need_content;
 
   Backward(const Call& call, const Gradients& gradients)
       : c(call), g(gradients), shape(shape_of(call)), run(kernels()), R(rows_of(call)), blocks(R) {
     P = c.prefix.ids ? 0 : c.prefix.length[0];
-    prefix_size = c.K * P * (c.D + c.E);
-    need_prefix = g.prefix_k || g.prefix_v;
+    prefix_size = c.K * P * (c.D + c.E + (g.prefix_bias ? 1 : 0));
+    need_prefix = g.prefix_k || g.prefix_v || g.prefix_bias;
     need_content = g.q.data || g.k.data || g.v.data;
   }
 
@@ -47,25 +62,30 @@ struct Backward {
     if (g.v.data) range.dv = v + b * g.v.batch + h * g.v.head;
   }
 
+  // Gradients of head h of the one prefix: at their place in the result or, in a part, one behind the other.
+  void prefix_gradients(KeyRange& range, int64_t h, float* part) const {
+    range.dk_row = c.D;
+    range.dv_row = c.E;
+    float* k = part ? part : g.prefix_k;
+    float* v = part ? k + c.K * P * c.D : g.prefix_v;
+    float* bias = part ? v + c.K * P * c.E : g.prefix_bias;
+    if (g.prefix_k) range.dk = k + h * P * c.D;
+    if (g.prefix_v) range.dv = v + h * P * c.E;
+    if (g.prefix_bias) range.dbias = bias + h * P;
+  }
+
+  void add_prefix_parts(const float* parts, int64_t number) const {
+    for (int64_t i = 0; i < number; i++, parts += prefix_size) {
+      if (g.prefix_k) add_up(g.prefix_k, parts, c.K * P * c.D);
+      if (g.prefix_v) add_up(g.prefix_v, parts + c.K * P * c.D, c.K * P * c.E);
+      if (g.prefix_bias) add_up(g.prefix_bias, parts + c.K * P * (c.D + c.E), c.K * P);
+    }
+  }
+
   static void clear(float* rows, int64_t number, int64_t row, int64_t width) {
     for (int64_t i = 0; i < number; i++) std::memset(rows + i * row, 0, width * sizeof(float));
   }
 };
-
-// to[i] += part[i]
-void add_up(float* to, const float* part, int64_t size) {
-  struct Sum {
-    float* to;
-    const float* part;
-    int64_t size;
-  } sum{to, part, size};
-  constexpr int64_t STEP = 1 << 14;
-  const auto task = [](const void* x, int64_t index) {
-    const Sum& s = *static_cast<const Sum*>(x);
-    for (int64_t i = index * STEP; i < std::min(s.size, (index + 1) * STEP); i++) s.to[i] += s.part[i];
-  };
-  run_tasks(ceil_div(size, STEP), size < SERIAL, task, &sum);
-}
 
 // Each block of rows meets the prefix and then its content. A task has one head and some of the samples' blocks; each
 // but the first leaves its sums of the prefix's gradients, and of those of a sample that it shares, to be added up.
@@ -93,14 +113,7 @@ struct OnePass : Backward {
     const int64_t split = index % splits, chunk = index / splits % chunks, h = index / splits / chunks;
     const int64_t part = chunk * splits + split;
     KeyRange prefix = prefix_range(c, 0, h);
-    prefix.dk_row = c.D;
-    prefix.dv_row = c.E;
-    if (need_prefix) {
-      float* k = part ? prefix_parts + (part - 1) * prefix_size : g.prefix_k;
-      float* v = part ? k + c.K * P * c.D : g.prefix_v;
-      prefix.dk = g.prefix_k ? k + h * P * c.D : nullptr;
-      prefix.dv = g.prefix_v ? v + h * P * c.E : nullptr;
-    }
+    if (need_prefix) prefix_gradients(prefix, h, part ? prefix_parts + (part - 1) * prefix_size : nullptr);
     for (int64_t b = c.B * chunk / chunks; b < c.B * (chunk + 1) / chunks; b++) samples(b, h, split, prefix);
   }
 
@@ -141,21 +154,12 @@ struct OnePass : Backward {
   void compute() const {
     const auto run_one = [](const void* x, int64_t i) { static_cast<const OnePass*>(x)->task(i); };
     run_tasks(c.K * chunks * splits, is_little(), run_one, this);
-    if (need_prefix && chunks * splits > 1) {
-      // The parts hold both gradients, one behind the other; so does not the result.
-      add_parts(g.prefix_k, 0, c.K * P * c.D);
-      add_parts(g.prefix_v, c.K * P * c.D, c.K * P * c.E);
-    }
+    if (need_prefix) add_prefix_parts(prefix_parts, chunks * splits - 1);
     if (splits > 1) {
       const int64_t size_k = g.k.data ? c.B * c.T * c.K * c.D : 0;
       if (size_k) add_content(reinterpret_cast<float*>(g.k.data), 0, size_k);
       if (g.v.data) add_content(reinterpret_cast<float*>(g.v.data), size_k, content_size - size_k);
     }
-  }
-
-  void add_parts(float* to, int64_t offset, int64_t size) const {
-    if (!to) return;
-    for (int64_t part = 0; part + 1 < chunks * splits; part++) add_up(to, prefix_parts + part * prefix_size + offset, size);
   }
 
   void add_content(float* to, int64_t offset, int64_t size) const {
@@ -188,12 +192,7 @@ struct TwoPasses : Backward {
     range.first = std::min(P, keys * size);
     range.last = std::min(P, (keys + 1) * size);
     if (range.first == range.last) return;
-    float* k = chunk && need_prefix ? parts + (chunk - 1) * prefix_size : g.prefix_k;
-    float* v = chunk && need_prefix ? k + c.K * P * c.D : g.prefix_v;
-    range.dk = g.prefix_k ? k + h * P * c.D : nullptr;
-    range.dv = g.prefix_v ? v + h * P * c.E : nullptr;
-    range.dk_row = c.D;
-    range.dv_row = c.E;
+    if (need_prefix) prefix_gradients(range, h, chunk ? parts + (chunk - 1) * prefix_size : nullptr);
     const Blocks cut(c.B * R);
     meet(prefixes.groups[0], h, range, cut.rows * (cut.number * chunk / row_chunks),
          std::min(c.B * R, cut.rows * (cut.number * (chunk + 1) / row_chunks)), cut.rows);
@@ -214,10 +213,10 @@ struct TwoPasses : Backward {
     const int64_t h = index % c.K, rows = group.count * c.groups();
     KeyRange range = prefix_range(c, group.id, h);
     // The gradients are contiguous, whatever the bank's strides are.
-    const int64_t entry = c.prefix.packed ? 0 : c.K * c.prefix.tokens * group.id;
-    const int64_t row = entry + h * c.prefix.tokens + c.prefix.first[group.id];
+    const int64_t row = c.prefix.token(c.K, group.id, h);
     range.dk = g.prefix_k ? g.prefix_k + row * c.D : nullptr;
     range.dv = g.prefix_v ? g.prefix_v + row * c.E : nullptr;
+    range.dbias = g.prefix_bias ? g.prefix_bias + row : nullptr;
     range.dk_row = c.D;
     range.dv_row = c.E;
     meet(group, h, range, 0, rows, Blocks(rows).rows);
@@ -252,20 +251,12 @@ struct TwoPasses : Backward {
       } else if (P) {
         const auto task = [](const void* x, int64_t i) { static_cast<const TwoPasses*>(x)->one(i); };
         run_tasks(c.K * key_chunks * row_chunks, little, task, this);
-        if (need_prefix && row_chunks > 1) add_parts();
+        if (need_prefix) add_prefix_parts(parts, row_chunks - 1);
       }
     }
     if (!need_content) return;
     const auto task = [](const void* x, int64_t i) { static_cast<const TwoPasses*>(x)->content(i); };
     run_tasks(c.K * c.B, little, task, this);
-  }
-
-  void add_parts() const {
-    for (int64_t part = 0; part + 1 < row_chunks; part++) {
-      const float* from = parts + part * prefix_size;
-      if (g.prefix_k) add_up(g.prefix_k, from, c.K * P * c.D);
-      if (g.prefix_v) add_up(g.prefix_v, from + c.K * P * c.D, c.K * P * c.E);
-    }
   }
 };
 

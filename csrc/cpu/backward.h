@@ -10,6 +10,7 @@ struct BackState {
   float *qt, *dot, *dqt;    // [d, ROWS], [e, ROWS], [d, ROWS]: transposed, q times the scale
   float *weights, *ds, *slopes;  // [KEYS, ROWS]
   float *lse, *delta;       // [ROWS]
+  float* unscaled;          // [ROWS]: delta without the scale
   float *copy;              // a tile
   bool fresh = true;        // dqt holds nothing yet
 };
@@ -29,12 +30,14 @@ static BackState back_state(const Shape& shape, int64_t rows, float* scratch) {
   x.slopes = x.ds + KEYS * ROWS;
   x.lse = x.slopes + KEYS * ROWS;
   x.delta = x.lse + ROWS;
-  x.copy = x.delta + ROWS;
+  x.unscaled = x.delta + ROWS;
+  x.copy = x.unscaled + ROWS;
   return x;
 }
 
-// weights = exp(scores - lse) and ds = weights * (scale * dp - scale * delta), in place of scores and dp.
-static void weights_and_ds(BackState& x, float scale, int64_t count, bool need_ds, bool capped) {
+// weights = exp(scores - lse) and ds = weights * (scale * dp - scale * delta), in place of scores and dp. The gradient of
+// the keys' bias, which comes after scale and cap, is added to `dbias` where that is not null.
+static void weights_and_ds(BackState& x, float scale, int64_t count, bool need_ds, bool capped, float* dbias) {
   for (int64_t j = 0; j < x.N; j += L) {
     const vf lse = load(x.lse + j), delta = load(x.delta + j), factor = splat(scale);
     for (int64_t i = 0; i < count; i++) {
@@ -45,6 +48,7 @@ static void weights_and_ds(BackState& x, float scale, int64_t count, bool need_d
       store(p, weights);
       if (!need_ds) continue;
       float* s = x.ds + i * ROWS + j;
+      if (dbias) dbias[i] += sum(weights * (load(s) + load(x.unscaled + j)));
       vf ds = weights * fma(load(s), factor, delta);
       if (capped) ds *= load(x.slopes + i * ROWS + j);
       store(s, ds);
@@ -74,7 +78,7 @@ static void add_gradient(const Stairs& steps, int64_t count, int64_t N, int64_t 
 
 static void backward_keys(const Shape& shape, const RowBlock& rows, const KeyRange& range, bool need_dq, BackState& x) {
   const Bounds bounds = common_bounds(rows);
-  const bool need_ds = need_dq || range.dk, capped = shape.softcap > 0.f;
+  const bool need_ds = need_dq || range.dk || range.dbias, capped = shape.softcap > 0.f;
   for (int64_t t = range.first; t < range.last; t += KEYS) {
     const int64_t count = range.last - t < KEYS ? range.last - t : KEYS;
     const Tile y = tile(shape, range, t, count, x.copy);
@@ -84,7 +88,10 @@ static void backward_keys(const Shape& shape, const RowBlock& rows, const KeyRan
     if (need_ds) product_of_keys(steps, count, x.N, shape.E, y.v, y.v_row, x.dot, x.ds);
     if (capped) cap_scores(shape.softcap, x.weights, count, ROWS, x.N, x.slopes);
     hide<ROWS, 1>(shape, rows, range, bounds, t, count, x.weights);
-    weights_and_ds(x, shape.scale, count, need_ds, capped);
+    float* dbias = range.dbias ? range.dbias + t : nullptr;
+    if (dbias && !range.add)
+      for (int64_t i = 0; i < count; i++) dbias[i] = 0.f;
+    weights_and_ds(x, shape.scale, count, need_ds, capped, dbias);
     if (range.dv)
       add_gradient(steps, count, x.N, shape.E, x.e, x.weights, x.dout, range.dv + t * range.dv_row, range.dv_row, range.add, spare);
     if (range.dk)
@@ -114,13 +121,14 @@ static void backward(const Shape& shape, const RowBlock& rows, const KeyRange* r
     read_row(shape.type, o, rows.o[i], shape.E, x.e);
     vf delta = vf{};
     for (int64_t e = 0; e < x.e; e += L) delta = fma(load(o + e), load(x.dout + i * x.e + e), delta);
-    x.delta[i] = -sum(delta) * shape.scale;
+    x.unscaled[i] = -sum(delta);
+    x.delta[i] = x.unscaled[i] * shape.scale;
     // A row that saw nothing has the weight 0 everywhere.
     const float lse = *rows.lse[i];
     x.lse[i] = lse == HIDDEN ? -HIDDEN : lse;
   }
   for (int64_t i = rows.n; i < x.N; i++) {
-    x.delta[i] = 0.f;
+    x.delta[i] = x.unscaled[i] = 0.f;
     x.lse[i] = -HIDDEN;
   }
   for (int64_t i = rows.n * x.d; i < x.N * x.d; i += L) store(x.q + i, vf{});

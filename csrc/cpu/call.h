@@ -34,6 +34,10 @@ struct Prefixes {
   int64_t ids_batch = 0, ids_row = 0;
   const int64_t* first = nullptr;   // [N]
   const int64_t* length = nullptr;  // [N]
+  const float* bias = nullptr;      // [N, K, tokens], or [K, tokens] packed; contiguous, added to scores
+
+  // Number of the first token of prefix n and head h in a contiguous [N, K, tokens], or [K, tokens] of a packed bank.
+  int64_t token(int64_t K, int64_t n, int64_t h) const { return ((packed ? 0 : K * n) + h) * tokens + first[n]; }
 };
 
 struct Call {
@@ -64,6 +68,7 @@ struct Gradients {
   Heads q, k, v;                       // as q, k and v of the call, in contiguous [B, S, H, :] storage
   float* prefix_k = nullptr;           // like prefix_k, contiguous
   float* prefix_v = nullptr;
+  float* prefix_bias = nullptr;        // like the prefix's bias
 };
 
 void forward(const Call& call);

@@ -33,9 +33,11 @@ struct KeyRange {
   bool content;  // masks, window, segments and bias apply
   const uint8_t* padding;  // of the block's sample, or null
   const int64_t* segments;
+  const float* bias;       // of a prefix: of its key 0, or null
+  float* dbias;            // likewise its gradient
   float *dk, *dv;       // backward: row j at dk + j * dk_row, null where not needed
   int64_t dk_row, dv_row;
-  bool add;  // backward: add to dk and dv instead of writing
+  bool add;  // backward: add to dk, dv and dbias instead of writing
 };
 
 // What is the same for all blocks of a call.

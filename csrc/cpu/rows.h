@@ -116,6 +116,7 @@ inline KeyRange prefix_range(const Call& c, int64_t id, int64_t h) {
   x.v_row = c.prefix.v.row;
   x.type = c.prefix.k.type;
   x.last = c.prefix.length[id];
+  if (c.prefix.bias) x.bias = c.prefix.bias + c.prefix.token(c.K, id, h);
   return x;
 }
 

@@ -50,12 +50,24 @@ FASTPREFIX_INLINE int32_t relative(int64_t position, int64_t first) {
   return (int32_t)(x < -1 ? -1 : x > KEYS ? KEYS : x);
 }
 
+// Add one number for each key, `bias`, to the scores of all rows.
+template <int KEY, int ROW>
+static void add_key_bias(int64_t n, const float* bias, int64_t count, float* scores) {
+  for (int64_t i = 0; i < count; i++) {
+    const float x = bias[i] > MASKED_BIAS ? bias[i] : HIDDEN;
+    for (int64_t j = 0; j < n; j++) scores[i * KEY + j * ROW] += x;
+  }
+}
+
 // Add the bias to the scores of keys t..t + count - 1 and set hidden ones to -inf. The score of key i and row j is at
 // i * KEY + j * ROW: in blocks rows lie side by side, for few rows keys do.
 template <int KEY, int ROW>
 static void hide(const Shape& shape, const RowBlock& rows, const KeyRange& range, const Bounds& bounds, int64_t t,
                  int64_t count, float* scores) {
-  if (!range.content) return;
+  if (!range.content) {
+    if (range.bias) add_key_bias<KEY, ROW>(rows.n, range.bias + t, count, scores);
+    return;
+  }
   if (shape.has_bias)
     for (int64_t j = 0; j < rows.n; j++)
       for (int64_t i = 0; i < count; i++) scores[i * KEY + j * ROW] += bias_at(shape, rows.bias[j], t + i);

@@ -20,7 +20,7 @@ constexpr int64_t FARTHEST = int64_t{1} << 62;  // as in validation.py
 template <typename F>
 bool all_tensors(const Inputs& x, F&& holds) {
   const at::Tensor* tensors[] = {&x.q, &x.k, &x.v, &x.prefix_k, &x.prefix_v, &x.key_padding_mask, &x.segment_ids,
-                                 &x.q_start_tensor, &x.sinks, &x.bias, &x.prefix_ids, &x.prefix_lens};
+                                 &x.q_start_tensor, &x.sinks, &x.bias, &x.prefix_ids, &x.prefix_lens, &x.prefix_bias};
   for (const at::Tensor* tensor : tensors)
     if (tensor->defined() && !holds(*tensor)) return false;
   return true;
@@ -65,6 +65,7 @@ bool prefix_fits(const Inputs& x) {
   const at::Tensor &k = x.prefix_k, &v = x.prefix_v;
   if (!k.defined() || !v.defined() || !is_float(k) || v.scalar_type() != k.scalar_type()) return false;
   const int64_t bank = k.dim() - 3;
+  if (x.prefix_bias.defined() && !(is_float(x.prefix_bias) && has_shape(x.prefix_bias, k.sizes().slice(0, k.dim() - 1)))) return false;
   const bool has_ids = x.prefix_ids.defined();
   if (bank < 0 || bank > 1 || v.dim() != k.dim() || (bank && !has_ids)) return false;
   if (bank && (k.size(0) == 0 || v.size(0) != k.size(0))) return false;
@@ -124,7 +125,7 @@ bool options_fit(const Inputs& x) {
   return true;
 }
 
-using Signature = std::array<int64_t, 15>;
+using Signature = std::array<int64_t, 16>;
 
 struct Hash {
   size_t operator()(const Signature& x) const {
@@ -145,7 +146,7 @@ Signature signature(const Inputs& x) {
   const int64_t rows = std::bit_width(static_cast<uint64_t>(x.k.size(2)));
   return {x.q.size(0), x.q.size(1), x.q.size(2), x.q.size(3), x.prefix_k.size(bank), x.prefix_k.size(bank + 1),
           bank ? x.prefix_k.size(0) : -1, x.v.size(3), rows, kind(x.q), kind(x.prefix_k), flags, kind(x.sinks),
-          kind(x.bias), rank(x.prefix_ids)};
+          kind(x.bias), rank(x.prefix_ids), kind(x.prefix_bias)};
 }
 
 std::mutex mutex;

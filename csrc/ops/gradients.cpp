@@ -21,6 +21,7 @@ std::vector<at::Tensor> gradients(const Inputs& inputs, const at::Tensor& o, con
                       at::IntArrayRef({B, H, S, E}));
   TORCH_CHECK_VALUE(lse.defined() && lse.sizes() == at::IntArrayRef({B, H, S}), "lse: expected a tensor [B, H, S] = ",
                     at::IntArrayRef({B, H, S}));
+  TORCH_CHECK_VALUE(!needs[5] || inputs.prefix_bias.defined(), "prefix_bias: got None, expected the tensor whose gradient is needed");
   Prepared prepared;
   prepare(inputs, prepared);
   Call& call = prepared.call;
@@ -31,7 +32,7 @@ std::vector<at::Tensor> gradients(const Inputs& inputs, const at::Tensor& o, con
   call.lse = prepared.owned.emplace_back(lse.to(at::kFloat).contiguous()).mutable_data_ptr<float>();
   Gradients g;
   g.dout = dense(dout.scalar_type() == o.scalar_type() ? dout : prepared.owned.emplace_back(dout.to(o.scalar_type())));
-  std::vector<at::Tensor> found(5);
+  std::vector<at::Tensor> found(TRAINED);
   if (needs[0]) g.q = gradient_like(inputs.q, found[0]);
   if (needs[1]) g.k = gradient_like(inputs.k, found[1]);
   if (needs[2]) g.v = gradient_like(inputs.v, found[2]);
@@ -43,9 +44,10 @@ std::vector<at::Tensor> gradients(const Inputs& inputs, const at::Tensor& o, con
   };
   if (needs[3]) g.prefix_k = prefix(inputs.prefix_k, found[3]);
   if (needs[4]) g.prefix_v = prefix(inputs.prefix_v, found[4]);
+  if (needs[5]) g.prefix_bias = prefix(inputs.prefix_bias, found[5]);
   backward(call, g);
-  const at::Tensor like[] = {inputs.q, inputs.k, inputs.v, inputs.prefix_k, inputs.prefix_v};
-  for (int i = 0; i < 5; i++)
+  const at::Tensor like[] = {inputs.q, inputs.k, inputs.v, inputs.prefix_k, inputs.prefix_v, inputs.prefix_bias};
+  for (int i = 0; i < TRAINED; i++)
     if (needs[i]) found[i] = found[i].to(like[i].scalar_type());
   return found;
 }

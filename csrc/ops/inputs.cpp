@@ -119,6 +119,7 @@ void prepare_prefix(const Inputs& x, Preparation& preparation) {
       first += length;
     }
   }
+  if (x.prefix_bias.defined()) prefix.bias = preparation.own(x.prefix_bias.to(at::kFloat).contiguous()).const_data_ptr<float>();
   prefix.first = to.first.data();
   prefix.length = to.length.data();
 }
@@ -134,7 +135,7 @@ bool read_inputs(PyObject* const* arguments, bool exact, Inputs& x) {
   return tensor(Q, x.q) && tensor(K, x.k) && tensor(V, x.v) && tensor(PREFIX_K, x.prefix_k) &&
          tensor(PREFIX_V, x.prefix_v) && tensor(KEY_PADDING_MASK, x.key_padding_mask) &&
          tensor(SEGMENT_IDS, x.segment_ids) && tensor(SINKS, x.sinks) && tensor(BIAS, x.bias) &&
-         tensor(PREFIX_IDS, x.prefix_ids) && tensor(PREFIX_LENS, x.prefix_lens) && read_number(arguments[SCALE], exact, x.scale) &&
+         tensor(PREFIX_IDS, x.prefix_ids) && tensor(PREFIX_LENS, x.prefix_lens) && tensor(PREFIX_BIAS, x.prefix_bias) && read_number(arguments[SCALE], exact, x.scale) &&
          read_number(arguments[WINDOW], exact, x.window) && read_number(arguments[SOFTCAP], exact, x.softcap);
 }
 

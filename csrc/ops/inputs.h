@@ -15,13 +15,13 @@ namespace fastprefix {
 // The Python functions take these as positional arguments, in this order.
 enum Argument {
   Q, K, V, PREFIX_K, PREFIX_V, CAUSAL, SCALE, KEY_PADDING_MASK, SEGMENT_IDS, Q_START, WINDOW, SOFTCAP, SINKS, BIAS,
-  PREFIX_IDS, PREFIX_LENS, NUMBER_OF_ARGUMENTS
+  PREFIX_IDS, PREFIX_LENS, PREFIX_BIAS, NUMBER_OF_ARGUMENTS
 };
 
 // Tensors are borrowed from the caller; those that are not defined were None.
 struct Inputs {
   at::Tensor q, k, v, prefix_k, prefix_v, key_padding_mask, segment_ids, q_start_tensor, sinks, bias, prefix_ids,
-      prefix_lens;
+      prefix_lens, prefix_bias;
   bool causal = true;
   std::optional<double> scale, softcap;
   std::optional<int64_t> q_start, window;
@@ -45,7 +45,10 @@ struct Prepared {
 // The call of these inputs, which fit each other; o and lse are for the caller to set.
 void prepare(const Inputs& inputs, Prepared& prepared);
 
-// The gradients of q, k, v, prefix_k and prefix_v, in their types; those that are not needed stay undefined.
+// How many tensors can get gradients: q, k, v, prefix_k, prefix_v and prefix_bias.
+constexpr int TRAINED = 6;
+
+// Their gradients, in their types; those that are not needed stay undefined.
 std::vector<at::Tensor> gradients(const Inputs& inputs, const at::Tensor& o, const at::Tensor& lse, const at::Tensor& dout,
                                   const bool* needs);
 

@@ -18,6 +18,7 @@ namespace {
 
 using fastprefix::Inputs;
 using fastprefix::NUMBER_OF_ARGUMENTS;
+using fastprefix::TRAINED;
 
 // o and, where it is asked for, lse.
 PyObject* run_forward(const Inputs& inputs, bool return_lse) {
@@ -91,11 +92,11 @@ PyObject* forward(PyObject*, PyObject* const* arguments, Py_ssize_t number) {
   END_HANDLE_TH_ERRORS
 }
 
-// After the inputs: o, lse, do and five bools for the gradients of q, k, v, prefix_k and prefix_v.
+// After the inputs: o, lse, do and a bool for each gradient.
 PyObject* backward(PyObject*, PyObject* const* arguments, Py_ssize_t number) {
   HANDLE_TH_ERRORS
   Inputs inputs;
-  if (!has("backward", number, NUMBER_OF_ARGUMENTS + 8) || !read("backward", arguments, inputs)) return nullptr;
+  if (!has("backward", number, NUMBER_OF_ARGUMENTS + 3 + TRAINED) || !read("backward", arguments, inputs)) return nullptr;
   PyObject* const* rest = arguments + NUMBER_OF_ARGUMENTS;
   for (int i = 0; i < 3; i++)
     if (!THPVariable_Check(rest[i])) {
@@ -105,16 +106,16 @@ PyObject* backward(PyObject*, PyObject* const* arguments, Py_ssize_t number) {
   const at::Tensor o = fastprefix::with_values(THPVariable_Unpack(rest[0]));
   const at::Tensor lse = fastprefix::with_values(THPVariable_Unpack(rest[1]));
   const at::Tensor dout = fastprefix::with_values(THPVariable_Unpack(rest[2]));
-  bool needs[5];
-  for (int i = 0; i < 5; i++) needs[i] = PyObject_IsTrue(rest[3 + i]) == 1;
+  bool needs[TRAINED];
+  for (int i = 0; i < TRAINED; i++) needs[i] = PyObject_IsTrue(rest[3 + i]) == 1;
   std::vector<at::Tensor> found;
   {
     pybind11::gil_scoped_release released;
     found = fastprefix::gradients(inputs, o, lse, dout, needs);
   }
-  PyObject* result = PyTuple_New(5);
+  PyObject* result = PyTuple_New(TRAINED);
   if (!result) return nullptr;
-  for (int i = 0; i < 5; i++) PyTuple_SET_ITEM(result, i, THPVariable_Wrap(found[i]));  // None where undefined
+  for (int i = 0; i < TRAINED; i++) PyTuple_SET_ITEM(result, i, THPVariable_Wrap(found[i]));  // None where undefined
   return result;
   END_HANDLE_TH_ERRORS
 }
@@ -145,7 +146,7 @@ PyCFunction as_method(F* function) {
 PyMethodDef methods[] = {
     {"attend", as_method(attend), METH_FASTCALL, "o, or o and lse, of a call that only the kernels need to see; else None."},
     {"forward", as_method(forward), METH_FASTCALL, "o and lse of a call that was checked."},
-    {"backward", as_method(backward), METH_FASTCALL, "The gradients of q, k, v, prefix_k and prefix_v, None where not needed."},
+    {"backward", as_method(backward), METH_FASTCALL, "The gradients of q, k, v, prefix_k, prefix_v and prefix_bias, None where not needed."},
     {"remember", as_method(remember), METH_FASTCALL, "Let `attend` take calls like this one for the backend auto."},
     {"forget", forget, METH_NOARGS, "Undo every `remember`."},
     {"built_for", built_for, METH_NOARGS, "The version of torch that this was compiled against."},

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..machine.device import is_capturing
 from ..types import AttentionArgs, Grads, Needs, to_bshd
-from . import aten_ops, aten_routes, concatenated_prefix
+from . import aten_ops, aten_routes, concatenated_prefix, prefix_bias
 from .aten_routes import Route
 from .content_blocks import content_blocks, has_rows_outside_keys, int_start, mask_dtype
 from .fold_batch import PrefixRows, fold, prefix_rows, unfold, unit_rows
@@ -57,8 +57,8 @@ def _reasons_on_cuda(args: AttentionArgs) -> list[str]:
         reasons.append(f"dtype {args.q.dtype}: flash attention on cuda takes fp16 and bf16")
     if max(args.q.shape[3], args.v.shape[3]) > 256 or max(args.q.shape[3], args.v.shape[3]) % 8:
         reasons.append("head dim: flash attention on cuda takes multiples of 8 up to 256")
-    present = (args.key_padding_mask, args.segment_ids, args.window, args.bias)
-    masks = ("key_padding_mask", "segment_ids", "window", "bias")
+    present = (args.key_padding_mask, args.segment_ids, args.window, args.bias, args.prefix_bias)
+    masks = ("key_padding_mask", "segment_ids", "window", "bias", "prefix_bias")
     reasons += [
         f"{n}: flash attention on cuda takes no mask" for n, x in zip(masks, present, strict=True) if x is not None
     ]
@@ -106,10 +106,10 @@ def _content(args: AttentionArgs, way: Route) -> tuple[Tensor, Tensor] | None:
 def _merged(args: AttentionArgs, state: tuple[Tensor, Tensor] | None, way: Route) -> tuple[Tensor, Tensor]:
     """The content's state merged with a vendor call for each prefix, or for several of one length."""
     heads = args.q.shape[1]
-    found = [
-        (prefix, *aten_ops.fwd(fold(args.q, prefix), *prefix.keys_values(args), False, None, args.scale, way.cudnn))
-        for prefix in prefix_rows(args, way.prefix == "packed")
-    ]
+    found = []
+    for prefix in prefix_rows(args, way.prefix == "packed"):
+        q, mask = fold(args.q, prefix), prefix_bias.mask_of(args, prefix)
+        found.append((prefix, *aten_ops.fwd(q, *prefix.keys_values(args), False, mask, args.scale, way.cudnn)))
     if not found:
         return _nothing(args) if state is None else state
     prefix, o, lse = found[0]
@@ -138,6 +138,8 @@ def _nothing(args: AttentionArgs) -> tuple[Tensor, Tensor]:
 
 def _may_be_empty(args: AttentionArgs) -> bool:
     """Whether a row could see no key at all."""
+    if args.prefix_bias is not None:  # which may hide the prefix
+        return True
     if args.prefix_ids is None and args.num_prefix_tokens:
         return False
     return any(block.mask is not None for block in content_blocks(args))
@@ -146,11 +148,13 @@ def _may_be_empty(args: AttentionArgs) -> bool:
 def bwd(args: AttentionArgs, o: Tensor, lse: Tensor, do: Tensor, needs: Needs, route: str | None = None) -> Grads:
     """Gradients of :func:`fwd`; a part that nothing needs is not launched."""
     if args.q.numel() == 0:
-        tensors = (args.q, args.k, args.v, args.prefix_k, args.prefix_v)
-        return Grads(*(torch.zeros_like(x) if need else None for x, need in zip(tensors, needs, strict=False)))
+        tensors = (args.q, args.k, args.v, args.prefix_k, args.prefix_v, args.bias, args.prefix_bias)
+        asked = zip(tensors, needs, strict=True)
+        return Grads(*(torch.zeros_like(x) if need and x is not None else None for x, need in asked))
     # exp(score - lse) must vanish, not overflow, in a row that saw nothing, or nothing but a sink as low as a mask.
     lse = lse.masked_fill(lse < aten_ops.EMPTY_LSE, 0.0)
     dq, dk, dv, dprefix_k, dprefix_v = _NOTHING
+    dbias = None
     way = aten_routes.find(args, route)
     if needs.content and way.prefix == "concatenated":
         dq, dk, dv, dprefix_k, dprefix_v = concatenated_prefix.bwd(args, o, lse, do)
@@ -160,7 +164,7 @@ def bwd(args: AttentionArgs, o: Tensor, lse: Tensor, do: Tensor, needs: Needs, r
         if needs.prefix and way.prefix == "epilogue" and not aten_routes.epilogue().bwd_reasons(args):
             dq, dprefix_k, dprefix_v = aten_routes.epilogue().bwd(args, o, lse, do, dq, needs)
         elif needs.prefix:
-            dq, dprefix_k, dprefix_v = _prefix_bwd(args, o, lse, do, dq, needs, way)
+            dq, dprefix_k, dprefix_v, dbias = _prefix_bwd(args, o, lse, do, dq, needs, way)
     if needs.q and dq is None:
         dq = torch.zeros_like(args.q)
     return Grads(
@@ -169,6 +173,7 @@ def bwd(args: AttentionArgs, o: Tensor, lse: Tensor, do: Tensor, needs: Needs, r
         v=dv if needs.v else None,
         prefix_k=dprefix_k if needs.prefix_k else None,
         prefix_v=dprefix_v if needs.prefix_v else None,
+        prefix_bias=dbias,
     )
 
 
@@ -197,26 +202,33 @@ def _content_bwd(
 
 def _prefix_bwd(
     args: AttentionArgs, o: Tensor, lse: Tensor, do: Tensor, dq: Tensor | None, needs: Needs, way: Route
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """dq with the prefix part's added in place, and dPrefix summed over batch, rows and the heads of a group."""
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """dq with the prefix part's added in place; dPrefix and dBias summed over batch, rows and the heads of a group."""
     found = list(prefix_rows(args, way.prefix == "packed"))
     read = sum(prefix.group.prefixes * prefix.group.length for prefix in found)
     every = read * args.k.shape[1] * args.q.shape[3] == args.prefix_k.numel()
     room = torch.empty_like if every else torch.zeros_like
     dprefix_k = room(args.prefix_k) if needs.prefix_k else None
     dprefix_v = room(args.prefix_v) if needs.prefix_v else None
+    dbias = room(args.prefix_bias) if needs.prefix_bias and args.prefix_bias is not None else None
     for prefix in found:
         q, do_, o_ = (fold(x, prefix) for x in (args.q, do, o))
         lse_ = fold(lse.unsqueeze(-1), prefix).squeeze(-1)
         keys, values = prefix.keys_values(args)
-        part, *parts_kv = aten_ops.bwd(do_, q, keys, values, o_, lse_, False, None, args.scale, way.cudnn)
+        mask = prefix_bias.mask_of(args, prefix)
+        if dbias is not None and mask is not None:
+            own = prefix_bias.gradient(args, prefix, (q, do_, o_, lse_), mask, keys, values)
+            prefix.group.keys_of(dbias.unsqueeze(-1)).copy_(own.unsqueeze(-1))
+        if not (needs.q or needs.prefix_k or needs.prefix_v):
+            continue
+        part, *parts_kv = aten_ops.bwd(do_, q, keys, values, o_, lse_, False, mask, args.scale, way.cudnn)
         if needs.q:
             dq = _with_rows(dq, args, prefix, unfold(part, args.q.shape[1], prefix))
         for out, grad in zip((dprefix_k, dprefix_v), parts_kv, strict=True):
             if out is not None:
                 several = prefix.chunks > prefix.group.prefixes  # chunks of one prefix
                 prefix.group.keys_of(out).copy_(grad.sum(0, keepdim=True, dtype=lse.dtype) if several else grad)
-    return dq, dprefix_k, dprefix_v
+    return dq, dprefix_k, dprefix_v, dbias
 
 
 def _with_rows(dq: Tensor | None, args: AttentionArgs, prefix: PrefixRows, part: Tensor) -> Tensor:

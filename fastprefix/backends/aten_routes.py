@@ -72,7 +72,7 @@ def reasons(args: AttentionArgs, name: str) -> list[str]:
     found = []
     match route.prefix:
         case "concatenated" if not concatenated_prefix.possible(args):
-            found.append("concatenated: takes one prefix, and content")
+            found.append("concatenated: takes one prefix without a bias, and content")
         case "packed" if args.groups == 1:
             found.append("packed: a group of one head is folded")
         case "epilogue":
@@ -96,6 +96,8 @@ def _epilogue_reasons(args: AttentionArgs) -> list[str]:
         return ["epilogue: head dims that are no multiples of 16 would be read element by element"]
     if 0 in (args.num_prefix_tokens, args.k.shape[2]):
         return ["epilogue: adds a prefix to content"]
+    if args.prefix_bias is not None:
+        return ["epilogue: adds a prefix without a bias"]
     found: list[str] = epilogue().reasons(args)
     return found
 

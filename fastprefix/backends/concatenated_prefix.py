@@ -22,10 +22,9 @@ MOST_COPIED = 3 * 2**19
 
 
 def possible(args: AttentionArgs) -> bool:
-    """Whether there is one prefix, and content, to be concatenated on a CPU."""
-    return (
-        args.q.device.type == "cpu" and args.prefix_ids is None and 0 not in (args.num_prefix_tokens, args.k.shape[2])
-    )
+    """Whether there is one prefix, without a bias, and content, to be concatenated on a CPU."""
+    one = args.prefix_ids is None and args.prefix_bias is None
+    return args.q.device.type == "cpu" and one and 0 not in (args.num_prefix_tokens, args.k.shape[2])
 
 
 def preferred(args: AttentionArgs) -> bool:

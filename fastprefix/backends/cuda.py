@@ -113,6 +113,8 @@ def unsupported(args: AttentionArgs, route: str | None = None) -> list[str]:
         reasons.append(f"window: at most {LARGEST_INT}")
     if args.bias is not None:
         reasons.append("bias: not in its kernels")
+    if args.prefix_bias is not None:
+        reasons.append("prefix_bias: not in its kernels")
     if args.dropout_p > 0.0:
         reasons.append("dropout_p: not in its kernels")
     if route is not None:

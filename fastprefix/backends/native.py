@@ -72,6 +72,7 @@ def _inputs(args: AttentionArgs) -> tuple[Any, ...]:
         args.bias,
         args.prefix_ids,
         args.prefix_lens,
+        args.prefix_bias,
     )
 
 
@@ -87,12 +88,15 @@ def fwd(args: AttentionArgs, route: str | None = None) -> tuple[Tensor, Tensor]:
 
 def bwd(args: AttentionArgs, o: Tensor, lse: Tensor, do: Tensor, needs: Needs, route: str | None = None) -> Grads:
     """The gradients that ``needs`` asks for."""
-    asked = needs[:5]
+    inputs = (args.q, args.k, args.v, args.prefix_k, args.prefix_v, args.prefix_bias)
+    asked = (*needs[:5], needs.prefix_bias)
     if args.q.numel() == 0:
-        inputs = (args.q, args.k, args.v, args.prefix_k, args.prefix_v)
-        return Grads(*(torch.zeros_like(x) if need else None for x, need in zip(inputs, asked)))
-    assert _C is not None
-    return Grads(*_C.backward(*_inputs(args), o, lse, do, *asked))
+        found = [torch.zeros_like(x) if need and x is not None else None for x, need in zip(inputs, asked, strict=True)]
+    else:
+        assert _C is not None
+        found = _C.backward(*_inputs(args), o, lse, do, *asked)
+    q, k, v, prefix_k, prefix_v, prefix_bias = found
+    return Grads(q, k, v, prefix_k, prefix_v, prefix_bias=prefix_bias)
 
 
 def remember(args: AttentionArgs) -> None:

@@ -97,5 +97,7 @@ def bwd(args: AttentionArgs, o: Tensor, lse: Tensor, do: Tensor, needs: Needs, r
     from .launch import backward, prefix_bank
 
     grads = backward.fused(prefix_bank.to_padded(args), o, lse, do, needs)
-    prefix_k, prefix_v = (prefix_bank.to_packed(grad, args) for grad in (grads.prefix_k, grads.prefix_v))
-    return grads._replace(prefix_k=prefix_k, prefix_v=prefix_v)
+    prefix_k, prefix_v, bias = (
+        prefix_bank.to_packed(grad, args) for grad in (grads.prefix_k, grads.prefix_v, grads.prefix_bias)
+    )
+    return grads._replace(prefix_k=prefix_k, prefix_v=prefix_v, prefix_bias=bias)

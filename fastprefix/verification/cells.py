@@ -40,6 +40,7 @@ FEATURES = (
     "q_start",
     "q_start-tensor",
     "prefix-dtype",  # the prefix's is not q's, as with fp32 parameters in a bf16 model
+    "prefix-bias",
     "scale",  # 0 or negative
     "dropout",
 )
@@ -123,6 +124,7 @@ def _features(args: AttentionArgs) -> tuple[str, ...]:
         isinstance(start, int),
         isinstance(start, torch.Tensor),
         args.prefix_k.dtype != args.q.dtype,
+        args.prefix_bias is not None,
         args.scale <= 0.0,
         args.dropout_p > 0.0,
     )
@@ -154,6 +156,7 @@ def signature(args: AttentionArgs, direction: str) -> tuple[object, ...]:
         args.bias_grad,
         None if ids is None else ids.dim(),
         args.prefix_lens is None,
+        args.prefix_bias is None,
         None if start is None else type(start),
         args.scale <= 0.0,
         args.dropout_p > 0.0,

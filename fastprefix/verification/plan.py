@@ -26,12 +26,15 @@ ALONE = (
     ("causal", "bank", "ragged"),
     ("causal", "bank", "packed"),
     ("causal", "bank-by-token", "ragged"),
+    ("causal", "prefix-bias"),
+    ("causal", "bank", "ragged", "prefix-bias"),
     ("causal", "q_start"),
     ("causal", "q_start-tensor"),
     ("causal", "window", "sinks"),
     ("causal", "sinks", "bank", "ragged", "prefix-dtype"),
     ("causal", "padding", "segments", "window", "sinks", "bias", "bank", "ragged", "prefix-dtype"),
     ("causal", "padding", "segments", "window", "softcap", "sinks", "bias", "bank", "ragged", "prefix-dtype"),
+    ("causal", "padding", "segments", "window", "sinks", "bank", "ragged", "prefix-dtype", "prefix-bias"),
 )
 COMMON = ((64, 64), (128, 128))
 OTHER = ((96, 96), (80, 80), (256, 256), (32, 32), (192, 128))

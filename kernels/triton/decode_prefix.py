@@ -9,7 +9,7 @@ import triton.language as tl
 
 from .flat_rows import count_rows, flat_rows
 from .kv_splits import split_range, store_state
-from .prefix_attn_fwd import attend_content
+from .prefix_attn_fwd import attend_prefix_range
 from .primitives import load_rows, prefix_length
 
 
@@ -38,7 +38,6 @@ def _prefix_attn_decode_prefix_kernel(
     prefix_k, prefix_v,  # Strided or descriptor [N, H_kv, P, D]
     partial_acc,  # fp32 [splits, B * H * S, D_v]
     partial_m, partial_l,  # fp32 [splits, B * H * S]
-    no_mask,  # Mask of Nones: the prefix is always visible
     order, bank, scale, softcap, B, S, P, N, H_kv, tiles, rows, splits,
     G: tl.constexpr, D: tl.constexpr, D_V: tl.constexpr, UNIT_IS_TOKEN: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_BANK: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
@@ -67,9 +66,9 @@ def _prefix_attn_decode_prefix_kernel(
     l_i = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     low, full, high = split_range(0, length // BLOCK_P * BLOCK_P, length, split, splits, BLOCK_P)
-    m_i, l_i, acc = attend_content(m_i, l_i, acc, q_tile, prefix_k, prefix_v, n, h_kv, h, s, row, s, low, full, high,
-                                   length, no_mask, scale, softcap, D, D_V, False, False, BLOCK_P, BLOCK_D,
-                                   BLOCK_DV, TMA)  # fmt: skip
+    m_i, l_i, acc = attend_prefix_range(m_i, l_i, acc, q_tile, prefix_k, prefix_v, bank, n, h_kv, low, full, high,
+                                        length, None, scale, softcap, D, D_V, BLOCK_P, BLOCK_D, BLOCK_DV,
+                                        TMA)  # fmt: skip
     b, s, g, row = flat_rows(order, n, first, B, S, G, UNIT_IS_TOKEN, BLOCK_M, True)
     place = (b * H_kv * G + h_kv * G + g) * S + s
     store_state(partial_acc, partial_m, partial_l, split, rows, place, row, m_i, l_i, acc, D_V, BLOCK_DV)

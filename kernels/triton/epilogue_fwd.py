@@ -49,14 +49,14 @@ def _prefix_attn_epilogue_fwd_kernel(
     l_i = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     if bank.ids is None:
-        m_i, l_i, acc = attend_prefix(m_i, l_i, acc, q_tile, prefix_k, prefix_v, tl.zeros_like(h_kv), h_kv, P,
+        m_i, l_i, acc = attend_prefix(m_i, l_i, acc, q_tile, prefix_k, prefix_v, bank, tl.zeros_like(h_kv), h_kv, P,
                                       None, scale, softcap, D, D_V, BLOCK_P, BLOCK_D, BLOCK_DV, False)  # fmt: skip
     else:
         ids = row_prefixes(bank, b, s, row)
         n = next_prefix(ids, -1)
         while n != NO_ID:
             length = prefix_length(bank, n, P)
-            m_i, l_i, acc = attend_prefix(m_i, l_i, acc, q_tile, prefix_k, prefix_v, n, h_kv, length, ids, scale,
+            m_i, l_i, acc = attend_prefix(m_i, l_i, acc, q_tile, prefix_k, prefix_v, bank, n, h_kv, length, ids, scale,
                                           softcap, D, D_V, BLOCK_P, BLOCK_D, BLOCK_DV, False)  # fmt: skip
             n = next_prefix(ids, n)
     if prefix_lse is not None:

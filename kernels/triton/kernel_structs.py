@@ -42,6 +42,9 @@ class Bank(NamedTuple):
     ids_b: Any
     ids_s: Any  # None: one id a sample
     lens: Any  # int pointer [N], or None
+    bias: Any  # fp32 pointer [N, H_kv, P], added to scores, or None
+    bias_n: Any
+    bias_h: Any
 
 
 class Order(NamedTuple):

@@ -8,6 +8,7 @@ import triton.language as tl
 
 from .primitives import (
     NO_ID,
+    biased,
     dot,
     key_range,
     load_keys,
@@ -38,7 +39,7 @@ def add_dq(dq, x, raw, k, v, do, lse, delta, scale, softcap):
 
 
 @triton.jit
-def add_prefix_dq(dq, q, do, lse, delta, prefix_k, prefix_v, n, h_kv, length, ids, scale, softcap,
+def add_prefix_dq(dq, q, do, lse, delta, prefix_k, prefix_v, bank, n, h_kv, length, ids, scale, softcap,
                   D: tl.constexpr, D_V: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
                   BLOCK_DV: tl.constexpr, TMA: tl.constexpr):  # fmt: skip
     """All tokens of prefix ``n``, of which the last tile alone needs a mask; with ``ids [BLOCK_M]`` only for the rows
@@ -51,15 +52,19 @@ def add_prefix_dq(dq, q, do, lse, delta, prefix_k, prefix_v, n, h_kv, length, id
             k = load_keys(prefix_k, n, h_kv, first, length, D, BLOCK_P, BLOCK_D, TMA)
             v = load_keys(prefix_v, n, h_kv, first, length, D_V, BLOCK_P, BLOCK_DV, TMA)
             raw = dot(q, k.T)
-            dq = add_dq(dq, logits(raw, scale, softcap), raw, k, v, do, lse, delta, scale, softcap)
+            token = (first + tl.arange(0, BLOCK_P))[None, :]
+            x = biased(logits(raw, scale, softcap), bank, n, h_kv, token, token < length)
+            dq = add_dq(dq, x, raw, k, v, do, lse, delta, scale, softcap)
     for first in range(full, length, BLOCK_P):
         k = load_keys(prefix_k, n, h_kv, first, length, D, BLOCK_P, BLOCK_D, TMA)
         v = load_keys(prefix_v, n, h_kv, first, length, D_V, BLOCK_P, BLOCK_DV, TMA)
-        keep = (first + tl.arange(0, BLOCK_P) < length)[None, :]
+        token = (first + tl.arange(0, BLOCK_P))[None, :]
+        keep = token < length
+        raw = dot(q, k.T)
+        x = biased(logits(raw, scale, softcap), bank, n, h_kv, token, keep)
         if ids is not None:
             keep = keep & (ids == n)[:, None]
-        raw = dot(q, k.T)
-        x = tl.where(keep, logits(raw, scale, softcap), float("-inf"))
+        x = tl.where(keep, x, float("-inf"))
         dq = add_dq(dq, x, raw, k, v, do, lse, delta, scale, softcap)
     return dq
 
@@ -93,15 +98,15 @@ def _prefix_attn_bwd_dq_kernel(
     if bank.ids_s is None:
         n = sample_prefix(bank, b)
         length = prefix_length(bank, n, P)
-        acc = add_prefix_dq(acc, q_tile, do_tile, lse_i, delta_i, prefix_k, prefix_v, n, h_kv, length, None, scale,
-                            softcap, D, D_V, BLOCK_P, BLOCK_D, BLOCK_DV, TMA)  # fmt: skip
+        acc = add_prefix_dq(acc, q_tile, do_tile, lse_i, delta_i, prefix_k, prefix_v, bank, n, h_kv, length, None,
+                            scale, softcap, D, D_V, BLOCK_P, BLOCK_D, BLOCK_DV, TMA)  # fmt: skip
     else:
         ids = row_prefixes(bank, b, s, row)
         n = next_prefix(ids, -1)
         while n != NO_ID:
             length = prefix_length(bank, n, P)
-            acc = add_prefix_dq(acc, q_tile, do_tile, lse_i, delta_i, prefix_k, prefix_v, n, h_kv, length, ids, scale,
-                                softcap, D, D_V, BLOCK_P, BLOCK_D, BLOCK_DV, TMA)  # fmt: skip
+            acc = add_prefix_dq(acc, q_tile, do_tile, lse_i, delta_i, prefix_k, prefix_v, bank, n, h_kv, length, ids,
+                                scale, softcap, D, D_V, BLOCK_P, BLOCK_D, BLOCK_DV, TMA)  # fmt: skip
             n = next_prefix(ids, n)
 
     start = query_start(mask, q_start, b)

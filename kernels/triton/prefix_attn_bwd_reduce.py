@@ -19,12 +19,14 @@ def sum_splits(partial, out, splits, size, BLOCK: tl.constexpr):
 
 @triton.jit(do_not_specialize=["splits"])
 def _prefix_attn_bwd_reduce_kernel(
-    partial_k, partial_v,  # fp32 [splits, size], or None
-    dprefix_k, dprefix_v,  # [size], contiguous, in the prefix's dtype, or None
-    splits, size_k, size_v, BLOCK: tl.constexpr,
+    partial_k, partial_v, partial_bias,  # fp32 [splits, size], or None
+    dprefix_k, dprefix_v, dprefix_bias,  # [size], contiguous, in the tensor's own dtype, or None
+    splits, size_k, size_v, size_bias, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Grid: ``cdiv(max(size_k, size_v), BLOCK)``."""
+    """Grid: ``cdiv(max(size_k, size_v, size_bias), BLOCK)``."""
     if partial_k is not None:
         sum_splits(partial_k, dprefix_k, splits, size_k, BLOCK)
     if partial_v is not None:
         sum_splits(partial_v, dprefix_v, splits, size_v, BLOCK)
+    if partial_bias is not None:
+        sum_splits(partial_bias, dprefix_bias, splits, size_bias, BLOCK)

@@ -10,6 +10,7 @@ import triton.language as tl
 from .primitives import (
     LOG2E,
     NO_ID,
+    biased,
     dot,
     key_range,
     load_keys,
@@ -40,7 +41,7 @@ def attend_whole_tile(m_i, l_i, acc, raw, scale, softcap, v):
 
 
 @triton.jit
-def attend_prefix(m_i, l_i, acc, q, prefix_k, prefix_v, n, h_kv, length, ids, scale, softcap,
+def attend_prefix(m_i, l_i, acc, q, prefix_k, prefix_v, bank, n, h_kv, length, ids, scale, softcap,
                   D: tl.constexpr, D_V: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
                   BLOCK_DV: tl.constexpr, TMA: tl.constexpr):  # fmt: skip
     """All tokens of prefix ``n``, of which the last tile alone needs a mask; with ``ids [BLOCK_M]`` only for the rows
@@ -49,18 +50,34 @@ def attend_prefix(m_i, l_i, acc, q, prefix_k, prefix_v, n, h_kv, length, ids, sc
     full = 0
     if ids is None:
         full = length // BLOCK_P * BLOCK_P
-        for first in range(0, full, BLOCK_P):
+    return attend_prefix_range(m_i, l_i, acc, q, prefix_k, prefix_v, bank, n, h_kv, 0, full, length, length, ids,
+                               scale, softcap, D, D_V, BLOCK_P, BLOCK_D, BLOCK_DV, TMA)  # fmt: skip
+
+
+@triton.jit
+def attend_prefix_range(m_i, l_i, acc, q, prefix_k, prefix_v, bank, n, h_kv, low, full, high, length, ids, scale,
+                        softcap, D: tl.constexpr, D_V: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
+                        BLOCK_DV: tl.constexpr, TMA: tl.constexpr):  # fmt: skip
+    """Tokens ``low`` to ``full`` of prefix ``n`` as they are, ``full`` to ``high`` through a mask."""
+    if ids is None:
+        for first in range(low, full, BLOCK_P):
             k = load_keys(prefix_k, n, h_kv, first, length, D, BLOCK_P, BLOCK_D, TMA)
             v = load_keys(prefix_v, n, h_kv, first, length, D_V, BLOCK_P, BLOCK_DV, TMA)
-            m_i, l_i, acc = attend_whole_tile(m_i, l_i, acc, dot(q, k.T), scale, softcap, v)
-    for first in range(full, length, BLOCK_P):
+            if bank.bias is None:
+                m_i, l_i, acc = attend_whole_tile(m_i, l_i, acc, dot(q, k.T), scale, softcap, v)
+            else:
+                token = (first + tl.arange(0, BLOCK_P))[None, :]
+                x = biased(logits(dot(q, k.T), scale, softcap), bank, n, h_kv, token, token < length)
+                m_i, l_i, acc = online_softmax(m_i, l_i, acc, x, 1.0, v)
+    for first in range(full, high, BLOCK_P):
         k = load_keys(prefix_k, n, h_kv, first, length, D, BLOCK_P, BLOCK_D, TMA)
         v = load_keys(prefix_v, n, h_kv, first, length, D_V, BLOCK_P, BLOCK_DV, TMA)
-        keep = (first + tl.arange(0, BLOCK_P) < length)[None, :]
+        token = (first + tl.arange(0, BLOCK_P))[None, :]
+        keep = token < length
+        x = biased(logits(dot(q, k.T), scale, softcap), bank, n, h_kv, token, keep)
         if ids is not None:
             keep = keep & (ids == n)[:, None]
-        x = tl.where(keep, logits(dot(q, k.T), scale, softcap), float("-inf"))
-        m_i, l_i, acc = online_softmax(m_i, l_i, acc, x, 1.0, v)
+        m_i, l_i, acc = online_softmax(m_i, l_i, acc, tl.where(keep, x, float("-inf")), 1.0, v)
     return m_i, l_i, acc
 
 
@@ -117,14 +134,14 @@ def _prefix_attn_fwd_kernel(
     if bank.ids_s is None:
         n = sample_prefix(bank, b)
         length = prefix_length(bank, n, P)
-        m_i, l_i, acc = attend_prefix(m_i, l_i, acc, q_tile, prefix_k, prefix_v, n, h_kv, length, None, scale, softcap,
-                                      D, D_V, BLOCK_P, BLOCK_D, BLOCK_DV, TMA)  # fmt: skip
+        m_i, l_i, acc = attend_prefix(m_i, l_i, acc, q_tile, prefix_k, prefix_v, bank, n, h_kv, length, None, scale,
+                                      softcap, D, D_V, BLOCK_P, BLOCK_D, BLOCK_DV, TMA)  # fmt: skip
     else:
         ids = row_prefixes(bank, b, s, row)
         n = next_prefix(ids, -1)
         while n != NO_ID:
             length = prefix_length(bank, n, P)
-            m_i, l_i, acc = attend_prefix(m_i, l_i, acc, q_tile, prefix_k, prefix_v, n, h_kv, length, ids, scale,
+            m_i, l_i, acc = attend_prefix(m_i, l_i, acc, q_tile, prefix_k, prefix_v, bank, n, h_kv, length, ids, scale,
                                           softcap, D, D_V, BLOCK_P, BLOCK_D, BLOCK_DV, TMA)  # fmt: skip
             n = next_prefix(ids, n)
     place = (b.to(tl.int64) * H_kv * G + h) * S + s

@@ -175,6 +175,16 @@ def visible(x, b, h, s, row, key, pos, T, mask, CAUSAL: tl.constexpr):
 
 
 @triton.jit
+def biased(x, bank, n, h_kv, token, inside):
+    """Logits ``x`` of a prefix's tokens, ``[1, N]`` or ``[N, 1]``, with their bias; -inf where that hides one."""
+    if bank.bias is None:
+        return x
+    else:
+        bias = tl.load(bank.bias + n.to(tl.int64) * bank.bias_n + h_kv * bank.bias_h + token, mask=inside, other=0.0)
+        return tl.where(bias > MASKED_BIAS, x + bias * LOG2E, float("-inf"))
+
+
+@triton.jit
 def key_range(first, last, T, window, CAUSAL: tl.constexpr, MASKED: tl.constexpr, BLOCK_N: tl.constexpr):
     """Of a tile of rows at positions ``first`` to ``last``: keys ``[low, full)`` need no mask, ``[full, high)`` one."""
     low = 0

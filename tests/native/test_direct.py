@@ -26,7 +26,7 @@ def leaves(**sizes: Any) -> dict[str, Tensor]:
 
 def attend(x: dict[str, Tensor], backend: str = "native", return_lse: Any = False, **options: Any) -> Any:
     names = ("scale", "key_padding_mask", "segment_ids", "q_start", "window", "softcap", "sinks", "bias")
-    rest = [options.get(name) for name in (*names, "prefix_ids", "prefix_lens")]
+    rest = [options.get(name) for name in (*names, "prefix_ids", "prefix_lens", "prefix_bias")]
     return native.attend(*(x[name] for name in NAMES), options.get("causal", True), *rest, backend, return_lse)
 
 
@@ -129,6 +129,8 @@ def test_what_does_not_fit_is_left_to_the_checks_that_can_say_why() -> None:
         {"window": 0}, {"window": 3, "causal": False}, {"softcap": 0.0}, {"softcap": -1.0}, {"sinks": torch.ones(5)},
         {"bias": torch.ones(7)}, {"bias": torch.ones(1, 1, 1, 1, 1)}, {"bias": torch.ones(5, dtype=torch.long)},
         {"prefix_lens": torch.ones(1, dtype=torch.long)}, {"prefix_ids": torch.zeros(2, dtype=torch.long)},
+        {"prefix_bias": torch.zeros(2, 6)}, {"prefix_bias": torch.zeros(1, 2, 7)},
+        {"prefix_bias": torch.zeros(2, 7) > 0},
     ]  # fmt: skip
     for option in options:
         assert attend(x, **option) is None, option
@@ -155,6 +157,7 @@ def test_what_fits_is_taken() -> None:
         {"key_padding_mask": torch.ones(2, 5, dtype=torch.bool)}, {"segment_ids": torch.zeros(2, 5, dtype=torch.int)},
         {"window": 2}, {"softcap": 3.0}, {"softcap": 3}, {"sinks": torch.zeros(6)}, {"sinks": torch.zeros(6).double()},
         {"bias": torch.zeros(5, 5)}, {"bias": torch.zeros(2, 1, 1, 5) > 0}, {"bias": torch.zeros(()).bfloat16()},
+        {"prefix_bias": torch.zeros(2, 7)}, {"prefix_bias": torch.zeros(2, 7).half()},
     ]  # fmt: skip
     x = leaves()
     for option in options:

@@ -94,6 +94,10 @@ def valid(draw: st.DrawFn) -> Call:
             shape["N"] = N
     dtype = draw(st.sampled_from(list(TOLERANCE)))
     call = make_call(**shape, **options)
+    if draw(st.integers(0, 3)) == 0:
+        bias = values(draw, *call.leaves["prefix_k"].shape[:-1])
+        bias[bias > draw(st.sampled_from([0.5, 1e9]))] = float("-inf")
+        call.options["prefix_bias"] = bias.requires_grad_(draw(st.booleans()))
     loud = draw(st.sampled_from([0.0, 1.0, 1.0, 1.0, 20.0]))
     call = Call(
         {n: (x.detach() * loud).requires_grad_(draw(st.integers(0, 3)) > 0) for n, x in call.leaves.items()},
@@ -140,7 +144,8 @@ WRONG: list[Any] = [
 ]  # fmt: skip
 NAMES = (
     "q", "k", "v", "prefix_k", "prefix_v", "causal", "scale", "key_padding_mask", "segment_ids", "q_start", "window",
-    "softcap", "sinks", "bias", "gate", "prefix_ids", "prefix_lens", "dropout_p", "return_lse", "backend",
+    "softcap", "sinks", "bias", "gate", "prefix_ids", "prefix_lens", "prefix_bias", "dropout_p", "return_lse",
+    "backend",
 )  # fmt: skip
 ARGUMENT = re.compile(rf"^({'|'.join(NAMES)}): got .+, expected .+|^backend '\w+' cannot take", re.DOTALL)
 

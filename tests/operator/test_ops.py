@@ -64,12 +64,13 @@ def test_opcheck(case: str, backend: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("case", "backend"), on_every_backend("plain", "d_v_smaller", "bank", "bank_packed", "bias_trained", "sinks")
+    ("case", "backend"),
+    on_every_backend("plain", "d_v_smaller", "bank", "bank_packed", "bias_trained", "prefix_bias", "sinks"),
 )
 def test_opcheck_backward(case: str, backend: str) -> None:
     inputs = raw_inputs(CASES[case]().to(torch.float32), backend)
     o, lse = torch.ops.fastprefix.prefix_attn_fwd(*inputs)
-    needs = [True] * 5 + [case == "bias_trained", case == "sinks"]
+    needs = [True] * 5 + [case == name for name in ("bias_trained", "prefix_bias", "sinks")]
     inputs = tuple(x.detach() if isinstance(x, torch.Tensor) else x for x in inputs)
     torch.library.opcheck(
         torch.ops.fastprefix.prefix_attn_bwd,

@@ -72,6 +72,19 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "softcap": ({"softcap": -1.0}, "softcap: got -1.0, expected a positive finite number"),
     "sinks": ({"sinks": torch.randn(2)}, r"sinks: got shape \[2\], expected \[H\]"),
     "gate": ({"gate": torch.randn(2)}, r"gate: got shape \[2\]"),
+    "prefix_bias": (
+        {"prefix_bias": torch.randn(2, 6)},
+        r"prefix_bias: got shape \[2, 6\], expected \[H_kv, P\] = \[2, 7\]",
+    ),
+    "prefix_bias dtype": ({"prefix_bias": torch.zeros(2, 7, dtype=torch.bool)}, "prefix_bias: got dtype torch.bool"),
+    "prefix_bias of a bank": (
+        {
+            **{name: torch.randn(3, 2, 7, 16) for name in ("prefix_k", "prefix_v")},
+            "prefix_ids": torch.tensor([0, 2]),
+            "prefix_bias": torch.zeros(2, 7),
+        },
+        r"prefix_bias: got shape \[2, 7\], expected \[N, H_kv, P\]",
+    ),
     "bias": ({"bias": torch.randn(4, 5)}, r"bias: got shape \[4, 5\]"),
     "bias dtype": ({"bias": torch.ones(5, dtype=torch.long)}, "bias: got dtype"),
     "dropout": ({"dropout_p": 1.0}, "dropout_p: got 1.0"),

@@ -41,6 +41,7 @@ ARGUMENTS: dict[str, Callable[[], dict[str, Any]]] = {
     "bias": lambda: {"bias": torch.zeros(6, 5, 5)},
     "bias with a gradient": lambda: {"bias": torch.zeros(6, 5, 5), "bias_grad": True},
     "prefix_ids, prefix_lens": lambda: {"prefix_ids": torch.zeros(2, dtype=torch.long)},
+    "prefix_bias and its gradient": lambda: {"prefix_bias": torch.zeros(2, 7)},
     "dropout_p": lambda: {"dropout_p": 0.1},
 }
 

@@ -47,7 +47,7 @@ def test_every_argument_of_the_operator_is_there() -> None:
     named = {key for call in SMALL.values() for key in call.build()[1]}
     assert named == {
         *("key_padding_mask", "segment_ids", "q_start", "window", "softcap", "sinks", "bias", "gate", "scale"),
-        *("prefix_ids", "prefix_lens"),
+        *("prefix_ids", "prefix_lens", "prefix_bias"),
     }, "dropout_p is left out on purpose"
     assert any(call.width for call in CALLS.values()) and any(call.master for call in CALLS.values())
 

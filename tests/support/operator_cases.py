@@ -19,6 +19,14 @@ def padding(B: int, T: int, side: str) -> torch.Tensor:
     return mask if side == "left" else mask.flip(1)
 
 
+def prefix_bias(*shape: int, hidden: int = 0) -> torch.Tensor:
+    """``[H_kv, P]`` or ``[N, H_kv, P]``, to be trained; its last ``hidden`` tokens are hidden, in three spellings."""
+    bias = torch.randn(shape, dtype=torch.float64).float() * 2.0
+    for i in range(hidden):
+        bias[..., -1 - i] = (float("-inf"), -3.4e38, -2e37)[i % 3]
+    return bias.requires_grad_()
+
+
 def _segments(B: int, T: int) -> torch.Tensor:
     return (torch.arange(T) // 3).expand(B, T).contiguous()
 
@@ -126,11 +134,44 @@ CASES: dict[str, Callable[[], Call]] = {
     "bank_packed_and_gate": lambda: make_call(
         packed=(3, 2), prefix_ids=torch.tensor([1, 0]), gate=torch.randn(6).requires_grad_()
     ),
+    "prefix_bias": lambda: make_call(prefix_bias=prefix_bias(2, 7)),
+    "prefix_bias_not_trained": lambda: make_call(prefix_bias=prefix_bias(2, 7).detach()),
+    "prefix_bias_long_rows": lambda: make_call(B=3, S=33, P=70, prefix_bias=prefix_bias(2, 70)),
+    "prefix_bias_decoding": lambda: make_call(B=4, S=1, T=6, P=20, prefix_bias=prefix_bias(2, 20)),
+    "prefix_bias_one_sample": lambda: make_call(B=1, H=2, H_kv=2, S=1, T=6, P=40, prefix_bias=prefix_bias(2, 40)),
+    "prefix_bias_and_softcap": lambda: make_call(softcap=2.0, prefix_bias=prefix_bias(2, 7)),
+    "prefix_bias_scale_zero": lambda: make_call(scale=0.0, prefix_bias=prefix_bias(2, 7)),
+    "prefix_bias_scale_negative": lambda: make_call(scale=-0.5, prefix_bias=prefix_bias(2, 7)),
+    "prefix_bias_hides": lambda: make_call(prefix_bias=prefix_bias(2, 7, hidden=3)),
+    "no_key_but_what_a_prefix_bias_hides": lambda: make_call(
+        T=0, causal=False, prefix_bias=prefix_bias(2, 7, hidden=7)
+    ),
+    "prefix_bias_and_gate": lambda: make_call(prefix_bias=prefix_bias(2, 7), gate=torch.randn(6).requires_grad_()),
+    "bank_and_prefix_bias": lambda: make_call(
+        B=4,
+        N=3,
+        prefix_ids=torch.tensor([2, -1, 0, 2]),
+        prefix_lens=torch.tensor([7, 2, 3]),
+        prefix_bias=prefix_bias(3, 2, 7, hidden=1),
+    ),
+    "bank_per_row_and_prefix_bias": lambda: make_call(
+        N=3,
+        S=6,
+        prefix_ids=torch.tensor([[0, 0, 1, 1, -1, 2], [2, 2, 2, -1, 0, 0]]),
+        prefix_bias=prefix_bias(3, 2, 7),
+    ),
+    "bank_packed_and_prefix_bias": lambda: make_call(
+        B=4, S=40, packed=(7, 0, 3), prefix_ids=torch.tensor([2, -1, 0, 2]), prefix_bias=prefix_bias(2, 10, hidden=2)
+    ),
+    "bank_packed_decoding_and_prefix_bias": lambda: make_call(
+        B=4, S=1, T=6, packed=(5, 3, 5), prefix_ids=torch.tensor([0, 2, -1, 1]), prefix_bias=prefix_bias(2, 13)
+    ),
     "everything": lambda: make_call(
         B=3,
         S=6,
         T=10,
         scale=0.2,
+        prefix_bias=prefix_bias(2, 7, hidden=2),
         key_padding_mask=padding(3, 10, "left"),
         segment_ids=_segments(3, 10),
         window=5,
@@ -143,6 +184,7 @@ EAGER = [
     name
     for name in CASES
     if not name.startswith(("bank", "gate", "no_", "nothing", "q_start_before", "a_sample", "padding_no", "sinks_"))
+    and not name.endswith("gate")
     and name not in ("more_rows_than_keys", "bias_trained", "segments_without_content")
 ]
 # And with a bank.

@@ -24,7 +24,7 @@ def brute_force(call: Call) -> dict[str, Tensor]:
     start = T - S if start is None else start
     causal, window, softcap = opt.get("causal", True), opt.get("window"), opt.get("softcap")
     padding, segments = opt.get("key_padding_mask"), opt.get("segment_ids")
-    sinks, bias, gate = opt.get("sinks"), opt.get("bias"), opt.get("gate")
+    sinks, bias, gate, prefix_bias = opt.get("sinks"), opt.get("bias"), opt.get("gate"), opt.get("prefix_bias")
     ids, lens = opt.get("prefix_ids"), opt.get("prefix_lens")
     if bias is not None:
         bias = bias.expand(B, H, S, T)
@@ -54,18 +54,23 @@ def brute_force(call: Call) -> dict[str, Tensor]:
                 content = score(q[b, h, i], k[b, h // groups, seen])
                 if bias is not None and bias.dtype != torch.bool:
                     content = content + bias[b, h, i, seen]
-                my_k, my_v = pk, pv
+                my_k, my_v, my_bias = pk, pv, prefix_bias
                 if ids is not None:
                     n = int(ids[b] if ids.dim() == 1 else ids[b, i])
                     length = 0 if n < 0 else (int(lens[n]) if lens is not None else pk.shape[2])
                     if pk.dim() == 4:
                         my_k, my_v = pk[n, :, :length], pv[n, :, :length]
+                        my_bias = None if prefix_bias is None else prefix_bias[n, :, :length]
                     else:
                         before = int(lens[: max(n, 0)].sum())
                         my_k, my_v = (x[:, before : before + length] for x in (pk, pv))
-                prefix = score(q[b, h, i], my_k[h // groups])
+                        my_bias = None if prefix_bias is None else prefix_bias[:, before : before + length]
+                prefix, values_p = score(q[b, h, i], my_k[h // groups]), my_v[h // groups]
+                if my_bias is not None:
+                    shown = my_bias[h // groups] > -1e37
+                    prefix, values_p = (prefix + my_bias[h // groups])[shown], values_p[shown]
                 extra = [] if sinks is None else [sinks[h : h + 1]]
-                values_c, values_p = v[b, h // groups, seen], my_v[h // groups]
+                values_c = v[b, h // groups, seen]
                 if gate is not None:
                     row, lse = _softmax(torch.cat([content, *extra]), values_c)
                     row = row + gate[h] * _softmax(prefix, values_p)[0]
@@ -104,8 +109,10 @@ def eager(call: Call) -> dict[str, Tensor]:
     q, k, v, pk, pv = (leaves[n] for n in ("q", "k", "v", "prefix_k", "prefix_v"))
     B, H, S, D = q.shape
     args = AttentionArgs(**leaves, scale=D**-0.5 if call.options.get("scale") is None else call.options["scale"], **opt)
+    prefix_bias = opt.get("prefix_bias")
     if pk.dim() == 4:
         pk, pv = (x.transpose(0, 1).flatten(1, 2) for x in (pk, pv))
+        prefix_bias = None if prefix_bias is None else prefix_bias.transpose(0, 1).flatten(1)
     keys = torch.cat([pk.to(q.dtype).expand(B, -1, -1, -1), k], 2).repeat_interleave(args.groups, 1)
     values = torch.cat([pv.to(q.dtype).expand(B, -1, -1, -1), v], 2).repeat_interleave(args.groups, 1)
     s = q @ keys.transpose(-1, -2) * args.scale
@@ -115,6 +122,10 @@ def eager(call: Call) -> dict[str, Tensor]:
     P = pk.shape[1]
     if bias is not None:
         s = s + torch.nn.functional.pad(bias.to(s.dtype).expand(*bias.shape[:-1], k.shape[2]), (P, 0))
+    if prefix_bias is not None:
+        columns = prefix_bias.to(s.dtype).masked_fill(prefix_bias <= -1e37, float("-inf"))
+        columns = torch.nn.functional.pad(columns, (0, k.shape[2])).repeat_interleave(args.groups, 0)
+        s = s + columns.unsqueeze(1)
     if visible is not None:
         full = torch.nn.functional.pad(visible.expand(*visible.shape[:-1], k.shape[2]), (P, 0), value=True)
         s = s.masked_fill(~full, float("-inf"))
@@ -156,7 +167,9 @@ def assert_within_rule(got: dict[str, Tensor], call: Call, tiny: float = 1e-6) -
         )
         scale = want[name].nan_to_num(neginf=0.0).abs().max().item() if x.numel() else 0.0
         floor = max(tiny, torch.finfo(x.dtype).eps) * max(1.0, scale)
-        if name.startswith("dprefix"):
+        if name == "dprefix_bias":  # each row's term has the rounding of its o, which is kept in this dtype
+            floor *= got["lse"].numel() ** 0.5
+        elif name.startswith("dprefix"):
             floor *= max(1.0, 0.1 * got["lse"].numel() ** 0.5)
         assert mine <= 2 * theirs + floor, f"{name}: error {mine:.3e}, eager's {theirs:.3e}"
 

@@ -25,8 +25,9 @@ DELTA_INSIDE_UP_TO = 2
 def fused(args: AttentionArgs, o: Tensor, lse: Tensor, do: Tensor, needs: Needs) -> Grads:
     """Gradients of the forward, given its merged ``o`` and ``lse``."""
     if args.q.numel() == 0:
-        tensors = (args.q, args.k, args.v, args.prefix_k, args.prefix_v)
-        return Grads(*(torch.zeros_like(x) if need else None for x, need in zip(tensors, needs, strict=False)))
+        tensors = (args.q, args.k, args.v, args.prefix_k, args.prefix_v, args.bias, args.prefix_bias)
+        asked = zip(tensors, needs, strict=True)
+        return Grads(*(torch.zeros_like(x) if need and x is not None else None for x, need in asked))
     lse = lse.contiguous()
     content = needs.q or ((needs.k or needs.v) and args.k.shape[2] > 0)
     delta = _delta(args, o, do) if content or _prefix_tiles(args) > DELTA_INSIDE_UP_TO else None
@@ -36,8 +37,8 @@ def fused(args: AttentionArgs, o: Tensor, lse: Tensor, do: Tensor, needs: Needs)
         dq = _dq(args, lse, delta, do)
     if needs.k or needs.v:
         dk, dv = _dkdv(args, lse, delta, do, needs)
-    dprefix_k, dprefix_v = dprefix(args, o, lse, delta, do, needs)
-    return Grads(q=dq, k=dk, v=dv, prefix_k=dprefix_k, prefix_v=dprefix_v)
+    dprefix_k, dprefix_v, dbias = dprefix(args, o, lse, delta, do, needs)
+    return Grads(q=dq, k=dk, v=dv, prefix_k=dprefix_k, prefix_v=dprefix_v, prefix_bias=dbias)
 
 
 def _delta(args: AttentionArgs, o: Tensor, do: Tensor) -> Tensor:
@@ -109,22 +110,25 @@ def _prefix_tiles(args: AttentionArgs) -> int:
 
 def dprefix(
     args: AttentionArgs, o: Tensor, lse: Tensor, delta: Tensor | None, do: Tensor, needs: Needs
-) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of the prefix in its own dtype; ``delta`` None takes it from ``o``."""
-    if not (needs.prefix_k or needs.prefix_v):
-        return None, None
+) -> list[Tensor | None]:
+    """Gradients of ``prefix_k``, ``prefix_v`` and ``prefix_bias``, in their dtypes; without ``delta``, from ``o``."""
+    asked = (needs.prefix_k, needs.prefix_v, needs.prefix_bias)
+    if not any(asked):
+        return [None, None, None]
     prefix_k, prefix_v = kernel_args.prefix(args)
     tile, heads_kv, numbers, tokens = tile_for(args, "bwd_dprefix"), args.k.shape[1], len(prefix_k), prefix_k.shape[2]
     block_p = kernel_args.prefix_block(tokens, tile.BLOCK_P)
     programs = numbers * heads_kv * -(-tokens // block_p)
     rows = args.q.shape[0] * args.q.shape[2] * args.groups
     splits = min(-(-rows // tile.BLOCK_M), -(-2 * launcher.num_sms(args.q) // max(programs, 1)))
-    partials = Partials(args.prefix_k, args.prefix_v, splits, needs.prefix_k, needs.prefix_v)
+    tensors = (args.prefix_k, args.prefix_v, args.prefix_bias)
+    partials = Partials(tensors, splits, asked, bank=args.prefix_k.dim() == 4)
     launcher.launch(
         _prefix_attn_bwd_dprefix_kernel,
         splits * programs,
         *(kernel_args.strided(args.q), kernel_args.strided(do), None if delta is not None else kernel_args.strided(o)),
-        *(kernel_args.strided(prefix_k), kernel_args.strided(prefix_v), partials.k, partials.v, lse, delta),
+        *(kernel_args.strided(prefix_k), kernel_args.strided(prefix_v), partials.k, partials.v, partials.bias),
+        *(lse, delta),
         *(
             kernel_args.bank(args),
             rows_by_prefix(args),
@@ -140,6 +144,7 @@ def dprefix(
         UNIT_IS_TOKEN=unit_is_token(args),
         NEED_K=needs.prefix_k,
         NEED_V=needs.prefix_v,
+        NEED_BIAS=needs.prefix_bias,
         BLOCK_M=tile.BLOCK_M,
         BLOCK_P=block_p,
         **constants(args),

@@ -97,7 +97,8 @@ def bwd(
     # Two programs a multiprocessor; each walks through as many tiles as every other.
     length = -(-blocks // max(1, 2 * launcher.num_sms(args.q) // heads_kv))
     splits = -(-blocks // length)
-    partials = Partials(args.prefix_k, args.prefix_v, splits, needs.prefix_k, needs.prefix_v)
+    asked = (needs.prefix_k, needs.prefix_v, False)
+    partials = Partials((args.prefix_k, args.prefix_v, None), splits, asked, bank=False)
     prefix_k, prefix_v = (kernel_args.strided(x) for x in kernel_args.prefix(args))
     launcher.launch(
         _prefix_attn_epilogue_bwd_kernel,
@@ -112,4 +113,5 @@ def bwd(
         ADD=add,
         **_sizes(args, tile),
     )
-    return dq, *partials.reduced()
+    dprefix_k, dprefix_v, _ = partials.reduced()
+    return dq, dprefix_k, dprefix_v

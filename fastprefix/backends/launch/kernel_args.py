@@ -43,7 +43,7 @@ def tile_for(args: AttentionArgs, kernel: str, general: bool = False) -> Tile:
 def is_common_case(args: AttentionArgs) -> bool:
     """Whether the call has no rare argument: causality, padding, a window and one prefix a sample are common."""
     per_row = args.prefix_ids is not None and args.prefix_ids.dim() == 2
-    rare = (args.softcap, args.segment_ids, args.bias, args.prefix_lens)
+    rare = (args.softcap, args.segment_ids, args.bias, args.prefix_lens, args.prefix_bias)
     return not per_row and all(x is None for x in rare)
 
 
@@ -134,12 +134,16 @@ def prefix(args: AttentionArgs) -> tuple[Tensor, Tensor]:
 
 
 def bank(args: AttentionArgs) -> Bank:
-    """Ids and lengths; per sample or per row."""
-    ids, lens = args.prefix_ids, args.prefix_lens
+    """Ids and lengths, per sample or per row, and the bias."""
+    ids, lens, bias = args.prefix_ids, args.prefix_lens, args.prefix_bias
+    added: tuple[Any, ...] = (None,) * 3
+    if bias is not None:
+        bias = bias.detach().to(torch.float32).contiguous()
+        added = (bias, *(bias if bias.dim() == 3 else bias.unsqueeze(0)).stride()[:2])
     if ids is None:
-        return Bank(None, None, None, None)
+        return Bank(None, None, None, None, *added)
     per_row = ids.stride(1) if ids.dim() == 2 else None
-    return Bank(ids, ids.stride(0), per_row, None if lens is None else lens.contiguous())
+    return Bank(ids, ids.stride(0), per_row, None if lens is None else lens.contiguous(), *added)
 
 
 def mask(args: AttentionArgs) -> tuple[Mask, int, bool]:

@@ -31,11 +31,12 @@ def to_padded(args: AttentionArgs) -> AttentionArgs:
     # Behind its end a prefix repeats tokens that no row reads.
     place = (_starts(lens)[:, None] + token).clamp_(max=max(tokens - 1, 0))  # [N, P_max]
     prefix_k, prefix_v = (x.detach()[:, place].transpose(0, 1) for x in (args.prefix_k, args.prefix_v))
-    return replace(args, prefix_k=prefix_k, prefix_v=prefix_v)
+    bias = None if args.prefix_bias is None else args.prefix_bias.detach()[:, place].transpose(0, 1)
+    return replace(args, prefix_k=prefix_k, prefix_v=prefix_v, prefix_bias=bias)
 
 
 def to_packed(grad: Tensor | None, args: AttentionArgs) -> Tensor | None:
-    """``[N, H_kv, P_max, D]`` as ``[H_kv, P, D]``, if ``args`` have a packed bank."""
+    """``[N, H_kv, P_max, ...]`` as ``[H_kv, P, ...]``, if ``args`` have a packed bank."""
     if grad is None or not args.packed:
         return grad
     assert args.prefix_lens is not None

@@ -10,7 +10,6 @@ from torch import Tensor
 from ..._triton.decode_combine import _prefix_attn_decode_combine_kernel
 from ..._triton.decode_content import _prefix_attn_decode_content_kernel
 from ..._triton.decode_prefix import _prefix_attn_decode_prefix_kernel
-from ..._triton.kernel_structs import Mask
 from ...types import AttentionArgs
 from . import kernel_args, launcher, tile_config
 from .kernel_args import block_width, constants, empty_bshd, is_common_case
@@ -32,8 +31,6 @@ MOST_SPLITS = 128
 # The last stage: numbers that a program holds, and splits that it reads at once.
 COMBINED = 1024
 COMBINED_SPLITS = 16
-
-NO_MASK = Mask(*(None for _ in Mask._fields))
 
 
 class PartialSoftmax(NamedTuple):
@@ -94,7 +91,9 @@ def _plan_prefix(args: AttentionArgs) -> SplitPlan:
     # How many rows each prefix has only the device knows; each that has any may end in a tile that is not full.
     used = 1 if args.prefix_ids is None else min(args.prefix_k.shape[0], args.prefix_ids.numel())
     # Looking up where a bank's rows are takes registers.
-    tile, block_m = _tile("decode_prefix", args, -(-rows // used), general=args.prefix_ids is not None)
+    tile, block_m = _tile(
+        "decode_prefix", args, -(-rows // used), general=args.prefix_ids is not None or args.prefix_bias is not None
+    )
     count = (rows - used) // block_m + used
     block_p = kernel_args.prefix_block(tokens, tile.BLOCK_P)
     return SplitPlan(tile, block_m, count, _splits(args, count * args.k.shape[1], -(-tokens // block_p)))
@@ -151,7 +150,7 @@ def _prefix(args: AttentionArgs, plan: SplitPlan, partial: PartialSoftmax) -> No
     launcher.launch(
         _prefix_attn_decode_prefix_kernel,
         plan.splits * heads_kv * plan.tiles,
-        *(kernel_args.strided(args.q), k, v, *partial, NO_MASK, rows_by_prefix(args), kernel_args.bank(args)),
+        *(kernel_args.strided(args.q), k, v, *partial, rows_by_prefix(args), kernel_args.bank(args)),
         *(args.scale, args.softcap, batch, seq, tokens, prefix_k.shape[0], heads_kv),
         *(plan.tiles, batch * heads * seq, plan.splits),
         tile=plan.tile,

@@ -98,6 +98,9 @@ def _call(cell: Cell, x: Shape, layout: int, place: torch.device) -> tuple[Atten
     if "prefix-dtype" in cell.features:
         own = torch.bfloat16 if dtype == torch.float32 else torch.float32
     prefix_k, prefix_v = (normal(*lead, x.H_kv, tokens, dim, dtype=own) for dim in (cell.D, cell.D_v))
+    if "prefix-bias" in cell.features:
+        options["prefix_bias"] = normal(*lead, x.H_kv, tokens, dtype=torch.float32)
+        options["prefix_bias"][..., 1::16] = torch.finfo(torch.float32).min
     scale = -0.3 * cell.D**-0.5 if "scale" in cell.features else cell.D**-0.5
     moved: dict[str, Any] = {n: y.to(place) if isinstance(y, Tensor) else y for n, y in options.items()}
     args = AttentionArgs(q, k, v, prefix_k, prefix_v, scale=scale, **moved)

@@ -16,7 +16,7 @@ from ..cells import Cell
 from ..routes import Candidate, candidate
 from ..table import Verdict
 from .calls import calls
-from .error_rule import ALL, TINY, Results, eager, truth, worst_error
+from .error_rule import ALL, ALL_AND_BIAS, TINY, Results, eager, trained, truth, worst_error
 
 # All; the prefix's alone, as in the lowest layer; what passes through a frozen prefix; projections of q, or of q and v,
 # that are trained in the lowest layer.
@@ -26,6 +26,12 @@ NEEDS = (
     Needs(True, True, True, False, False),
     Needs(True, False, False, True, True),
     Needs(True, False, True, True, True),
+)
+# With a bias on the prefix: all, what the lowest layer trains, and the bias alone.
+NEEDS_AND_BIAS = (
+    ALL_AND_BIAS,
+    Needs(False, False, False, True, True, prefix_bias=True),
+    Needs(False, False, False, False, False, prefix_bias=True),
 )
 # Cells without one of the rarer arguments, which are checked with all of NEEDS; the others with the first two.
 USUAL = {"causal", "padding", "prefix-dtype"}
@@ -89,7 +95,8 @@ def _cases(cell: Cell, place: torch.device, few: bool) -> tuple[Case, ...]:
 def _judge(chosen: Candidate, cell: Cell, case: Case, beat: Callable[[str], None]) -> tuple[float, str]:
     before = {name: getattr(case.args, name).clone() for name in INPUTS}
     if cell.direction == "backward":
-        worst, about = _backward(chosen, case, NEEDS if set(cell.features) <= USUAL else NEEDS[:2], beat)
+        sets = NEEDS if set(cell.features) <= USUAL else NEEDS[:2]
+        worst, about = _backward(chosen, case, sets if case.args.prefix_bias is None else NEEDS_AND_BIAS, beat)
     else:
         worst, about = _forward(chosen, case)
     for name, x in before.items():
@@ -114,8 +121,9 @@ def _backward(chosen: Candidate, case: Case, sets: Sequence[Needs], beat: Callab
         beat(case.label)
         with _poisoned(chosen, case.args):
             runs = [chosen.module.bwd(case.args, o, lse, case.do, needs, chosen.route) for _ in "12"]
-        found, again = ({f"d{n}": x for n, x in zip(INPUTS, run, strict=False) if x is not None} for run in runs)
-        asked = {f"d{name}" for name, need in zip(INPUTS, needs, strict=False) if need}
+        names = trained(case.args)
+        found, again = ({f"d{n}": x for n in names if (x := getattr(run, n)) is not None} for run in runs)
+        asked = {f"d{name}" for name in names if getattr(needs, name)}
         if found.keys() != asked:
             return float("inf"), f"gave {', '.join(sorted(found))} where {', '.join(sorted(asked))} were asked for"
         share, told = _error(case, found, again if _is_deterministic(chosen, case.args) else found)

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from ... import reference
-from ...masks import additive_bias, prefix_owner, visible_keys
-from ...types import INPUTS, AttentionArgs, Needs
+from ...masks import additive_bias, finite_bias, prefix_owner, visible_keys
+from ...types import INPUTS, MASKED_BIAS, AttentionArgs, Needs
 
 ALL = Needs(True, True, True, True, True)
+ALL_AND_BIAS = ALL._replace(prefix_bias=True)
 TINY = 1e-6  # an error that is always allowed, relative to the largest entry above 1
 
 Results = Mapping[str, Tensor]  # o, lse, dq, dk, dv, dprefix_k, dprefix_v and gradients of options
@@ -30,20 +31,31 @@ def truth(args: AttentionArgs, do: Tensor | None = None) -> dict[str, Tensor]:
     o, lse = reference.fwd(exact)
     found = {"o": o, "lse": lse}
     if do is not None:
-        grads = reference.bwd(exact, o, lse, do.double(), ALL)
-        found.update({f"d{name}": x for name, x in zip(INPUTS, grads, strict=False) if x is not None})
+        grads = reference.bwd(exact, o, lse, do.double(), needs(args))
+        found.update({f"d{name}": getattr(grads, name) for name in trained(args)})
     return found
+
+
+def trained(args: AttentionArgs) -> tuple[str, ...]:
+    """Names of the inputs whose gradients are judged."""
+    return INPUTS if args.prefix_bias is None else (*INPUTS, "prefix_bias")
+
+
+def needs(args: AttentionArgs) -> Needs:
+    """The gradients of :func:`trained`."""
+    return ALL if args.prefix_bias is None else ALL_AND_BIAS
 
 
 def eager(args: AttentionArgs, do: Tensor | None = None) -> dict[str, Tensor]:
     """The same by eager concatenation and softmax, with every step rounded to q's dtype."""
-    leaves: dict[str, Any] = {name: getattr(args, name).detach().requires_grad_(do is not None) for name in INPUTS}
+    names = trained(args)
+    leaves: dict[str, Any] = {name: getattr(args, name).detach().requires_grad_(do is not None) for name in names}
     with torch.enable_grad():
         o, lse = eager_attention(replace(args, **leaves))
     found = {"o": o.detach(), "lse": lse}
     if do is not None:
         grads = torch.autograd.grad(o, list(leaves.values()), do, materialize_grads=True)
-        found.update({f"d{name}": grad for name, grad in zip(INPUTS, grads, strict=True)})
+        found.update({f"d{name}": grad for name, grad in zip(names, grads, strict=True)})
     return found
 
 
@@ -73,6 +85,8 @@ def worst_error(got: Results, want: Results, rounded: Results, tiny: float = TIN
         allowed = max(tiny, torch.finfo(coarsest).eps) * max(1.0, right.abs().max().item())
         if name in ("dk", "dv"):
             allowed *= (want["o"].shape[1] / x.shape[1]) ** 0.5
+        elif name == "dprefix_bias":  # each row's term has the rounding of its o, which is kept in q's dtype
+            allowed *= want["lse"].numel() ** 0.5
         elif name not in ("o", "lse", "dq"):
             allowed *= max(1.0, 0.1 * want["lse"].numel() ** 0.5)
         share = mine / (2 * theirs + allowed)
@@ -91,6 +105,9 @@ def eager_attention(args: AttentionArgs, gate: Tensor | None = None) -> tuple[Te
     prefix_keys, prefix_values = (_one_prefix(x, args) for x in (args.prefix_k, args.prefix_v))
     content, prefix = (_capped(args.q @ x.transpose(-1, -2) * args.scale, args.softcap) for x in (keys, prefix_keys))
     bias, visible, mine = additive_bias(args), visible_keys(args), _own_prefix(args)
+    if args.prefix_bias is not None:
+        flat = _one_prefix(args.prefix_bias.unsqueeze(-1), args).squeeze(-1).unsqueeze(2)  # [B, H, 1, N * P]
+        prefix = (prefix + finite_bias(flat)).masked_fill(~(flat > MASKED_BIAS), float("-inf"))
     if bias is not None:
         content = content + bias.to(content.dtype)
     if visible is not None:
