@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import replace
 from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
-from . import dispatch, ops, transforms, validation
+from . import dispatch, validation
 from .backends import native
+from .calls import gates, transforms
 from .types import AttentionArgs
-from .verification import first_use
 
 
 def default_backend(backend: str) -> str:
@@ -84,7 +83,8 @@ def prefix_attention(  # type: ignore[misc]  # the overloads tell the return typ
         sinks: ``[H]`` extra logit of each head's softmax (gpt-oss); differentiable.
         bias: broadcastable to ``[B, H, S, T]``, added to content scores (T5, ALiBi); 0 on the prefix. Values of
             -1e37 and below, and False in a bool bias, hide the key.
-        gate: ``[H]``; ``o = o_content + gate * o_prefix`` with two softmaxes (LLaMA-Adapter, Zhang et al. 2023).
+        gate: ``[H]``, or ``[B, H]`` for a gate of each row; ``o = o_content + gate * o_prefix`` with two softmaxes
+            (LLaMA-Adapter, Zhang et al. 2023). The backward pass computes ``o_prefix`` again and keeps nothing for it.
         prefix_ids: ``[B]`` or ``[B, S]`` int, the row's prefix in the bank, -1 = none.
         prefix_lens: ``[N]`` int, tokens of each prefix in the bank, 0 and more.
         prefix_bias: added to the scores of prefix tokens after the softcap, in ``prefix_k``'s shape without D: ``[H_kv,
@@ -134,9 +134,9 @@ def prefix_attention(  # type: ignore[misc]  # the overloads tell the return typ
     backend = default_backend(backend)
     dispatch.check_name(backend)
     if gate is None:
-        o, lse = _call(args, backend)
+        o, lse = transforms.call(args, backend)
     else:
-        o, lse = _gated(args, gate, backend)
+        o, lse = gates.attend(args, gate, backend)
     return (o, lse.detach()) if return_lse else o
 
 
@@ -213,43 +213,18 @@ def _autocast(x: Any) -> Any:
     return x.to(torch.get_autocast_dtype(device))
 
 
-def _call(args: AttentionArgs, backend: str) -> tuple[Tensor, Tensor]:
-    if not torch.compiler.is_compiling() and ops.needs_no_operator(args):
-        return ops.forward(args, backend)
-    call = transforms.Transformed.apply if transforms.active() else ops.prefix_attn_fwd
-    inputs = ops.to_op_inputs(args, backend)
-    if first_use.is_traced():
-        with first_use.held():
-            o, lse = call(*inputs)
-    else:
-        o, lse = call(*inputs)
-    return o, lse
+def add_gated(
+    o: Tensor, q: Tensor, prefix_k: Tensor, prefix_v: Tensor, gate: Tensor, *, scale: float | None = None
+) -> Tensor:
+    """``o + gate * o_prefix`` of an output ``[B, H, S, D_v]`` that was computed elsewhere; the rest as its arguments.
 
-
-def _gated(args: AttentionArgs, gate: Tensor, backend: str) -> tuple[Tensor, Tensor]:
-    """Two softmaxes: the content alone, and the prefix alone, added through the gate ``[H]``."""
-    no_prefix_k, no_prefix_v = (x[..., :0, :] for x in (args.prefix_k, args.prefix_v))
-    content = replace(
-        args, prefix_k=no_prefix_k, prefix_v=no_prefix_v, prefix_bias=None, prefix_ids=None, prefix_lens=None
+    For layers whose content keeps an attention of its own.
+    """
+    nothing_k, nothing_v = (
+        x.new_empty(q.shape[0], x.shape[0], 0, x.shape[2]).to(q.dtype) for x in (prefix_k, prefix_v)
     )
-    if args.prefix_k.dim() == 4:
-        content = replace(content, prefix_k=no_prefix_k[0], prefix_v=no_prefix_v[0])
-    prefix = replace(
-        args,
-        k=args.k[:, :, :0],
-        v=args.v[:, :, :0],
-        causal=False,
-        key_padding_mask=None,
-        segment_ids=None,
-        q_start=None,
-        window=None,
-        sinks=None,
-        bias=None,
-        bias_grad=False,
-    )
-    o_content, lse = _call(content, backend)
-    o_prefix, _ = _call(prefix, backend)
-    return o_content + gate.to(o_prefix.dtype)[:, None, None] * o_prefix, lse
+    args = to_args(q, nothing_k, nothing_v, prefix_k, prefix_v, causal=False, scale=scale, gate=gate)
+    return gates.add(o, args, gate, default_backend("auto"))
 
 
 def explain(q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor, **options: Any) -> str:

@@ -35,7 +35,7 @@ MASKED_BIAS = -1e37
 class AttentionArgs:
     """One call of the operator, validated. Shapes are those of :func:`fastprefix.prefix_attention`.
 
-    ``gate`` is not among them: two softmaxes are two calls (see ``functional.py``).
+    ``gate`` is not among them: two softmaxes are two calls (see ``calls/gates.py``).
     """
 
     q: Tensor  # [B, H, S, D]

@@ -159,7 +159,10 @@ def check_extras(q: Tensor, k: Tensor, sinks: object, bias: object, gate: object
     """Check the arguments that change scores or the merge of prefix and content: sinks, bias, gate, softcap."""
     batch, heads, seq, keys = *q.shape[:3], k.shape[2]
     _optional(q, "sinks", sinks, "[H]", [heads], FLOATS)
-    _optional(q, "gate", gate, "[H]", [heads], FLOATS)
+    if isinstance(gate, Tensor) and gate.dim() == 2:
+        _optional(q, "gate", gate, "[B, H]", [batch, heads], FLOATS)
+    else:
+        _optional(q, "gate", gate, "[H] or [B, H]", [heads], FLOATS)
     if bias is not None:
         dims = f"a tensor broadcastable to [B, H, S, T] = {[batch, heads, seq, keys]}"
         b = _tensor("bias", bias, dims, (0, 1, 2, 3, 4), (*FLOATS, torch.bool))

@@ -29,10 +29,9 @@ MODULES = (
     "reference",
     "dispatch",
     "ops",
-    "transforms",
     "functional",
 )
-FOLDERS = ("backends", "cuda_library", "machine", "verification")
+FOLDERS = ("backends", "calls", "cuda_library", "machine", "verification")
 BACKENDS = ("cpu", "cuda")
 
 OPS = '''"""The namespace of torch in which this build's operators are registered."""

@@ -15,7 +15,7 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from fastprefix.errors import fail
 from fastprefix.hf.adapters.installation import Installation
 from fastprefix.hf.adapters.lookup import require_installation
-from fastprefix.hf.storage import peft_format, save_load, saved_modules
+from fastprefix.hf.storage import gates, peft_format, save_load, saved_modules
 from fastprefix.hf.storage.saved_adapter import SavedAdapter
 from fastprefix.prefixes.kv import DirectKV
 from fastprefix.prefixes.prefix import Prefix
@@ -104,7 +104,9 @@ def restore(
         mine.update(kind="prompt", projected=None if encoder is None else True)
     else:
         config = prefix.config
-        mine.update(position_offset=config.position_offset, num_frozen_tokens=config.num_frozen_tokens)
+        mine.update(
+            position_offset=config.position_offset, num_frozen_tokens=config.num_frozen_tokens, gate=config.gate
+        )
         mine["projected"] = encoder is not None
     for field, expected in mine.items():
         if own.get(field) != expected:
@@ -122,6 +124,7 @@ def restore(
     saved_modules.fill(stored.modules, modules)
     if encoder is not None:
         return stored.fill(prefix)
+    gates.fill(prefix, stored.tensors)
     for layer, key, value in zip(prefix.layers, keys, values, strict=True):
         assert isinstance(layer, DirectKV)
         frozen = layer.num_frozen_tokens

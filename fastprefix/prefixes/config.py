@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 from fastprefix.errors import fail
+from fastprefix.prefixes.gate import GateKind, check_gate
 from fastprefix.prefixes.init import Init, normal, take_length
 from fastprefix.validation import is_int
 
@@ -74,12 +75,18 @@ class PrefixConfig:
             each part. Default all.
         position_offset: ``"after_prefix"``: content starts at position P, as in PEFT; ``"none"``: content starts at 0.
             Both are the same for a model without position ids, whose positions are fixed (patches, sounds, biases).
-            In an encoder-decoder this is the decoder's content; the encoder's always starts at 0, as in the paper.
+            In an encoder-decoder this is the decoder's content; the encoder's always starts at 0, as in the paper. The
+            default is ``"after_prefix"``; a gated prefix takes ``"none"`` alone, as it is not in front of the content.
         num_frozen_tokens: leading prefix tokens that are not trained (the attention sink of Cartridges,
             arXiv:2506.06266).
         parts: for an encoder-decoder, any of ``"encoder"`` (its self-attention), ``"decoder"`` (the decoder's
             self-attention) and ``"cross"`` (the decoder's attention over the encoder's states). Each part has its own
             prefix and, with ``prefix_projection``, its own MLP; default all three. None for other models.
+        gate: adds the prefix through trained gates ``[H]`` of each layer, which start at 0, in place of one softmax:
+            ``o = o_content + gate * o_prefix`` (LLaMA-Adapter's zero-initialised attention, Zhang et al. 2023).
+            Training starts from the model's own outputs. At 0 only the gates get gradients, and those of the keys and
+            values are zero in the first step. ``"tanh"``: ``tanh(g)`` of each head, as in the authors' code;
+            ``"linear"``: ``g`` of each head, as in the paper; ``"scalar"``: one ``g`` for all heads, as in PEFT.
         modules_to_save: names of the model's modules that are trained and saved with this prefix, such as a
             classifier's head (``["classifier"]``, ``["score"]``); as in PEFT, a name means every module whose name
             ends with it. The prefix has its own copies, which are in the model while the prefix is active and are
@@ -94,10 +101,11 @@ class PrefixConfig:
     encoder_hidden_size: int | None = None
     init: Init = field(default_factory=normal)
     layers: Sequence[int] | None = None
-    position_offset: PositionOffset = "after_prefix"
+    position_offset: PositionOffset = None  # type: ignore[assignment]  # one of the two from __post_init__ on
     num_frozen_tokens: int = 0
     parts: Sequence[Part] | None = None
     modules_to_save: Sequence[str] | None = None
+    gate: GateKind | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.init, Init):
@@ -115,8 +123,16 @@ class PrefixConfig:
         if not isinstance(self.init, Init) or of_prompt:
             got = f"init.{self.init.name} of a soft prompt" if isinstance(self.init, Init) else repr(self.init)
             raise fail("init", got, "what fastprefix.init.normal, text, token_ids or kv return")
+        if self.gate is not None:
+            check_gate(self.gate)
+        position_offset: PositionOffset | None = self.position_offset
+        if position_offset is None:
+            self.position_offset = "after_prefix" if self.gate is None else "none"
         if self.position_offset not in ("after_prefix", "none"):
             raise fail("position_offset", repr(self.position_offset), "'after_prefix' or 'none'")
+        if self.gate is not None and self.position_offset != "none":
+            expected = "'none' with a gate: its prefix is added to the content's output, and not in front of it"
+            raise fail("position_offset", repr(self.position_offset), expected)
         frozen = self.num_frozen_tokens
         if not is_int(frozen) or not 0 <= frozen <= self.num_virtual_tokens:
             raise fail("num_frozen_tokens", repr(frozen), f"0..num_virtual_tokens = {self.num_virtual_tokens}")
@@ -136,8 +152,11 @@ class PrefixConfig:
         self.modules_to_save = checked_modules(self.modules_to_save)
 
     def to_json(self) -> dict[str, Any]:
-        """The fields as plain data; of ``init`` only the name, as the initial values are not needed again."""
-        return {
+        """The fields as plain data; of ``init`` only the name, as the initial values are not needed again.
+
+        Fields that later versions of the file's readers may not know are left out at their defaults.
+        """
+        fields = {
             "num_virtual_tokens": self.num_virtual_tokens,
             "prefix_projection": self.prefix_projection,
             "encoder_hidden_size": self.encoder_hidden_size,
@@ -148,6 +167,7 @@ class PrefixConfig:
             "parts": None if self.parts is None else list(self.parts),
             "modules_to_save": None if self.modules_to_save is None else list(self.modules_to_save),
         }
+        return fields if self.gate is None else {**fields, "gate": self.gate}
 
     def active_layers(self, parts: Sequence[Part | None]) -> list[int]:
         """Sorted indices of the layers that get a prefix, in a model whose attention layers belong to ``parts``.

@@ -3,21 +3,50 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from fastprefix.prefixes.config import LayerShape, Part
+from fastprefix.prefixes.gate import Gate
 
 
-class DirectKV(nn.Module):
-    """F frozen keys and values, then P - F trained ones ``[H_kv, P - F, D]``; ``forward`` returns all P."""
+class LayerKV(NamedTuple):
+    """The prefix that one layer's attention reads in addition to its content."""
+
+    k: Tensor  # [H_kv, P, D]; with ids a packed bank, where P is the sum of all prefixes' lengths
+    v: Tensor  # [H_kv, P, D_v]
+    ids: Tensor | None = None  # [B], the row's prefix in the bank, -1 = none
+    lens: Tensor | None = None  # [N]
+    gate: Tensor | None = None  # [H]; of a bank [N, H]; with ids [B, H]
+
+
+class PrefixLayer(nn.Module):
+    """One layer's prefix; calling it returns what the layer's attention reads."""
+
+    def __init__(self, gate: Gate | None = None) -> None:
+        super().__init__()
+        self.gate = gate
+
+    def key_values(self) -> tuple[Tensor, Tensor]:
+        """``[H_kv, P, D]`` and ``[H_kv, P, D_v]``."""
+        raise NotImplementedError
+
+    def forward(self) -> LayerKV:
+        """Keys and values, and the gate if there is one."""
+        k, v = self.key_values()
+        return LayerKV(k, v) if self.gate is None else LayerKV(k, v, gate=self.gate())
+
+
+class DirectKV(PrefixLayer):
+    """F frozen keys and values, then P - F trained ones ``[H_kv, P - F, D]``; ``key_values`` returns all P."""
 
     frozen_k: Tensor
     frozen_v: Tensor
 
-    def __init__(self, key: Tensor, value: Tensor, num_frozen_tokens: int = 0) -> None:
-        super().__init__()
+    def __init__(self, key: Tensor, value: Tensor, num_frozen_tokens: int = 0, gate: Gate | None = None) -> None:
+        super().__init__(gate)
         frozen = num_frozen_tokens
         self.num_frozen_tokens = frozen
         self.k = nn.Parameter(key[:, frozen:].detach().clone())
@@ -26,7 +55,7 @@ class DirectKV(nn.Module):
             self.register_buffer("frozen_k", key[:, :frozen].detach().clone())
             self.register_buffer("frozen_v", value[:, :frozen].detach().clone())
 
-    def forward(self) -> tuple[Tensor, Tensor]:
+    def key_values(self) -> tuple[Tensor, Tensor]:
         """``[H_kv, P, D]`` and ``[H_kv, P, D_v]``."""
         if not self.num_frozen_tokens:
             return self.k, self.v
@@ -169,14 +198,14 @@ class PartEncoders(nn.ModuleDict):
         )
 
 
-class ProjectedKV(nn.Module):
-    """One layer of a shared :class:`PrefixEncoder`. The encoder is registered elsewhere, so this has no parameters."""
+class ProjectedKV(PrefixLayer):
+    """One layer of a shared :class:`PrefixEncoder`, which is registered elsewhere: a gate alone is a parameter here."""
 
-    def __init__(self, encoder: PrefixEncoder | PartEncoders, index: int) -> None:
-        super().__init__()
+    def __init__(self, encoder: PrefixEncoder | PartEncoders, index: int, gate: Gate | None = None) -> None:
+        super().__init__(gate)
         self.index = index
         self._encoder = (encoder,)  # in a tuple, so that the encoder is not registered a second time
 
-    def forward(self) -> tuple[Tensor, Tensor]:
+    def key_values(self) -> tuple[Tensor, Tensor]:
         """``[H_kv, P, D]`` and ``[H_kv, P, D_v]``."""
         return self._encoder[0].layer(self.index)

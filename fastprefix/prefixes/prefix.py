@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastprefix.errors import fail
 from fastprefix.prefixes.config import LayerShape, Part, PrefixConfig
-from fastprefix.prefixes.kv import DirectKV, PartEncoders, PrefixEncoder, ProjectedKV
+from fastprefix.prefixes.gate import Gate
+from fastprefix.prefixes.kv import DirectKV, LayerKV, PartEncoders, PrefixEncoder, PrefixLayer, ProjectedKV
 from fastprefix.prefixes.modules import Modules
 
 
@@ -26,6 +27,7 @@ class Prefix(nn.Module):
         parts: each layer's part of an encoder-decoder (``"encoder"``, ``"decoder"`` or ``"cross"``), else None.
         sources: for each of these layers, the layer whose content keys and values it reads: itself, unless shared.
         shapes: the :class:`LayerShape` of each of these layers.
+        num_heads: the number of query heads H of each of these layers.
         encoder: the MLP (in an encoder-decoder one for each part), or None when keys and values are trained directly.
         modules_to_save: the prefix's copies of the modules that ``config.modules_to_save`` names.
     """
@@ -37,10 +39,12 @@ class Prefix(nn.Module):
         layer_indices: Sequence[int],
         parts: Sequence[Part | None] | None = None,
         sources: Sequence[int] | None = None,
+        num_heads: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
         self.config = config
         self.shapes = tuple(shapes)
+        self.num_heads = tuple(shape.num_kv_heads for shape in self.shapes) if num_heads is None else tuple(num_heads)
         self.layer_indices = tuple(layer_indices)
         self.parts: tuple[Part | None, ...] = (None,) * len(self.shapes) if parts is None else tuple(parts)
         self.sources = tuple(layer_indices if sources is None else sources)
@@ -58,24 +62,51 @@ class Prefix(nn.Module):
         """By how many positions the content after the prefix is shifted."""
         return self.num_virtual_tokens if self.config.position_offset == "after_prefix" else 0
 
+    @property
+    def kind(self) -> str:
+        """The prefix in words, for messages."""
+        gated = "" if self.config.gate is None else "gated "
+        return f"{gated}prefix" if self.encoder is None else f"{gated}prefix through an MLP"
+
+    @property
+    def is_added(self) -> bool:
+        """Whether the output of the prefix is added to the content's, instead of one softmax over both."""
+        return self.config.gate is not None
+
     def devices(self) -> list[torch.device]:
         """Each layer's device."""
-        return [layer()[0].device for layer in self.layers]
+        return [layer.key_values()[0].device for layer in self._layers()]
 
     def set_direct(self, keys: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-        """Make these keys ``[H_kv, P, D]`` and values the parameters, without an MLP."""
+        """Make these keys ``[H_kv, P, D]`` and values the parameters, without an MLP. Gates stay as they are."""
         self.check(keys, values)
+        frozen, gates = self.config.num_frozen_tokens, self.gates([k.device for k in keys])
         self.encoder = None
-        frozen = self.config.num_frozen_tokens
-        self.layers = nn.ModuleList(DirectKV(k, v, frozen) for k, v in zip(keys, values, strict=True))
+        layers = zip(keys, values, gates, strict=True)
+        self.layers = nn.ModuleList(DirectKV(k, v, frozen, gate) for k, v, gate in layers)
 
-    def set_encoder(self, encoder: PrefixEncoder | PartEncoders) -> None:
-        """Make an MLP's output the keys and values."""
+    def set_encoder(self, encoder: PrefixEncoder | PartEncoders, devices: Sequence[torch.device]) -> None:
+        """Make an MLP's output the keys and values; ``devices``: of the layers, on which their gates lie."""
+        gates = self.gates(devices)
         self.encoder = encoder
-        self.layers = nn.ModuleList(ProjectedKV(encoder, i) for i in range(len(self.shapes)))
+        self.layers = nn.ModuleList(ProjectedKV(encoder, i, gate) for i, gate in enumerate(gates))
+
+    def gates(self, devices: Sequence[torch.device]) -> list[Gate | None]:
+        """Each layer's gate, a new one on the layer's device where there is none yet; None without gates."""
+        if self.config.gate is None:
+            return [None] * len(self.shapes)
+        found = [layer.gate for layer in self._layers()] or [Gate(self.config.gate, heads) for heads in self.num_heads]
+        return [None if gate is None else gate.to(device) for gate, device in zip(found, devices, strict=True)]
+
+    def _layers(self) -> list[PrefixLayer]:
+        return list(self.layers)  # type: ignore[arg-type]  # a ModuleList does not know of which modules
 
     def key_values(self) -> list[tuple[Tensor, Tensor]]:
         """Keys ``[H_kv, P, D]`` and values ``[H_kv, P, D_v]`` of each layer, with their gradients."""
+        return [layer.key_values() for layer in self._layers()]
+
+    def read(self) -> list[LayerKV]:
+        """What each layer's attention reads."""
         return [layer() for layer in self.layers]
 
     def check(self, keys: Sequence[Tensor], values: Sequence[Tensor]) -> None:
@@ -90,16 +121,6 @@ class Prefix(nn.Module):
                 if tuple(x.shape) != (s.num_kv_heads, P, dim):
                     want = f"[H_kv, P, D] = {[s.num_kv_heads, P, dim]} in layer {self.layer_indices[i]}"
                     raise fail(name, f"shape {list(x.shape)}", want)
-
-
-class LayerKV(NamedTuple):
-    """The prefix that one layer's attention reads in addition to its content."""
-
-    k: Tensor  # [H_kv, P, D]; with ids a packed bank, where P is the sum of all prefixes' lengths
-    v: Tensor  # [H_kv, P, D_v]
-    ids: Tensor | None = None  # [B], the row's prefix in the bank, -1 = none
-    lens: Tensor | None = None  # [N]
-    gate: Tensor | None = None  # [H]
 
 
 class LayerSlot(nn.Module):
@@ -147,8 +168,8 @@ class LayerSlot(nn.Module):
         layer = self._modules["prefixes"]._modules.get(self.active)  # type: ignore[union-attr]
         if layer is None:
             return None
-        k, v = layer() if is_hooked(layer) else layer.forward()
-        return LayerKV(k, v)
+        kv: LayerKV = layer() if is_hooked(layer) else layer.forward()
+        return kv
 
 
 def is_hooked(module: nn.Module) -> bool:

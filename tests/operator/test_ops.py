@@ -84,7 +84,7 @@ COMPILED = ("plain", "left_padding", "gate", "bank", "bank_packed", "softcap", "
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("case", "backend"), on_every_backend(*COMPILED, "bank_packed_per_row", "bank_packed_and_gate")
+    ("case", "backend"), on_every_backend(*COMPILED, "bank_packed_per_row", "bank_packed_and_each_row_its_gate")
 )
 def test_compile_fullgraph(case: str, backend: str) -> None:
     torch._dynamo.reset()

@@ -71,7 +71,6 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "window without causal": ({"window": 3, "causal": False}, "window: got a window with causal=False"),
     "softcap": ({"softcap": -1.0}, "softcap: got -1.0, expected a positive finite number"),
     "sinks": ({"sinks": torch.randn(2)}, r"sinks: got shape \[2\], expected \[H\]"),
-    "gate": ({"gate": torch.randn(2)}, r"gate: got shape \[2\]"),
     "prefix_bias": (
         {"prefix_bias": torch.randn(2, 6)},
         r"prefix_bias: got shape \[2, 6\], expected \[H_kv, P\] = \[2, 7\]",
@@ -85,6 +84,8 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
         },
         r"prefix_bias: got shape \[2, 7\], expected \[N, H_kv, P\]",
     ),
+    "gate": ({"gate": torch.randn(2)}, r"gate: got shape \[2\], expected \[H\] or \[B, H\] = \[6\]"),
+    "gate of rows": ({"gate": torch.randn(3, 6)}, r"gate: got shape \[3, 6\], expected \[B, H\] = \[2, 6\]"),
     "bias": ({"bias": torch.randn(4, 5)}, r"bias: got shape \[4, 5\]"),
     "bias dtype": ({"bias": torch.ones(5, dtype=torch.long)}, "bias: got dtype"),
     "dropout": ({"dropout_p": 1.0}, "dropout_p: got 1.0"),

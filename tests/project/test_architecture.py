@@ -26,7 +26,7 @@ LAYERS = (
     ("verification",),
     ("dispatch",),
     ("ops",),
-    ("transforms",),
+    ("calls",),
     ("functional",),
     ("prefixes",),
     ("init", "hf"),

@@ -1,13 +1,14 @@
 """The models' oracle: prefix tuning by explicit concatenation, beside transformers' own eager masks. Nothing of ours.
 
 ``concatenating`` gives a model an attention that repeats the heads, concatenates the prefix in front of every sample's
-keys and values and takes one softmax; the caller's position ids start at P.
+keys and values and takes one softmax; the caller's position ids start at P. ``run_added`` leaves the keys as they are,
+and adds a term of the queries alone to the output.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,7 +18,9 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
 NAME = "explicit_concat"
+Term = Callable[[Tensor, float], Tensor]  # queries [B, H, S, D] and the scale, to [B, H, S, D_v]
 _prefixes: dict[int, tuple[Tensor, Tensor]] = {}
+_terms: dict[int, Term] = {}
 
 
 def _attention(
@@ -39,7 +42,8 @@ def _attention(
         pk, pv = (x.to(query.dtype).expand(batch, -1, -1, -1) for x in _prefixes[id(module)])
         key, value, prefix = torch.cat([pk, key], 2), torch.cat([pv, value], 2), pk.shape[2]
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    scores = query @ key.transpose(-1, -2) * scale
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     if attention_mask is not None:
@@ -53,7 +57,10 @@ def _attention(
             [scores, s_aux.to(scores.dtype).reshape(1, -1, 1, 1).expand(batch, -1, query.shape[2], -1)], -1
         )
     p = torch.softmax(scores, -1)[..., : value.shape[2]]
-    return (p @ value).transpose(1, 2).contiguous(), None
+    o = p @ value
+    if id(module) in _terms:
+        o = o + _terms[id(module)](query, scale)
+    return o.transpose(1, 2).contiguous(), None
 
 
 AttentionInterface.register(NAME, _attention)
@@ -61,8 +68,10 @@ AttentionMaskInterface.register(NAME, eager_mask)
 
 
 @contextmanager
-def concatenating(model: nn.Module, key_values: dict[str, tuple[Tensor, Tensor]]) -> Iterator[Any]:
-    """A copy of ``model`` with the prefix ``{attention module's name: (k, v)}`` concatenated in."""
+def concatenating(
+    model: nn.Module, key_values: dict[str, tuple[Tensor, Tensor]], terms: dict[str, Term] | None = None
+) -> Iterator[Any]:
+    """A copy of ``model`` with the prefix ``{attention module's name: (k, v)}`` concatenated in, and terms added."""
     twin: Any = copy.deepcopy(model)
     # Not by set_attn_implementation, which on some versions leaves the two stacks of an encoder-decoder as they were.
     for config in {id(m.config): m.config for m in twin.modules() if hasattr(m, "config")}.values():
@@ -70,10 +79,29 @@ def concatenating(model: nn.Module, key_values: dict[str, tuple[Tensor, Tensor]]
     modules = dict(twin.named_modules())
     _prefixes.clear()
     _prefixes.update({id(modules[name]): kv for name, kv in key_values.items()})
+    _terms.update({id(modules[name]): term for name, term in (terms or {}).items()})
     try:
         yield twin
     finally:
         _prefixes.clear()
+        _terms.clear()
+
+
+def run_added(model: nn.Module, terms: dict[str, Term], **inputs: Any) -> Any:
+    """Forward of a copy of ``model`` in which attention modules add these terms, by name."""
+    with concatenating(model, {}, terms) as twin:
+        return twin(**inputs)
+
+
+def gated(k: Tensor, v: Tensor, gate: Tensor) -> Term:
+    """``gate * softmax(scale * q k^T) v`` with keys ``[H_kv, P, D]``; the gate ``[H]``."""
+
+    def term(q: Tensor, scale: float) -> Tensor:
+        groups = q.shape[1] // k.shape[0]
+        keys, values = k.repeat_interleave(groups, 0), v.repeat_interleave(groups, 0)
+        return gate[:, None, None] * (torch.softmax(q @ keys.transpose(-1, -2) * scale, -1) @ values)
+
+    return term
 
 
 def run_concat(model: nn.Module, key_values: dict[str, tuple[Tensor, Tensor]], **inputs: Any) -> Any:

@@ -85,6 +85,8 @@ CASES: dict[str, Callable[[], Call]] = {
     ),
     "gate": lambda: make_call(gate=torch.randn(6).requires_grad_()),
     "gate_and_padding": lambda: make_call(gate=torch.randn(6).requires_grad_(), key_padding_mask=padding(2, 5, "left")),
+    "gate_of_each_row": lambda: make_call(gate=torch.randn(2, 6).requires_grad_()),
+    "gate_and_softcap": lambda: make_call(gate=torch.randn(6).requires_grad_(), softcap=2.0),
     "bank": lambda: make_call(B=4, N=3, prefix_ids=torch.tensor([2, -1, 0, 2])),
     "bank_ragged": lambda: make_call(
         B=4, N=3, prefix_ids=torch.tensor([2, 1, 0, 2]), prefix_lens=torch.tensor([7, 0, 3])
@@ -133,6 +135,9 @@ CASES: dict[str, Callable[[], Call]] = {
     ),
     "bank_packed_and_gate": lambda: make_call(
         packed=(3, 2), prefix_ids=torch.tensor([1, 0]), gate=torch.randn(6).requires_grad_()
+    ),
+    "bank_packed_and_each_row_its_gate": lambda: make_call(
+        B=3, packed=(3, 2), prefix_ids=torch.tensor([1, -1, 0]), gate=torch.randn(3, 6).requires_grad_()
     ),
     "prefix_bias": lambda: make_call(prefix_bias=prefix_bias(2, 7)),
     "prefix_bias_not_trained": lambda: make_call(prefix_bias=prefix_bias(2, 7).detach()),

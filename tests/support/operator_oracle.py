@@ -73,7 +73,7 @@ def brute_force(call: Call) -> dict[str, Tensor]:
                 values_c = v[b, h // groups, seen]
                 if gate is not None:
                     row, lse = _softmax(torch.cat([content, *extra]), values_c)
-                    row = row + gate[h] * _softmax(prefix, values_p)[0]
+                    row = row + (gate[b, h] if gate.dim() == 2 else gate[h]) * _softmax(prefix, values_p)[0]
                 else:
                     row, lse = _softmax(torch.cat([prefix, content, *extra]), torch.cat([values_p, values_c]))
                 rows.append(row)

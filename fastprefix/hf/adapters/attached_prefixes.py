@@ -118,8 +118,12 @@ def behind_each_other(prefixes: Sequence[ResolvedPrefix], name: Name) -> Resolve
     """Several prefixes as one; soft prompts as one prompt, whose tokens see those before them.
 
     Raises:
-        ValueError: soft prompts and prefixes are mixed.
+        ValueError: soft prompts and prefixes are mixed, or one is added through a gate.
     """
+    for prefix in prefixes:
+        if prefix.added:
+            expected = "prefixes that one softmax reads behind each other"
+            raise fail("names", f"{name!r} with a {prefix.kind}, whose output is added to the content's", expected)
     prompts = [prefix.prompt for prefix in prefixes if prefix.prompt is not None]
     if prompts and len(prompts) < len(prefixes):
         kinds = " and ".join(dict.fromkeys(prefix.kind for prefix in prefixes))
@@ -159,11 +163,11 @@ def resolve(prefix: Prefix | SoftPrompt, num_layers: int) -> ResolvedPrefix:
         found: KeyValues = [None] * num_layers
         if prefix.encoder is not None:
             prefix.encoder.share()
-        for index, kv in zip(prefix.layer_indices, prefix.key_values(), strict=True):
-            found[index] = LayerKV(*kv)
+        for index, kv in zip(prefix.layer_indices, prefix.read(), strict=True):
+            found[index] = kv
         if prefix.encoder is not None:
             prefix.encoder.unshare()
         return found
 
-    kind = "prefix" if prefix.encoder is None else "prefix through an MLP"
-    return ResolvedPrefix(kind, tokens, prefix.offset, parameters, key_values, layers=len(prefix.layer_indices))
+    layers = len(prefix.layer_indices)
+    return ResolvedPrefix(prefix.kind, tokens, prefix.offset, parameters, key_values, None, layers, prefix.is_added)

@@ -115,7 +115,8 @@ def empty_prefix(installation: Installation, config: PrefixConfig) -> Prefix:
     layers = installation.facts.layers
     indices = config.active_layers(layers.parts)
     shapes, parts = [layers.shapes[i] for i in indices], [layers.parts[i] for i in indices]
-    return Prefix(config, shapes, indices, parts, [layers.kv_sources[i] for i in indices])
+    sources, heads = [layers.kv_sources[i] for i in indices], [layers.num_heads[i] for i in indices]
+    return Prefix(config, shapes, indices, parts, sources, heads)
 
 
 def new_encoder(installation: Installation, prefix: Prefix) -> PrefixEncoder | PartEncoders:
@@ -136,7 +137,7 @@ def build_prefix(installation: Installation, config: PrefixConfig) -> Prefix:
     if config.prefix_projection:
         encoder = new_encoder(installation, prefix)
         encoder.to(devices[0])
-        prefix.set_encoder(encoder)
+        prefix.set_encoder(encoder, devices)
         if given is not None:
             prefix.check(*given)
             error = encoder.fit(*([x.to(devices[0]) for x in part] for part in given))

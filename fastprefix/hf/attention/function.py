@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from fastprefix.errors import fail
-from fastprefix.functional import prefix_attention
+from fastprefix.functional import add_gated, prefix_attention
 from fastprefix.hf.attention import masks, packed_prompts
 from fastprefix.hf.attention.recording import AttentionCall, is_recording, record
 from fastprefix.prefixes.prefix import LayerKV, LayerSlot, is_hooked
@@ -142,9 +142,8 @@ def _gated(
     if kv is None:
         return output, None
     assert kv.gate is not None
-    nothing_k, nothing_v = key[:, :, :0], value[:, :, :0]
-    o = prefix_attention(query, nothing_k, nothing_v, kv.k, kv.v, causal=False, scale=scaling)  # [B, H, S, D_v]
-    return output + (kv.gate.to(o.dtype)[:, None, None] * o).transpose(1, 2), None
+    o = add_gated(output.transpose(1, 2), query, kv.k, kv.v, kv.gate, scale=scaling)  # [B, H, S, D_v]
+    return o.transpose(1, 2), None
 
 
 def _no_prefix(query: Tensor, key: Tensor, value: Tensor) -> LayerKV:

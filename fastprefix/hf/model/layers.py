@@ -58,6 +58,7 @@ class Layers:
     window: int | None  # the smallest sliding window or chunk of any layer, in tokens
     hybrid_layer_types: tuple[str, ...]  # of all layers of a hybrid model; else empty
     reuses_modules: bool  # one module serves several layers, which share a prefix (ALBERT, Zamba)
+    num_heads: tuple[int, ...]  # each layer's query heads H
     kv_sources: tuple[int, ...]  # the layer whose keys and values each layer reads; an earlier one in Gemma 3n
 
     @property
@@ -132,6 +133,7 @@ def make_layers(
         window=min(windows, default=None),
         hybrid_layer_types=(),
         reuses_modules=False,
+        num_heads=tuple(call.tensors["q"].shape[1] for call in every),
         kv_sources=tuple(range(len(every))),
     )
 

@@ -15,7 +15,7 @@ from peft.tuners.adaption_prompt.layer import AdaptedAttention, AdaptedAttention
 from torch import Tensor
 
 from fastprefix.errors import fail
-from fastprefix.functional import prefix_attention
+from fastprefix.functional import add_gated
 from fastprefix.hf.adapters.installation import Installation
 from fastprefix.hf.attention.function import SLOT
 from fastprefix.hf.runtime.forward_context import AdapterSelection, KeyValues, Name, ResolvedPrefix
@@ -50,10 +50,9 @@ class FusedAttentionGPT(AdaptedAttentionGPT):
         finally:
             slot.keeps_query, slot.query = False, None
         k, v = self.key_values()
-        nothing = q.new_empty(q.shape[0], k.shape[0], 0, q.shape[3])
-        o = prefix_attention(q, nothing, nothing, k, v, causal=False)  # [B, H, S, D]
-        o = self.adaption_gate.to(o.dtype) * o.transpose(1, 2).flatten(2)
-        return output + o, *rest
+        heads = output.unflatten(-1, (-1, self.model.head_dim)).transpose(1, 2)  # [B, H, S, D]
+        o = add_gated(heads, q, k, v, self.adaption_gate.expand(self.num_heads))
+        return o.transpose(1, 2).flatten(2), *rest
 
     def key_values(self) -> tuple[Tensor, Tensor]:
         """Keys and values ``[H, P, D]`` of the prompt."""

@@ -48,6 +48,7 @@ class ResolvedPrefix(NamedTuple):
     key_values: Callable[[], KeyValues] | None = None
     prompt: Callable[[], Tensor] | None = None  # [P, d]
     layers: int | None = None  # how many layers have a prefix
+    added: bool = False  # whether its output is added to the content's, instead of one softmax over both
 
 
 class PrefixProvider(Protocol):

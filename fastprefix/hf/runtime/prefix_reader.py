@@ -89,6 +89,9 @@ class PrefixReader:
         Returns:
             The bank, and the output of the module that soft prompts ran through (None without any).
         """
+        if len({prefix.added for prefix in resolved}) > 1:
+            kinds = " and ".join(f"{name!r}, a {prefix.kind}" for name, prefix in zip(names, resolved, strict=True))
+            raise fail("names", kinds, "in one batch prefixes with gates, or none of them with a gate")
         embeddings = [prefix.prompt() for prefix in resolved if prefix.prompt is not None]
         output = None
         dtensor.refuse_bank(p for prefix in resolved if prefix.prompt is None for p in prefix.parameters())
@@ -120,7 +123,7 @@ class PrefixReader:
             selected.rows(batch)
             gated = self.selection.provider.gated
             return ForwardContext(bank.offsets[0], bank.layers, None if last is None else last[None], gated=gated)
-        if any(kv is not None and kv.gate is not None for kv in bank.layers):
+        if self.selection.provider.gated:
             raise fail("names", "a mixed batch of gated prompts", "one for all rows")
         index = {name: i for i, name in enumerate(bank.names)}
         rows = [-1 if name is None else index[name] for name in selected.rows(batch)]
@@ -131,7 +134,8 @@ class PrefixReader:
                 device = kv.k.device
                 ids.setdefault(device, torch.tensor(rows, device=device))
                 lens = torch.tensor([kv.k.shape[1]], device=device) if kv.lens is None else kv.lens
-                kv = kv._replace(ids=ids[device], lens=lens)
+                gate = None if kv.gate is None else _of_rows(kv.gate, ids[device])
+                kv = kv._replace(ids=ids[device], lens=lens, gate=gate)
             layers.append(kv)
         context = ForwardContext(torch.tensor([[0 if i < 0 else bank.offsets[i]] for i in rows]), layers)
         hidden = [None if i < 0 else bank.last[i] for i in rows]
@@ -170,7 +174,18 @@ def pack(pairs: Sequence[LayerKV | None]) -> LayerKV | None:
     if len(pairs) == 1:
         return present[0]
     lens = torch.tensor([0 if kv is None else kv.k.shape[1] for kv in pairs], device=present[0].k.device)
-    return LayerKV(torch.cat([kv.k for kv in present], 1), torch.cat([kv.v for kv in present], 1), lens=lens)
+    k, v = torch.cat([kv.k for kv in present], 1), torch.cat([kv.v for kv in present], 1)
+    some = present[0].gate
+    if some is None:
+        return LayerKV(k, v, lens=lens)
+    gates = [some.new_zeros(some.shape) if kv is None or kv.gate is None else kv.gate for kv in pairs]
+    return LayerKV(k, v, lens=lens, gate=torch.stack(gates))
+
+
+def _of_rows(gate: Tensor, ids: Tensor) -> Tensor:
+    """``[B, H]``, the gate of each row's prefix (id -1: none, and 0), of one gate ``[H]`` or a bank's, ``[N, H]``."""
+    bank = gate.reshape(-1, gate.shape[-1])
+    return torch.cat([bank, bank.new_zeros(1, bank.shape[1])])[ids]
 
 
 def _version(x: Tensor) -> tuple[int, int]:

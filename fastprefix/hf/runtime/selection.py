@@ -81,6 +81,12 @@ class Selection:
         prefix = self.prefixes.get(self.active) if self.active is not None else None
         return prefix.encoder if isinstance(prefix, Prefix) else None
 
+    def added(self) -> str | None:
+        """The kind of a prefix of the next forward whose output is added to the content's; None without one."""
+        selection = self.current()
+        found = [] if selection is None else [self.provider.resolve(name) for name in selection.distinct()]
+        return next((prefix.kind for prefix in found if prefix.added), None)
+
     def has_prompts(self) -> bool:
         """Whether a row of the next forward has a soft or shared prompt in front of it."""
         selection = self.current()

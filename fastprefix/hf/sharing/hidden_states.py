@@ -35,6 +35,8 @@ def why_not_now(installation: Installation) -> str | None:
         return "a block of shared_prompt or prefix_batch is open"
     if selection.provider.gated:
         return "gated prompts (ADAPTION_PROMPT) are read beside the content"
+    if (kind := selection.added()) is not None:
+        return f"a {kind} is active, whose output is added to the content's"
     if selection.has_prompts():
         return "a soft prompt is active"
     shares_keys = facts.layers.kv_sources != tuple(range(len(facts.layers.modules)))

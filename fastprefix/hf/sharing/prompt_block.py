@@ -88,6 +88,9 @@ class PromptBlock:
         reader = self.reader
         if selection is not None and len(selection.names) > 1:
             raise fail("names", "a mixed batch beside a shared prompt", "one prefix for all rows")
+        if (kind := reader.selection.added()) is not None:
+            got = f"a {kind} beside a shared prompt"
+            raise fail("prefix", got, "one that stands in front of the prompt, or none (set_prefix)")
         rows = self.shared.rows(reader.facts.layers.batch_size(kwargs))
         used = sorted(set(rows))
         front = None if selection is None else reader.read_names(selection, kwargs)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fastprefix.hf.model.layers import Layers
+from fastprefix.hf.storage import gates
 from fastprefix.hf.storage.validated_files import field, shown
 from fastprefix.prefixes import init
 from fastprefix.prefixes.config import PrefixConfig
@@ -60,7 +61,12 @@ def unpack(embeddings: Tensor, prefix: Prefix) -> tuple[list[Tensor], list[Tenso
 def is_peft(prefix: Prefix, layers: Layers) -> bool:
     """Whether PEFT's format can represent a prefix of a model with these layers, and PEFT computes the same with it."""
     shapes = set(prefix.shapes)
-    if any(part is not None for part in prefix.parts) or layers.reuses_modules or layers.hybrid_layer_types:
+    if (
+        prefix.is_added
+        or any(part is not None for part in prefix.parts)
+        or layers.reuses_modules
+        or layers.hybrid_layer_types
+    ):
         return False
     uniform = len(shapes) == 1 and prefix.shapes[0].head_dim == prefix.shapes[0].value_dim
     moves = layers.main.takes_positions and prefix.config.position_offset == "after_prefix"
@@ -151,7 +157,9 @@ def own_configuration(own: dict[str, Any], path: Path) -> PrefixConfig | PromptC
         with errors_naming(path):
             return PromptConfig(tokens, **encoder)
     fields: dict[str, Any] = {
-        n: own[n] for n in ("num_virtual_tokens", "layers", "position_offset", "num_frozen_tokens", "parts") if n in own
+        n: own[n]
+        for n in ("num_virtual_tokens", "layers", "position_offset", "num_frozen_tokens", "parts", "gate")
+        if n in own
     }
     if field(own, "projected", bool, path, None):
         fields.update(prefix_projection=True, encoder_hidden_size=own.get("encoder_hidden_size"))
@@ -227,7 +235,7 @@ def stored_key_values(tensors: dict[str, Tensor], prefix: Prefix, path: Path) ->
         for i, shape in zip(prefix.layer_indices, shapes, strict=True)
         for n, dim in zip("kv", (shape.head_dim, shape.value_dim), strict=True)
     }
-    check_tensors(tensors, want, path)
+    check_tensors(tensors, {**want, **gates.wanted(prefix)}, path)
     keys, values = ([tensors[f"layers.{i}.{n}"] for i in prefix.layer_indices] for n in "kv")
     return keys, values
 

@@ -9,8 +9,8 @@
     README.md                    a model card for the Hub, unless there is one that somebody else wrote or edited
 
 A prefix that PEFT cannot represent (a subset of layers, position_offset="none", layers of different shapes, an
-encoder-decoder's parts) is written with ``peft_type`` FASTPREFIX and one tensor per layer, so that PEFT refuses it
-instead of computing something else.
+encoder-decoder's parts, gates) is written with ``peft_type`` FASTPREFIX and one tensor per layer, so that PEFT refuses
+it instead of computing something else.
 
 A save replaces all files or none (:mod:`fastprefix.hf.storage.atomic_folder`).
 """
@@ -32,7 +32,7 @@ from fastprefix.hf.adapters.installation import Installation
 from fastprefix.hf.adapters.lookup import require_installation, require_not_patched
 from fastprefix.hf.model import wrappers
 from fastprefix.hf.model.dtensor import gathered
-from fastprefix.hf.storage import model_card, saved_modules
+from fastprefix.hf.storage import gates, model_card, saved_modules
 from fastprefix.hf.storage.atomic_folder import write_atomically
 from fastprefix.hf.storage.hub import adapter_folder
 from fastprefix.hf.storage.peft_format import (
@@ -139,6 +139,7 @@ def contents(
         for i, kv in zip(prefix.layer_indices, pairs, strict=True)
         for n, x in zip("kv", kv, strict=True)
     }
+    tensors.update(gates.tensors(prefix))
     return {"peft_type": OWN, "num_virtual_tokens": prefix.num_virtual_tokens}, {**tensors, **beside}
 
 

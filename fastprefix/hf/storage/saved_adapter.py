@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fastprefix.errors import fail
 from fastprefix.hf.adapters.build import build, empty_prefix, new_encoder, prompt_dim
 from fastprefix.hf.adapters.installation import Installation
-from fastprefix.hf.storage import saved_modules
+from fastprefix.hf.storage import gates, saved_modules
 from fastprefix.hf.storage.atomic_folder import read_consistently
 from fastprefix.hf.storage.peft_format import (
     CONFIG,
@@ -124,6 +124,8 @@ class SavedAdapter:
     @torch.no_grad()
     def fill(self, prefix: Prefix | SoftPrompt) -> None:
         """Copy the saved values into a new prefix of this configuration."""
+        if isinstance(prefix, Prefix):
+            gates.fill(prefix, self.tensors)
         if prefix.encoder is not None:
             assert self.encoder is not None
             prefix.encoder.load_state_dict(self.encoder)

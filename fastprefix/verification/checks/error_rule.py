@@ -99,7 +99,7 @@ def worst_error(got: Results, want: Results, rounded: Results, tiny: float = TIN
 def eager_attention(args: AttentionArgs, gate: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """``o`` and ``lse``, differentiable; a bank is one long prefix of which each row sees its own part.
 
-    ``gate``: ``[H]``, two softmaxes as in ``prefix_attention``.
+    ``gate``: ``[H]`` or ``[B, H]``, two softmaxes as in ``prefix_attention``.
     """
     keys, values = (x.repeat_interleave(args.groups, 1) for x in (args.k, args.v))
     prefix_keys, prefix_values = (_one_prefix(x, args) for x in (args.prefix_k, args.prefix_v))
@@ -120,7 +120,7 @@ def eager_attention(args: AttentionArgs, gate: Tensor | None = None) -> tuple[Te
     if gate is None:
         return _attend(torch.cat([prefix, content, *sinks], -1), torch.cat([prefix_values, values], 2))
     o, lse = _attend(torch.cat([content, *sinks], -1), values)
-    return o + gate.to(o.dtype)[:, None, None] * _attend(prefix, prefix_values)[0], lse
+    return o + gate.to(o.dtype)[..., None, None] * _attend(prefix, prefix_values)[0], lse
 
 
 def _capped(scores: Tensor, softcap: float | None) -> Tensor:

@@ -1,20 +1,36 @@
-"""The operator under ``torch.func``'s transforms: the same calls, in the form that ``grad``, ``vjp`` and ``vmap`` take.
+"""Calls of the operator in the form that the moment takes: plain, or under ``torch.func``'s transforms.
 
-A Function of its own, as its way through torch would cost an ordinary call time. What it computes is the operator's;
-second derivatives and forward mode are refused here as they are there.
+Transforms have a Function of their own, as its way through torch would cost an ordinary call time. What it computes is
+the operator's; second derivatives and forward mode are refused here as they are there.
 """
 
 from __future__ import annotations
 
 import functools
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import ops
-from ._ops import ops as namespace
-from .ops import NEEDED, TENSORS
+from .. import ops
+from .._ops import ops as namespace
+from ..ops import NEEDED, TENSORS
+from ..types import AttentionArgs
+from ..verification import first_use
+
+
+def call(args: AttentionArgs, backend: str) -> tuple[Tensor, Tensor]:
+    """``o`` and ``lse`` of a checked call."""
+    if not torch.compiler.is_compiling() and ops.needs_no_operator(args):
+        return ops.forward(args, backend)
+    with undisturbed():
+        return (Transformed.apply if active() else ops.prefix_attn_fwd)(*ops.to_op_inputs(args, backend))
+
+
+def undisturbed() -> AbstractContextManager[None]:
+    """A block in which backends are not verified, where something watches every operator that runs."""
+    return first_use.held() if first_use.is_traced() else nullcontext()
 
 
 def active() -> bool:
