@@ -103,11 +103,12 @@ def prefix_attention(  # type: ignore[misc]  # the overloads tell the return typ
         UnsupportedError: the backend asked for by name has reasons against the call.
     """
     plain = gate is None and type(dropout_p) is float and dropout_p == 0.0
+    found = None
     if native.attend is not None and plain and not torch.compiler.is_compiling():
         options = (causal, scale, key_padding_mask, segment_ids, q_start, window, softcap, sinks, bias)
         bank = (prefix_ids, prefix_lens, prefix_bias)
         found = native.attend(q, k, v, prefix_k, prefix_v, *options, *bank, backend, return_lse)
-        if found is not None:
+        if found is not None and found is not True:
             return found
     validation.check_flag("return_lse", return_lse)
     args = _checked_args(
@@ -130,6 +131,7 @@ def prefix_attention(  # type: ignore[misc]  # the overloads tell the return typ
         prefix_lens=prefix_lens,
         prefix_bias=prefix_bias,
         dropout_p=dropout_p,
+        fits=found is True,
     )
     backend = default_backend(backend)
     dispatch.check_name(backend)
@@ -161,20 +163,23 @@ def _checked_args(
     prefix_lens: Tensor | None,
     prefix_bias: Tensor | None,
     dropout_p: float,
+    fits: bool = False,
 ) -> AttentionArgs:
-    """Check everything, apply autocast, fill in the defaults. ``gate`` is checked only: it is applied outside."""
+    """Check everything, apply autocast, fill in the defaults. ``gate`` is checked only: it is applied outside.
+
+    ``fits``: the checks, which take longer than the rest, have been made in C++.
+    """
     compiling = torch.compiler.is_compiling()
     if compiling or torch._C._is_any_autocast_enabled():
         q, k, v = _autocast(q), _autocast(k), _autocast(v)
-    bank = prefix_ids is not None or prefix_lens is not None
-    if compiling or bank or not validation.fits(q, k, v, prefix_k, prefix_v):
+    if not fits:
         validation.check_content(q, k, v)
         validation.check_prefix(q, v, prefix_k, prefix_v, prefix_ids, prefix_lens)
-    validation.check_masks(q, k, causal, key_padding_mask, segment_ids, q_start, window)
-    validation.check_extras(q, k, sinks, bias, gate, softcap)
-    validation.check_bank(q, prefix_k, prefix_ids, prefix_lens)
-    validation.check_prefix_bias(q, prefix_k, prefix_bias)
-    validation.check_scalars(scale, dropout_p)
+        validation.check_masks(q, k, causal, key_padding_mask, segment_ids, q_start, window)
+        validation.check_extras(q, k, sinks, bias, gate, softcap)
+        validation.check_bank(q, prefix_k, prefix_ids, prefix_lens)
+        validation.check_prefix_bias(q, prefix_k, prefix_bias)
+        validation.check_scalars(scale, dropout_p)
     seed = None
     if dropout_p > 0.0:
         # Drawn from torch's generator, so that recomputation under checkpointing draws the same.

@@ -43,31 +43,6 @@ def _shape(name: str, x: Tensor, dims: str, want: list[int | None]) -> None:
             raise fail(name, f"shape {list(x.shape)}", f"{dims} = {_sizes(want)}")
 
 
-def fits(q: Any, k: Any, v: Any, prefix_k: Any, prefix_v: Any) -> bool:
-    """Whether the tensors of a call without a bank pass :func:`check_content` and :func:`check_prefix`, at a look.
-
-    False where one does not, or that cannot be told at a look: the two functions say which, and what is wrong.
-    """
-    tensors = (q, k, v, prefix_k, prefix_v)
-    if not all(isinstance(x, Tensor) and x.layout is torch.strided for x in tensors):
-        return False
-    try:
-        (batch, heads, _, width), (batch_k, heads_k, keys, width_k), (batch_v, heads_v, keys_v, width_v) = (
-            x.shape for x in (q, k, v)
-        )
-        (heads_pk, tokens, width_pk), (heads_pv, tokens_v, width_pv) = prefix_k.shape, prefix_v.shape
-    except ValueError:  # another number of dimensions
-        return False
-    same = batch == batch_k == batch_v and heads_k == heads_v == heads_pk == heads_pv and keys == keys_v
-    same = same and width == width_k == width_pk and width_v == width_pv and tokens == tokens_v
-    if not same or 0 in (heads, heads_k, width, width_v) or heads % heads_k:
-        return False
-    dtype, device, own = q.dtype, q.device, prefix_k.dtype
-    if dtype not in FLOATS or own not in FLOATS or own != prefix_v.dtype or not k.dtype == dtype == v.dtype:
-        return False
-    return all(x.device == device for x in tensors)
-
-
 def check_content(q: Tensor, k: Tensor, v: Tensor) -> None:
     """Check that q, k and v fit each other."""
     _tensor("q", q, "[B, H, S, D]", (4,), FLOATS)

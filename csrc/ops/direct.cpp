@@ -35,10 +35,16 @@ bool is_watched() {
   return autocast || !within(keys.included_, c10::default_included_set) || at::impl::torch_function_mode_enabled();
 }
 
+using c10::DispatchKey;
+
+constexpr c10::DispatchKeySet ON_CPU({DispatchKey::CPU, DispatchKey::AutogradCPU, DispatchKey::ADInplaceOrView, DispatchKey::AutocastCPU});
+constexpr c10::DispatchKeySet ON_CUDA({DispatchKey::CUDA, DispatchKey::AutogradCUDA, DispatchKey::ADInplaceOrView, DispatchKey::AutocastCUDA});
+constexpr c10::DispatchKeySet ON_META({DispatchKey::Meta, DispatchKey::AutogradMeta, DispatchKey::ADInplaceOrView});
+
+// A dense tensor of a device, with no wrapper around it.
 bool is_plain(const at::Tensor& x) {
-  constexpr c10::DispatchKeySet usual({c10::DispatchKey::CPU, c10::DispatchKey::AutogradCPU, c10::DispatchKey::ADInplaceOrView,
-                                       c10::DispatchKey::AutocastCPU});
-  return within(x.key_set(), usual) && !x._fw_grad(0).defined();
+  const c10::DispatchKeySet keys = x.key_set();
+  return within(keys, ON_CPU) || within(keys, ON_CUDA) || within(keys, ON_META);
 }
 
 bool has_kind(const at::Tensor& x, std::initializer_list<at::ScalarType> types) {
@@ -81,9 +87,9 @@ bool prefix_fits(const Inputs& x) {
   return !bank || !lens.defined() || lens.size(0) == k.size(0);
 }
 
-// The values of ids and lengths, which Python checks as well where they are on the CPU.
+// The values of ids and lengths, which are looked at on the CPU only: reading them on another device would synchronise.
 bool bank_fits(const Inputs& x) {
-  if (!x.prefix_ids.defined()) return true;
+  if (!x.prefix_ids.defined() || !x.prefix_ids.is_cpu()) return true;
   const at::Tensor ids = x.prefix_ids.to(at::kLong).contiguous();
   const bool packed = x.prefix_k.dim() == 3;
   const int64_t number = packed ? x.prefix_lens.size(0) : x.prefix_k.size(0), tokens = x.prefix_k.size(-2);
@@ -154,11 +160,17 @@ std::unordered_set<Signature, Hash> remembered;
 
 }  // namespace
 
+bool fits(const Inputs& x) {
+  if (!content_fits(x) || !prefix_fits(x) || !options_fit(x)) return false;
+  const c10::Device device = x.q.device();
+  const auto beside_q = [&](const at::Tensor& t) { return is_plain(t) && t.device() == device; };
+  return all_tensors(x, beside_q) && bank_fits(x);
+}
+
 bool is_direct(const Inputs& x) {
-  if (is_watched() || !content_fits(x) || !prefix_fits(x) || !options_fit(x)) return false;
+  if (is_watched() || !x.q.is_cpu()) return false;
   const bool recorded = at::GradMode::is_enabled();
-  const auto plain = [&](const at::Tensor& t) { return is_plain(t) && !(recorded && t.requires_grad()); };
-  return all_tensors(x, plain) && bank_fits(x);
+  return all_tensors(x, [&](const at::Tensor& t) { return !(recorded && t.requires_grad()) && !t._fw_grad(0).defined(); });
 }
 
 void remember(const Inputs& x) {

@@ -5,8 +5,12 @@
 
 namespace fastprefix {
 
-// Whether a call fits (the checks of validation.py, and of backends/native.py), gets no gradient, and no mode, transform,
-// autocast, tracer or subclass would see it. False says only that Python has to look.
+// Whether a call passes the checks of validation.py and fits the kernels' dtypes and head dims. False says only that
+// Python has to look.
+bool fits(const Inputs& inputs);
+
+// Whether a call that fits is one for a processor that gets no gradient, and no mode, transform, autocast or tracer would
+// see it.
 bool is_direct(const Inputs& inputs);
 
 // For which calls `auto` has decided for these kernels, by what decides it (`signature` in verification/cells.py).

@@ -77,9 +77,10 @@ PyObject* attend(PyObject*, PyObject* const* arguments, Py_ssize_t number) {
   if (!has("attend", number, NUMBER_OF_ARGUMENTS + 2)) return nullptr;
   Inputs inputs;
   PyObject *backend = arguments[NUMBER_OF_ARGUMENTS], *return_lse = arguments[NUMBER_OF_ARGUMENTS + 1];
-  const bool direct = fastprefix::read_inputs(arguments, true, inputs) && (return_lse == Py_True || return_lse == Py_False) &&
-                      fastprefix::is_direct(inputs) && is_wanted(backend, inputs);
-  if (!direct) Py_RETURN_NONE;
+  const bool fits = fastprefix::read_inputs(arguments, true, inputs) && (return_lse == Py_True || return_lse == Py_False) &&
+                    fastprefix::fits(inputs);
+  if (!fits) Py_RETURN_NONE;
+  if (!fastprefix::is_direct(inputs) || !is_wanted(backend, inputs)) Py_RETURN_TRUE;
   return run_forward(inputs, return_lse == Py_True);
   END_HANDLE_TH_ERRORS
 }
@@ -144,7 +145,7 @@ PyCFunction as_method(F* function) {
 }
 
 PyMethodDef methods[] = {
-    {"attend", as_method(attend), METH_FASTCALL, "o, or o and lse, of a call that only the kernels need to see; else None."},
+    {"attend", as_method(attend), METH_FASTCALL, "o, or o and lse, of a call that only the kernels need to see; True for another that is right, else None."},
     {"forward", as_method(forward), METH_FASTCALL, "o and lse of a call that was checked."},
     {"backward", as_method(backward), METH_FASTCALL, "The gradients of q, k, v, prefix_k, prefix_v and prefix_bias, None where not needed."},
     {"remember", as_method(remember), METH_FASTCALL, "Let `attend` take calls like this one for the backend auto."},

@@ -11,8 +11,10 @@ from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastprefix import prefix_attention
+from fastprefix import prefix_attention, validation
 from fastprefix.backends import native
+from fastprefix.calls import transforms
+from fastprefix.functional import to_args
 from fastprefix.verification import store
 from tests.support.operator_calls import make_call
 
@@ -41,15 +43,13 @@ def test_a_plain_call_is_direct() -> None:
 
 
 def test_the_direct_call_is_the_one_that_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without gradients nothing of Python's checks runs; with them everything does."""
-    from fastprefix import validation
-
+    """Without gradients nothing of torch's dispatcher runs; with them everything does."""
     x = leaves()
 
     def never(*args: Any) -> None:
         raise AssertionError("not direct")
 
-    monkeypatch.setattr(validation, "check_scalars", never)
+    monkeypatch.setattr(transforms, "call", never)
     prefix_attention(**x, backend="native")
     x["q"].requires_grad_()
     with pytest.raises(AssertionError, match="not direct"):
@@ -74,28 +74,33 @@ class Dispatched(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+def computed(found: Any) -> bool:
+    """Whether ``attend`` has computed a call, instead of leaving it to Python."""
+    return isinstance(found, (Tensor, tuple))
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_a_gradient_a_subclass_or_a_tangent_is_seen(name: str) -> None:
     x = leaves()
-    assert attend({**x, name: x[name].clone().requires_grad_()}) is None
-    assert attend({**x, name: x[name].as_subclass(Subclass)}) is None  # type: ignore[dict-item]
-    assert attend({**x, name: x[name].to("meta")}) is None
-    assert attend({**x, name: torch._neg_view(x[name])}) is None
+    assert not computed(attend({**x, name: x[name].clone().requires_grad_()}))
+    assert not computed(attend({**x, name: x[name].as_subclass(Subclass)}))  # type: ignore[dict-item]
+    assert not computed(attend({**x, name: x[name].to("meta")}))
+    assert not computed(attend({**x, name: torch._neg_view(x[name])}))
     with forward_ad.dual_level():
-        assert attend({**x, name: forward_ad.make_dual(x[name], x[name])}) is None
-    assert attend({**x, name: torch.nn.Parameter(x[name], requires_grad=False)}) is not None
+        assert not computed(attend({**x, name: forward_ad.make_dual(x[name], x[name])}))
+    assert computed(attend({**x, name: torch.nn.Parameter(x[name], requires_grad=False)}))
 
 
 def test_modes_and_transforms_are_seen() -> None:
     x = leaves()
     for mode in (Watching(), Dispatched(), torch.autocast("cpu"), torch.device("meta")):
         with mode:
-            assert attend(x) is None, mode
+            assert not computed(attend(x)), mode
     found = []
-    torch.vmap(lambda q: (found.append(attend({**x, "q": q})), q)[1])(x["q"][None])
-    torch.jit.trace(lambda q: (found.append(attend({**x, "q": q})), q)[1], x["q"], check_trace=False)
-    torch.func.grad(lambda q: (found.append(attend({**x, "q": q})), q.sum())[1])(x["q"])
-    assert len(found) >= 3 and set(found) == {None}
+    torch.vmap(lambda q: (found.append(computed(attend({**x, "q": q}))), q)[1])(x["q"][None])
+    torch.jit.trace(lambda q: (found.append(computed(attend({**x, "q": q}))), q)[1], x["q"], check_trace=False)
+    torch.func.grad(lambda q: (found.append(computed(attend({**x, "q": q}))), q.sum())[1])(x["q"])
+    assert len(found) >= 3 and not any(found)
 
 
 def test_a_compiled_call_stays_one_graph() -> None:
@@ -145,7 +150,7 @@ def test_what_does_not_fit_is_left_to_the_checks_that_can_say_why() -> None:
     assert attend(packed, prefix_ids=ids, prefix_lens=torch.tensor([3, 0, 4])) is not None
     assert attend(packed, prefix_ids=ids, prefix_lens=torch.tensor([3, 0, 3])) is None
     assert attend(packed, prefix_ids=ids) is None
-    assert attend(x, backend="nativ") is None and attend(x, backend="aten") is None and attend(x, return_lse=1) is None
+    assert attend(x, backend="nativ") is True and attend(x, backend="aten") is True and attend(x, return_lse=1) is None
 
 
 def test_what_fits_is_taken() -> None:
@@ -170,8 +175,50 @@ def test_what_fits_is_taken() -> None:
         assert attend({**half, "prefix_k": x["prefix_k"], "prefix_v": x["prefix_v"]}) is not None
 
 
+def test_what_fits_passes_the_checks_that_are_left_out() -> None:
+    """The checks in C++ stand for Python's: a call that they pass is right, and none that is right fails them."""
+    base = leaves(H=4, H_kv=2, S=3, T=5, P=7, D=16, D_v=8)
+    changes: list[tuple[str, Any]] = [(name, None) for name in base]
+    for name, x in base.items():
+        changes += [(name, x.to(torch.float64)), (name, x.to(torch.int32)), (name, x[0]), (name, x.unsqueeze(0))]
+        changes += [(name, x.narrow(dim, 0, x.shape[dim] - 1)) for dim in range(x.dim())]
+        changes += [(name, x.narrow(dim, 0, 0)) for dim in range(x.dim())]
+        changes += [(name, x.to("meta")), (name, x.to_sparse()), (name, x.tolist()), (name, x.requires_grad_())]
+    for name, changed in changes:
+        given = {**base, name: changed}
+        try:
+            to_args(**given)
+            right = True
+        except ValueError:
+            right = False
+        found = attend(given)
+        assert found is None or right, (name, getattr(changed, "shape", changed))
+        if right and all(x.numel() for x in given.values()):
+            assert found is not None, (name, changed.shape)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_call_with_gradients_or_on_another_device_is_checked_in_cpp(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = {name: value.to(device).requires_grad_() for name, value in leaves().items()}
+    assert attend(x) is True
+    monkeypatch.setattr(validation, "check_content", None)
+    o = prefix_attention(**x)
+    assert o.shape == x["q"].shape and o.requires_grad
+    mixed = {**x, "prefix_k": torch.zeros_like(x["prefix_k"], device="meta" if device == "cpu" else "cpu")}
+    assert attend(mixed) is None
+    with pytest.raises(TypeError):  # the check is asked
+        prefix_attention(**mixed)
+
+
+def test_a_bank_on_another_device_is_not_read() -> None:
+    bank = {name: value.to("meta") for name, value in leaves(N=3).items()}
+    assert attend(bank, prefix_ids=torch.zeros(2, dtype=torch.long, device="meta")) is True
+
+
 def test_wrong_numbers_of_arguments_are_told() -> None:
-    with pytest.raises(TypeError, match="attend: got 1 arguments, expected 18"):
+    with pytest.raises(TypeError, match="attend: got 1 arguments, expected 19"):
         native.attend(1)
 
 
@@ -181,17 +228,17 @@ class TestAuto:
     def test_it_is_decided_first(self) -> None:
         store.forget()
         x = leaves(S=3)
-        assert attend(x, "auto") is None
+        assert attend(x, "auto") is True
         o = prefix_attention(**x)
         assert torch.equal(attend(x, "auto"), o)
-        assert attend(leaves(S=4), "auto") is None, "another shape is another decision"
+        assert attend(leaves(S=4), "auto") is True, "another shape is another decision"
         store.forget_decisions()
-        assert attend(x, "auto") is None
+        assert attend(x, "auto") is True
 
     def test_the_environment_overrules_it(self, monkeypatch: pytest.MonkeyPatch) -> None:
         x = leaves(S=3)
         prefix_attention(**x)
         monkeypatch.setenv("FASTPREFIX_BACKEND", "reference")
-        assert attend(x, "auto") is None
+        assert attend(x, "auto") is True
         monkeypatch.setenv("FASTPREFIX_BACKEND", "native")
-        assert attend(leaves(S=9), "auto") is not None
+        assert computed(attend(leaves(S=9), "auto"))

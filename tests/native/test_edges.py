@@ -57,14 +57,14 @@ def test_gradients_of_another_shape_are_refused() -> None:
     call = make_call()
     with torch.no_grad():
         o, lse = prefix_attention(**call.leaves, return_lse=True, backend="native")
-    options = [None] * 8 + [None, True, 0.25, None, None, 0.0, False, "native"]
+    options = [None] * 9 + [None, True, 0.25, None, None, 0.0, False, "native"]
     for change, message in (
         ((o[:1], lse, o), "o: expected"),
         ((o, lse[:1], o), "lse: expected"),
         ((o, lse, o[:1]), "do:"),
     ):
         with torch.no_grad(), pytest.raises(ValueError, match=message):
-            torch.ops.fastprefix.prefix_attn_bwd(*plain(call).values(), *options, *change, [True] * 5 + [False] * 2)
+            torch.ops.fastprefix.prefix_attn_bwd(*plain(call).values(), *options, *change, [True] * 5 + [False] * 3)
 
 
 def test_lazy_tensors_are_read_by_their_values() -> None:

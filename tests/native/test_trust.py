@@ -53,9 +53,9 @@ def test_where_it_was_wrong_it_is_not_taken_again_at_once() -> None:
     """Neither there nor, unproved, elsewhere in the dtype; and the direct call knows."""
     x = {name: leaf.detach() for name, leaf in make_call(S=32).leaves.items()}
     before = prefix_attention(**x)
-    assert native.attend(*x.values(), True, *[None] * 10, "auto", False) is not None
+    assert native.attend(*x.values(), True, *[None] * 11, "auto", False) is not True
     store.add(CPU, found("wrong", S=32))
-    assert native.attend(*x.values(), True, *[None] * 10, "auto", False) is None
+    assert native.attend(*x.values(), True, *[None] * 11, "auto", False) is True
     for call in (make_call(S=32), make_call(S=32, D=32)):
         assert dispatch.choose(arguments(call), "auto") == lookup.VENDOR
     torch.testing.assert_close(prefix_attention(**x), before)
@@ -74,4 +74,4 @@ def test_a_decision_for_training_serves_the_calls_without_gradients() -> None:
     prefix_attention(**call.leaves).sum().backward()
     with torch.no_grad():
         x = [leaf.detach() for leaf in call.leaves.values()]
-        assert native.attend(*x, True, *[None] * 10, "auto", False) is not None
+        assert native.attend(*x, True, *[None] * 11, "auto", False) is not True
