@@ -41,8 +41,7 @@ def explain_model(model: Any) -> str:
         where = _where(installation, entry)
         lines.append(f"{entry.kind} {name!r}: {mark}, P={entry.tokens}, {where}, {count:,} trainable")
         if entry.prompt is not None:
-            reason = why_not_shareable(installation.facts, entry.tokens, {})
-            lines.append(f"      {'computed once per forward' if reason is None else f'concatenated: {reason}'}")
+            lines.append(f"      {_how(installation, entry)}")
     if not active:
         return "\n".join([*lines, "no prefix is active: the model runs its own attention"])
     if types := installation.facts.layers.hybrid_layer_types:
@@ -101,6 +100,15 @@ def _ranges(numbers: Sequence[int]) -> str:
         else:
             runs.append([number])
     return ", ".join("-".join(map(str, run)) for run in runs)
+
+
+def _how(installation: Installation, entry: ResolvedPrefix) -> str:
+    """How a soft prompt runs."""
+    if entry.place != "before":
+        at = "after the given text" if entry.place == "after" else f"at the marker {entry.place}"
+        return f"{at}: runs with every row"
+    reason = why_not_shareable(installation.facts, entry.tokens, {})
+    return "computed once per forward" if reason is None else f"concatenated: {reason}"
 
 
 def _where(installation: Installation, entry: ResolvedPrefix) -> str:

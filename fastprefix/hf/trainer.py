@@ -102,6 +102,7 @@ def restore(
     mine: dict[str, Any] = {"format_version": peft_format.FORMAT_VERSION, "num_virtual_tokens": tokens}
     if isinstance(prefix, SoftPrompt):
         mine.update(kind="prompt", projected=None if encoder is None else True)
+        mine["place"] = None if prefix.config.place == "before" else prefix.config.place
     else:
         config = prefix.config
         mine.update(

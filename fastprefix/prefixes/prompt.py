@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,8 @@ from fastprefix.prefixes.init import Init, normal, take_length, vocabulary
 from fastprefix.prefixes.modules import Modules
 from fastprefix.prefixes.prompt_encoder import ENCODER_KINDS, EncoderKind, PromptEncoder
 from fastprefix.validation import is_int
+
+Place = Literal["before", "after"] | int  # of a soft prompt in a row's text; an int is the id of a marker token
 
 
 @dataclass
@@ -31,6 +33,11 @@ class PromptConfig:
     Where sharing would not be exact (bidirectional models, dropout active in the frozen model, rows that outgrow a
     sliding window) the embeddings are concatenated to every row, with a warning. With a cache this raises and asks for
     ``use_cache=False``.
+
+    With another ``place`` than ``"before"``, what the prompt's tokens compute depends on the row in front of them. The
+    prompt then runs with every row, which takes ``B * (P + S)`` tokens of work, and stays in the row's cache. Logits
+    and hidden states are those of the row's own tokens, ``[B, S, ...]``, but for one place: the prompt's last token
+    predicts the text after the prompt, and its state stands at the marker, or at the last token before the prompt.
 
     Args:
         num_virtual_tokens: prompt tokens P, at least 1; default as many as ``init`` has (tokens of a text,
@@ -49,6 +56,12 @@ class PromptConfig:
         encoder_num_layers: layers of the LSTM. The MLP's number is fixed.
         encoder_dropout: dropout between the LSTM's layers in training, drawn once per forward for all rows (PEFT draws
             it for each row). Saved and baked embeddings are those without dropout.
+        place: where the prompt stands, for models that read text from left to right. ``"before"``: in front of the
+            row. ``"after"``: between the given text and the new tokens, which is in front of a row's first labelled
+            token (label not -100) where there are labels, and after its last token that is not padding elsewhere, so
+            that ``generate`` goes on from the prompt. An int is the id of a marker token, which every row has exactly
+            once and which the prompt replaces; its label does not count, and its id needs no place in the embedding
+            table.
 
     Raises:
         ValueError: a field is out of range or two contradict each other; the message names the field.
@@ -61,6 +74,7 @@ class PromptConfig:
     encoder_hidden_size: int | None = None
     encoder_num_layers: int = 2
     encoder_dropout: float = 0.0
+    place: Place = "before"
 
     def __post_init__(self) -> None:
         given: Init | None = self.init
@@ -73,6 +87,8 @@ class PromptConfig:
             expected = "what fastprefix.init.vocabulary, text, token_ids, labels or normal return"
             raise fail("init", repr(self.init.name if isinstance(self.init, Init) else self.init), expected)
         self.modules_to_save = checked_modules(self.modules_to_save)
+        if self.place not in ("before", "after") and not (is_int(self.place) and int(self.place) >= 0):
+            raise fail("place", repr(self.place), "'before', 'after' or the id of a marker token")
         self._check_encoder()
 
     def _check_encoder(self) -> None:
@@ -93,9 +109,11 @@ class PromptConfig:
             raise fail("encoder_dropout", dropout, "0.0, or an LSTM of several layers, between which it is applied")
 
     def to_json(self) -> dict[str, Any]:
-        """The fields as plain data; of ``init`` only the name, and those of the encoder where there is one."""
+        """The fields as plain data; of ``init`` only the name; those of the encoder and the place where given."""
         names = None if self.modules_to_save is None else list(self.modules_to_save)
         fields = {"num_virtual_tokens": self.num_virtual_tokens, "init": self.init.name, "modules_to_save": names}
+        if self.place != "before":
+            fields["place"] = self.place
         if self.encoder is None:
             return fields
         return {

@@ -118,7 +118,8 @@ def behind_each_other(prefixes: Sequence[ResolvedPrefix], name: Name) -> Resolve
     """Several prefixes as one; soft prompts as one prompt, whose tokens see those before them.
 
     Raises:
-        ValueError: soft prompts and prefixes are mixed, or one is added through a gate.
+        ValueError: soft prompts and prefixes are mixed, or soft prompts of different places, or one is added through a
+            gate.
     """
     for prefix in prefixes:
         if prefix.added:
@@ -128,6 +129,10 @@ def behind_each_other(prefixes: Sequence[ResolvedPrefix], name: Name) -> Resolve
     if prompts and len(prompts) < len(prefixes):
         kinds = " and ".join(dict.fromkeys(prefix.kind for prefix in prefixes))
         raise fail("names", f"{name!r} of a {kinds}", "soft prompts alone or prefixes alone behind each other")
+    places = list(dict.fromkeys(prefix.place for prefix in prefixes))
+    if len(places) > 1:
+        got = f"{name!r} of soft prompts with different places: {', '.join(map(repr, places))}"
+        raise fail("names", got, "soft prompts of one place behind each other")
 
     def parameters() -> Iterator[Tensor]:
         for prefix in prefixes:
@@ -140,7 +145,12 @@ def behind_each_other(prefixes: Sequence[ResolvedPrefix], name: Name) -> Resolve
     kind, tokens, offset = prefixes[0].kind, sum(x.tokens for x in prefixes), sum(x.offset for x in prefixes)
     if prompts:
         return ResolvedPrefix(
-            kind, tokens, offset, parameters, prompt=lambda: torch.cat([prompt() for prompt in prompts])
+            kind,
+            tokens,
+            offset,
+            parameters,
+            prompt=lambda: torch.cat([prompt() for prompt in prompts]),
+            place=places[0],
         )
     return ResolvedPrefix(kind, tokens, offset, parameters, key_values, layers=max(x.layers or 0 for x in prefixes))
 
@@ -157,7 +167,8 @@ def resolve(prefix: Prefix | SoftPrompt, num_layers: int) -> ResolvedPrefix:
     tokens, parameters = prefix.num_virtual_tokens, prefix.parameters
     if isinstance(prefix, SoftPrompt):
         through = "" if prefix.encoder is None else f" through an {prefix.encoder.kind.upper()}"
-        return ResolvedPrefix(f"soft prompt{through}", tokens, tokens, parameters, prompt=prefix)
+        place = prefix.config.place
+        return ResolvedPrefix(f"soft prompt{through}", tokens, tokens, parameters, prompt=prefix, place=place)
 
     def key_values() -> KeyValues:
         found: KeyValues = [None] * num_layers

@@ -11,7 +11,7 @@ from fastprefix.errors import fail
 from fastprefix.hf.adapters.installation import Installation
 from fastprefix.hf.model import encoder_decoder, offload, probing
 from fastprefix.hf.model import layers as model_layers
-from fastprefix.hf.model.prompt_support import check_images, check_prompts
+from fastprefix.hf.model.prompt_support import check_images, check_place, check_prompts
 from fastprefix.hf.runtime.pooled_head import reads_each_token
 from fastprefix.prefixes.config import LayerShape, PrefixConfig
 from fastprefix.prefixes.kv import PartEncoders, PrefixEncoder
@@ -32,6 +32,7 @@ def build(installation: Installation, config: PrefixConfig | PromptConfig) -> Pr
 def _build(installation: Installation, config: PrefixConfig | PromptConfig) -> Prefix | SoftPrompt:
     if isinstance(config, PromptConfig):
         dim = prompt_dim(installation)
+        check_place(installation.facts, config.place)
         vocabulary = installation.model.config.get_text_config().vocab_size
         embeddings = installation.model.get_input_embeddings()
         device = offload.device(embeddings)

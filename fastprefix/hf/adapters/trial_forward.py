@@ -16,7 +16,9 @@ from fastprefix.hf.attention.recording import AttentionCall, recording
 from fastprefix.hf.model import probing
 from fastprefix.hf.model.dummy_inputs import dummy_inputs
 from fastprefix.hf.model.encoder_decoder import is_encoder_decoder
+from fastprefix.hf.model.next_token_loss import IGNORED
 from fastprefix.machine.process_wide import ProcessWide
+from fastprefix.prefixes.prompt import Place
 
 
 def run_once(installation: Installation) -> list[AttentionCall]:
@@ -32,7 +34,9 @@ def run_once(installation: Installation) -> list[AttentionCall]:
     """
     model, active = installation.model, installation.selection.active
     calls: list[AttentionCall] = []
-    for inputs in _calls(model, labelled=bool(installation.head) and installation.selection.has_prompts()):
+    selection = installation.selection
+    labelled = bool(installation.head) and selection.has_prompts()
+    for inputs in _calls(model, labelled, selection.inner_place()):
         with installation.warn.forgotten(), recording() as found:
             error = _error(model, inputs)
         if error is None:
@@ -68,17 +72,28 @@ def _error(model: Any, inputs: dict[str, Any]) -> Exception | None:
     return None
 
 
-def _calls(model: Any, labelled: bool) -> list[dict[str, Any]]:
-    """Keyword arguments of the forwards to try: bare, with a mask, and (``labelled``) with labels."""
+def _calls(model: Any, labelled: bool, place: Place | None) -> list[dict[str, Any]]:
+    """Keyword arguments of the forwards to try: bare, with a mask, and (``labelled``) with labels.
+
+    ``place``: of a prompt inside the text. At its marker there is one; after the text, labels or a cache are needed.
+    """
     arguments = inspect.signature(model.forward).parameters
     inputs: dict[str, Any] = dummy_inputs(model.get_encoder() if is_encoder_decoder(model) else model)
     if is_encoder_decoder(model):
         inputs["decoder_input_ids"] = torch.ones(1, 2, dtype=torch.long, device=next(iter(inputs.values())).device)
-    if "use_cache" in arguments:
+    if "use_cache" in arguments and place != "after":
         inputs["use_cache"] = False
+    labels = inputs.get("input_ids")
+    if place is not None and labels is not None:
+        labels = labels.clone()
+        labels[:, 0] = IGNORED if place == "after" else labels[:, 0]
+        if place != "after":
+            inputs["input_ids"] = labels.masked_fill(
+                torch.arange(labels.shape[1], device=labels.device) == 0, int(place)
+            )
     calls = [inputs]
     if "input_ids" in inputs and "attention_mask" in arguments:
         calls.append({**inputs, "attention_mask": torch.ones_like(inputs["input_ids"])})
     if labelled and "labels" in arguments:
-        calls.append({**calls[-1], "labels": inputs["input_ids"]})
+        calls.append({**calls[-1], "labels": labels})
     return calls

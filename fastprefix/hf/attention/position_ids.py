@@ -35,13 +35,18 @@ def content_positions(
     if position_ids is None:
         position_ids = first + _default_positions(kwargs, causal, None if table is None else table.padding_idx)
     position_ids = position_ids + (offset.to(position_ids.device) if isinstance(offset, Tensor) else offset)
-    if table is not None and not torch.compiler.is_compiling():
-        last = table.num_embeddings - 1 - getattr(table, "offset", 0)
-        if position_ids.device.type == "cpu" and position_ids.numel() and int(position_ids.max()) > last:
-            frees = "the prefix's" if isinstance(offset, Tensor) else offset
-            expected = f"at most {last}, the model's last learned position (position_offset='none' frees {frees})"
-            raise fail("position_ids", int(position_ids.max()), expected)
+    frees = "the prefix's" if isinstance(offset, Tensor) else offset
+    check_table(position_ids, table, f" (position_offset='none' frees {frees})")
     return position_ids
+
+
+def check_table(position_ids: Tensor, table: nn.Embedding | None, advice: str = "") -> None:
+    """Raise ValueError for positions beyond a table of learned ones; on other devices the lookup itself fails."""
+    if table is None or torch.compiler.is_compiling() or position_ids.device.type != "cpu" or not position_ids.numel():
+        return
+    last, given = table.num_embeddings - 1 - getattr(table, "offset", 0), int(position_ids.max())
+    if given > last:
+        raise fail("position_ids", given, f"at most {last}, the model's last learned position{advice}")
 
 
 def _default_positions(kwargs: dict[str, Any], causal: bool, padding_idx: int | None) -> Tensor:

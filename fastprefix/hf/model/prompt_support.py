@@ -6,6 +6,7 @@ from typing import Any
 
 from fastprefix.errors import fail
 from fastprefix.hf.model.facts import ModelFacts
+from fastprefix.prefixes.prompt import Place
 
 
 def check_tokens(model: Any) -> None:
@@ -33,6 +34,13 @@ def check_prompts(facts: ModelFacts) -> None:
         if facts.layers.main.ignores_position_ids:
             got = f"{type(facts.model).__name__}, whose position_ids move nothing"
         raise fail("model", got, "one that does: rows are moved behind a prompt")
+
+
+def check_place(facts: ModelFacts, place: Place) -> None:
+    """Raise ValueError unless a soft prompt can stand at this place in the rows of a model that reads prompts."""
+    if place != "before" and not facts.layers.main.causal:
+        got = f"{place!r} in {type(facts.model).__name__}, which reads its text in both directions"
+        raise fail("place", got, "'before': only what is generated or read from left to right has text after a prompt")
 
 
 def check_images(facts: ModelFacts) -> None:

@@ -110,8 +110,13 @@ def remember(cache: Any, origin: Origin) -> None:
 
 def keep(output: Any, origin: Origin) -> None:
     """Store the origin on the cache in a forward's output, unless the cache has one."""
-    cache = output.get("past_key_values") if hasattr(output, "get") else None
-    if isinstance(output, tuple):
-        cache = next((x for x in output[1:] if hasattr(x, "get_seq_length")), None)
+    cache = cache_of(output)
     if cache is not None and not isinstance(getattr(cache, _ATTRIBUTE, None), Origin):
         remember(cache, origin)
+
+
+def cache_of(output: Any) -> Any:
+    """The cache in a forward's output; None without one."""
+    if isinstance(output, tuple):
+        return next((x for x in output[1:] if hasattr(x, "get_seq_length")), None)
+    return output.get("past_key_values") if hasattr(output, "get") else None

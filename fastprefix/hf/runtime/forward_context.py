@@ -12,6 +12,7 @@ from torch import Tensor
 from fastprefix.errors import fail
 from fastprefix.hf.attention.packed_prompts import PackedPrompts
 from fastprefix.prefixes.prefix import LayerKV
+from fastprefix.prefixes.prompt import Place
 
 Name = Hashable  # of a prefix; several behind each other are a tuple of names, PEFT's multitask prompts (name, task)
 KeyValues = list[LayerKV | None]  # one for every attention layer
@@ -49,6 +50,7 @@ class ResolvedPrefix(NamedTuple):
     prompt: Callable[[], Tensor] | None = None  # [P, d]
     layers: int | None = None  # how many layers have a prefix
     added: bool = False  # whether its output is added to the content's, instead of one softmax over both
+    place: Place = "before"  # of a soft prompt in a row's text
 
 
 class PrefixProvider(Protocol):
@@ -92,6 +94,25 @@ class PrefixBank:
 
 
 @dataclass
+class InsertedPlaces:
+    """Where a prompt stands in each of a batch's rows; stored with the cache that holds the rows."""
+
+    last: Tensor  # [B], the column of the text at which the state of the prompt's last token is returned
+    start: Tensor  # [B], the column of the text at which the prompt begins
+    extra: int  # how many tokens a row has more than its text
+
+
+@dataclass
+class Insertion:
+    """A soft prompt that runs inside every row of a forward, at a place of its own in each."""
+
+    place: Place
+    prompt: Tensor  # [B or 1, P, d]
+    labels: Tensor | None  # [B, S], the forward's
+    places: InsertedPlaces | None = None  # found when the prompt is inserted; None in a row that goes on from a cache
+
+
+@dataclass
 class ForwardContext:
     """Everything that one forward reads besides its content: made before the layers run, dropped afterwards."""
 
@@ -102,6 +123,7 @@ class ForwardContext:
     concatenated_ids: Tensor | None = None  # [B or 1, P], their ids, where they are tokens
     concatenated_mask: Tensor | None = None  # [B or 1, P]
     concatenated_from: int = 0  # position of the first concatenated embedding
+    inserted: Insertion | None = None  # the prompt that runs inside every row
     packed: PackedPrompts | None = None  # where the prompts and rows are that run as one text
     gated: bool = False  # the model's own attention, masks and positions stay; a gated prompt is added
     padding: Tensor | None = None  # [B], padding places before a row's first token
@@ -129,11 +151,12 @@ class ForwardState:
         self.context: ForwardContext | None = None
         self.nested: NestedForward | None = None
         self.prepared: PrefixBank | None = None  # computed in advance, for the next forward
+        self.labels: Tensor | None = None  # [B, S], of a forward with a prompt inside its rows
         self.bypassed = False  # whether the model runs as if nothing were attached
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy of the model that is made during a forward is not itself in a forward.
-        return {**self.__dict__, "context": None, "nested": None, "prepared": None}
+        return {**self.__dict__, "context": None, "nested": None, "prepared": None, "labels": None}
 
     @contextmanager
     def bypass(self) -> Iterator[None]:

@@ -23,6 +23,7 @@ from fastprefix.hf.runtime import cache_origin, concatenation
 from fastprefix.hf.runtime.checkpointing import Checkpointing
 from fastprefix.hf.runtime.forward_context import ForwardContext, ForwardState
 from fastprefix.hf.runtime.forward_lock import ForwardLock
+from fastprefix.hf.runtime.insertion import rows
 from fastprefix.hf.runtime.lm_head_hooks import LMHeadHooks
 from fastprefix.hf.runtime.pooled_head import PooledHead
 from fastprefix.hf.runtime.prefix_reader import PrefixReader
@@ -120,6 +121,8 @@ class ForwardHooks:
             model, hybrid = type(self.facts.model).__name__, bool(self.facts.layers.hybrid_layer_types)
             separate_documents(kwargs, self.stack.owner_arguments, model, hybrid, owner.training)
         context = ForwardContext(layers=[None] * len(self.slots)) if context is None else context
+        if context.inserted is not None and rows.go_on(context.inserted, kwargs, self.first_position):
+            context.inserted = None  # the prompt is in the cache
         self.set_positions(context, kwargs)
         return self.start(context, kwargs)
 
@@ -135,6 +138,8 @@ class ForwardHooks:
             # RoBERTa's positions start after its padding index, PaliGemma's at 1.
             first = self.first_position + (0 if padding_idx is None else padding_idx + 1)
             concatenation.prepend(self.facts, context, kwargs, first, self.outer.makes_masks)
+        if context.inserted is not None:
+            rows.insert(self.facts, context.inserted, kwargs, self.table, self.outer.makes_masks)
         if self.checkpointing.active():
             self.checkpointing.wrap_functions()
         elif context.layers is None and (encoder := self.selection.active_encoder()) is not None:
@@ -217,6 +222,8 @@ class ForwardHooks:
             return None
         if not torch.compiler.is_compiling() and not self.checked:
             self.check(owner)
+        if context.inserted is not None:
+            return rows.cut(output, context.inserted)
         if context.concatenated is not None and self.pooled:
             self.pooled.cut_next(context.concatenated.shape[1], output[0].shape[1])
             return None
@@ -246,14 +253,8 @@ class ForwardHooks:
 
     def check(self, owner: nn.Module) -> None:
         """Raise if a layer's attention did not call the attention function."""
-        parts, config = self.facts.layers.parts, self.facts.model.config
+        parts = self.facts.layers.parts
         skipped = {"cross"} if self.without_encoder else set()
-        missed = [i for i in self.stack.layers if not self.slots[i].ran and parts[i] not in skipped]
-        drops = [getattr(config, f"{part}layerdrop", 0.0) for part in ("", "encoder_", "decoder_")]
-        skips_layers = owner.training and any(drop > 0.0 for drop in drops)
-        if missed and not skips_layers:
-            name = type(self.facts.model).__name__
-            raise RuntimeError(
-                f"fastprefix: {name} ran without the attention hook of layers {missed}: the prefix was ignored there"
-            )
+        wanted = [i for i in self.stack.layers if parts[i] not in skipped]
+        self.slots.check_ran(wanted, self.facts.model, owner.training)
         self.checked = not skipped or "cross" not in parts

@@ -20,7 +20,9 @@ from fastprefix.hf.model.next_token_loss import IGNORED, predicts_next_token
 from fastprefix.hf.model.probing import evaluating
 from fastprefix.hf.runtime.forward_context import ForwardContext, ForwardState
 from fastprefix.hf.runtime.forward_lock import ForwardLock
+from fastprefix.hf.runtime.insertion.places import is_marker, refuse_ambiguous
 from fastprefix.hf.runtime.selection import Selection
+from fastprefix.prefixes.prompt import Place
 
 
 def keeps_some(kwargs: dict[str, Any]) -> bool:
@@ -98,10 +100,12 @@ class LMHeadHooks:
         """Before a forward: put an ignored label in front of the rows' labels."""
         if self.forward.nested is not None:
             return None
-        self.position = None
+        self.position = self.forward.labels = None
         if self.forward.bypassed or not self.selection.has_prompts():
             return None
         kwargs = {**dict(zip(self.arguments, args, strict=False)), **kwargs}
+        if (place := self.selection.inner_place()) is not None:
+            return (), self._with_labels_of_text(place, kwargs)
         labels = kwargs.get("labels")
         past = kwargs.get("past_key_values")
         continues = past is not None and past.get_seq_length() > 0
@@ -117,6 +121,14 @@ class LMHeadHooks:
                 labels[~prompted.to(labels.device), 0] = IGNORED
             kwargs["labels"] = torch.cat([labels.new_full((labels.shape[0], 1), IGNORED), labels], 1)
         return (), kwargs
+
+    def _with_labels_of_text(self, place: Place, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of a forward with a prompt inside its rows: a marker's label does not count."""
+        refuse_ambiguous(place, kwargs, trains=self.facts.model.training and torch.is_grad_enabled())
+        labels = self.forward.labels = kwargs.get("labels")
+        if labels is not None and place != "after":
+            kwargs["labels"] = labels.masked_fill(is_marker(place, kwargs.get("input_ids")), IGNORED)
+        return kwargs
 
     def prepend_hidden(self, output: Any, last: Tensor) -> Any:
         """Put the prompt's last hidden state in front of the hidden states ``[B, S, d]`` of a forward's output."""
@@ -140,6 +152,7 @@ class LMHeadHooks:
         if self.forward.nested is not None or not self.lock.held_by_me():
             return None
         position, self.position = self.position, None
+        self.forward.labels = None
         if position is None or output is None:
             return None
         length = position.length

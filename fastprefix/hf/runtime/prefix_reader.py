@@ -16,6 +16,7 @@ from fastprefix.hf.runtime.forward_context import (
     AdapterSelection,
     ForwardContext,
     ForwardState,
+    Insertion,
     KeyValues,
     Name,
     PrefixBank,
@@ -56,6 +57,8 @@ class PrefixReader:
             return None
         resolved = [self.selection.provider.resolve(name) for name in names]
         prompts = [prefix for prefix in resolved if prefix.prompt is not None]
+        if any(prefix.place != "before" for prefix in prompts):
+            return self._insert(selected, names, resolved, kwargs)
         if prompts:
             reason = why_not_shareable(self.facts, max(prefix.tokens for prefix in prompts), kwargs)
             if reason is not None:
@@ -153,17 +156,47 @@ class PrefixReader:
         reason: str,
     ) -> ForwardContext:
         """The context that concatenates soft prompts to every row, where sharing them would not be exact."""
-        tokens = resolved[0].tokens
-        if None in selected.names or any(prefix.prompt is None or prefix.tokens != tokens for prefix in resolved):
-            got = f"a mixed batch with soft prompts that have to be concatenated ({reason})"
-            raise fail("names", got, "soft prompts of one length in every row, and nothing else")
         refuse_cache(kwargs, reason)
         self.warn.concatenation(reason)
+        what = f"soft prompts that have to be concatenated ({reason})"
+        prompts = self._of_rows(selected, names, resolved, kwargs, what)
+        return ForwardContext(prompts.shape[1], [None] * len(self.facts.layers.modules), concatenated=prompts)
+
+    def _insert(
+        self,
+        selected: AdapterSelection,
+        names: Sequence[Name],
+        resolved: Sequence[ResolvedPrefix],
+        kwargs: dict[str, Any],
+    ) -> ForwardContext:
+        """The context that puts soft prompts into every row, at their places."""
+        places = list(dict.fromkeys(prefix.place for prefix in resolved))
+        if len(places) > 1:
+            got = f"soft prompts with different places: {', '.join(map(repr, places))}"
+            raise fail("names", got, "one place for all rows")
+        prompts = self._of_rows(selected, names, resolved, kwargs, "soft prompts inside the text")
+        insertion = Insertion(places[0], prompts, self.forward.labels)
+        return ForwardContext(0, [None] * len(self.facts.layers.modules), inserted=insertion)
+
+    def _of_rows(
+        self,
+        selected: AdapterSelection,
+        names: Sequence[Name],
+        resolved: Sequence[ResolvedPrefix],
+        kwargs: dict[str, Any],
+        what: str,
+    ) -> Tensor:
+        """``[B or 1, P, d]``, the embeddings of each row's soft prompt; ``what`` they are, for errors."""
+        tokens = resolved[0].tokens
+        if None in selected.names or any(prefix.prompt is None or prefix.tokens != tokens for prefix in resolved):
+            raise fail(
+                "names", f"a mixed batch with {what}", "soft prompts of one length in every row, and nothing else"
+            )
         prompts = torch.stack([prefix.prompt() for prefix in resolved if prefix.prompt is not None])  # [N, P, d]
-        if len(names) > 1:
-            rows = [list(names).index(name) for name in selected.rows(self.facts.layers.batch_size(kwargs))]
-            prompts = prompts[torch.tensor(rows, device=prompts.device)]
-        return ForwardContext(tokens, [None] * len(self.facts.layers.modules), concatenated=prompts)
+        if len(names) == 1:
+            return prompts
+        rows = [list(names).index(name) for name in selected.rows(self.facts.layers.batch_size(kwargs))]
+        return prompts[torch.tensor(rows, device=prompts.device)]
 
 
 def pack(pairs: Sequence[LayerKV | None]) -> LayerKV | None:

@@ -13,7 +13,7 @@ from fastprefix.errors import fail
 from fastprefix.hf.runtime.forward_context import AdapterSelection, ForwardContext, PrefixProvider
 from fastprefix.prefixes.kv import PartEncoders, PrefixEncoder
 from fastprefix.prefixes.prefix import Prefix
-from fastprefix.prefixes.prompt import SoftPrompt
+from fastprefix.prefixes.prompt import Place, SoftPrompt
 
 
 class PromptBlock(Protocol):
@@ -93,6 +93,12 @@ class Selection:
         if self.shared is not None or selection is None:
             return self.shared is not None
         return any(self.provider.resolve(name).prompt is not None for name in selection.distinct())
+
+    def inner_place(self) -> Place | None:
+        """The place of a soft prompt that stands inside a row of the next forward; None where none does."""
+        selection = self.current()
+        places = () if selection is None else (self.provider.resolve(name).place for name in selection.distinct())
+        return next((place for place in places if place != "before"), None)
 
     def prompted_rows(self, batch: int) -> Tensor | None:
         """``[B]`` bool, the rows that have a soft or shared prompt in front; None where all have."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from torch import nn
 
@@ -58,6 +59,17 @@ class AttentionSlots:
         """Let every layer take a text of prompts and rows apart; None: no layer."""
         for slot in self:
             slot.packed = packed
+
+    def check_ran(self, layers: Sequence[int], model: Any, training: bool) -> None:
+        """Raise RuntimeError if the attention of one of these layers did not call the attention function."""
+        missed = [i for i in layers if not self[i].ran]
+        drops = [getattr(model.config, f"{part}layerdrop", 0.0) for part in ("", "encoder_", "decoder_")]
+        skips_layers = training and any(drop > 0.0 for drop in drops)
+        if missed and not skips_layers:
+            raise RuntimeError(
+                f"fastprefix: {type(model).__name__} ran without the attention hook of layers {missed}: the prefix was "
+                "ignored there"
+            )
 
     def remove(self) -> None:
         """Take the slots out of the model."""

@@ -96,6 +96,9 @@ class PromptBlock:
         front = None if selection is None else reader.read_names(selection, kwargs)
         offset = 0 if front is None else front.offset
         assert isinstance(offset, int)
+        if front is not None and front.inserted is not None:
+            got = f"{front.inserted.place!r} of a soft prompt in a block of shared_prompt"
+            raise fail("place", got, "'before': it stands in front of the prompt that rows share")
         if front is not None and front.concatenated is not None:
             raise fail("model", "a soft prompt that has to be concatenated", "one that can be shared, or none")
         longest = max(len(self.whole(n)) for n in used)

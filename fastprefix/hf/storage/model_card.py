@@ -66,6 +66,8 @@ def card(model: Any, prefix: Prefix | SoftPrompt, config: Mapping[str, Any], ten
         tensors: the content of ``adapter_model.safetensors``.
     """
     kind, base, peft = config["peft_type"], _base_model(model), config["peft_type"] != OWN
+    if isinstance(prefix, SoftPrompt):  # also one that PEFT has no kind for
+        kind = "PROMPT_TUNING" if prefix.encoder is None else "P_TUNING"
     tags = ["fastprefix", _TAGS.get(kind, "prefix-tuning")]
     data = ModelCardData(base_model=base, library_name="peft" if peft else "fastprefix", tags=tags)
     title = "Soft prompt" if isinstance(prefix, SoftPrompt) else "Prefix"
@@ -91,7 +93,9 @@ def _facts(prefix: Prefix | SoftPrompt, tensors: Mapping[str, Tensor]) -> list[s
     beside = sum(x.numel() for name, x in tensors.items() if name.startswith(BASE))
     if isinstance(prefix, SoftPrompt):
         kind = "prompt tuning" if prefix.encoder is None else "P-tuning"
-        what = f"trained embeddings in front of the text ({kind})"
+        places = {"before": "in front of the text", "after": "after the given text"}
+        place = places.get(str(prefix.config.place), f"in place of the token {prefix.config.place} in the text")
+        what = f"trained embeddings {place} ({kind})"
     else:
         layers = len(prefix.layer_indices)
         what = f"trained keys and values in {layers} attention layer{'s' * (layers > 1)} (prefix tuning)"

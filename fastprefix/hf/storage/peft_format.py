@@ -91,6 +91,8 @@ def peft_config(model: Any, prefix: Prefix | SoftPrompt, modules: Sequence[str])
     }
     if isinstance(prefix, SoftPrompt):
         dim, given = prefix.embedding.shape[1], prefix.config
+        if given.place != "before":
+            return {"peft_type": OWN, "num_virtual_tokens": prefix.num_virtual_tokens}  # PEFT has no field for it
         if prefix.encoder is None:
             return {**common, "peft_type": "PROMPT_TUNING", "token_dim": dim}
         return {
@@ -155,7 +157,7 @@ def own_configuration(own: dict[str, Any], path: Path) -> PrefixConfig | PromptC
             encoder = {name: own[name] for name in names if name in own}
             field(own, "encoder", str, path)
         with errors_naming(path):
-            return PromptConfig(tokens, **encoder)
+            return PromptConfig(tokens, place=own.get("place", "before"), **encoder)
     fields: dict[str, Any] = {
         n: own[n]
         for n in ("num_virtual_tokens", "layers", "position_offset", "num_frozen_tokens", "parts", "gate")
