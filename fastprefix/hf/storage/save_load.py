@@ -10,7 +10,8 @@
 
 A prefix that PEFT cannot represent (a subset of layers, position_offset="none", layers of different shapes, an
 encoder-decoder's parts, gates) is written with ``peft_type`` FASTPREFIX and one tensor per layer, so that PEFT refuses
-it instead of computing something else.
+it instead of computing something else. So is a soft prompt with a place inside the text, as PEFT would drop a field
+that it does not know, and put the prompt in front.
 
 A save replaces all files or none (:mod:`fastprefix.hf.storage.atomic_folder`).
 """
@@ -49,6 +50,7 @@ from fastprefix.hf.storage.peft_format import (
     pack,
     peft_config,
 )
+from fastprefix.hf.storage.prefix_encoder import PrefixEncoderCheckpoint, checkpoint_file
 from fastprefix.hf.storage.saved_adapter import FILES, SavedAdapter
 from fastprefix.hf.storage.validated_files import write_json, write_tensors
 from fastprefix.prefixes.prefix import Prefix
@@ -146,7 +148,7 @@ def contents(
 def load(
     model: Any, dir: str | os.PathLike[str], name: str = "default", *, revision: str | None = None
 ) -> Prefix | SoftPrompt:
-    """Attach a saved adapter: fastprefix's, or PEFT's PREFIX_TUNING, CARTRIDGE, PROMPT_TUNING or P_TUNING.
+    """Attach a saved adapter: fastprefix's, PEFT's PREFIX_TUNING, CARTRIDGE, PROMPT_TUNING or P_TUNING, P-tuning v2's.
 
     A prefix that was trained through an MLP is loaded with the MLP, a soft prompt with its encoder, so that training
     resumes; :func:`fastprefix.bake` drops them. PEFT's files hold only the output of its encoders, which is loaded as
@@ -155,11 +157,16 @@ def load(
     classifier's head) become the prefix's own, see ``modules_to_save`` of :class:`PrefixConfig`: they are in the model
     while the prefix is active, and trainable if they were trained.
 
+    A checkpoint of the P-tuning v2 repository or of ChatGLM's p-tuning is weights that hold a ``prefix_encoder``, with
+    its MLP if it has one (:mod:`fastprefix.hf.storage.prefix_encoder`). Of a ``.bin`` file only tensors are read. The
+    whole model's weights in that file have to be the model's own, and the head next to them becomes the prefix's.
+
     Args:
         model: a transformers model, with or without other attached prefixes.
         dir: a folder written by :func:`save` or by PEFT's ``save_pretrained``, or ``"namespace/name"`` of a repository
             on the Hugging Face Hub with the files of one. Whatever exists under this path comes first. A repository's
             files are downloaded to the Hub's cache; what is there is used as it is offline (``HF_HUB_OFFLINE=1``).
+            Weights with a ``prefix_encoder`` are a file, or ``model.safetensors`` or ``pytorch_model.bin`` in a folder.
         name: the name to attach it under.
         revision: branch, tag or commit of the repository; None for its main branch, and for a folder.
 
@@ -167,8 +174,12 @@ def load(
         The trainable :class:`Prefix` or :class:`SoftPrompt`.
 
     Raises:
-        ValueError: a file is missing or malformed (a pickle, numbers that are not finite or no floats, tensors or
-            fields of no known meaning), or does not fit the model; path and field are named. There is neither a folder
-            nor a repository of this name, or a folder comes with a ``revision``. Nothing is attached then.
+        ValueError: a file is missing or malformed (a pickle of other things than tensors, numbers that are not finite
+            or no floats, tensors or fields of no known meaning), or does not fit the model; path and field are named.
+            There is neither a folder nor a repository of this name, or a folder comes with a ``revision``. Nothing is
+            attached then.
     """
-    return attach_prefix(model, name, SavedAdapter(adapter_folder(dir, FILES, revision)).build)
+    folder = adapter_folder(dir, FILES, revision)
+    weights = checkpoint_file(folder)
+    saved = SavedAdapter(folder) if weights is None else PrefixEncoderCheckpoint(weights)
+    return attach_prefix(model, name, saved.build)
