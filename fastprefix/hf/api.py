@@ -12,6 +12,7 @@ from fastprefix.hf.sharing.shared_prompt import shared_prompt
 from fastprefix.hf.sharing.trl import share_prompts
 from fastprefix.hf.storage.registry import register
 from fastprefix.hf.storage.save_load import load, save
+from fastprefix.hf.storage.whole_model import from_pretrained, save_pretrained
 
 __all__ = [
     "attach",
@@ -19,12 +20,14 @@ __all__ = [
     "completion_logprobs",
     "detach",
     "ensemble",
+    "from_pretrained",
     "load",
     "nearest_tokens",
     "patch",
     "prefix_batch",
     "register",
     "save",
+    "save_pretrained",
     "search_hard_prompt",
     "set_prefix",
     "share_prompts",

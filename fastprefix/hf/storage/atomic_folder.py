@@ -39,6 +39,7 @@ class Commit(NamedTuple):
 
     files: tuple[str, ...]  # the key file last
     without: tuple[str, ...]
+    hidden: bool = False  # whether the key file is taken out first even where it stays the same
 
 
 def write_atomically(folder: Path, files: Mapping[str, Callable[[str], Any]], without: Sequence[str] = ()) -> None:
@@ -54,21 +55,34 @@ def write_atomically(folder: Path, files: Mapping[str, Callable[[str], Any]], wi
         OSError: the disk is full, for example; an error before the commit leaves the folder as it was.
         ValueError: a folder is in the place of a file.
     """
-    for name in (*files, *without):
-        if (folder / name).is_dir():
-            raise fail(str(folder / name), "a folder", "a file, or nothing, to be replaced")
+
+    def fill(staging: Path) -> Commit:
+        for name, write in files.items():
+            write(str(staging / name))
+        return Commit(tuple(files), tuple(without))
+
+    replace_files(folder, fill)
+
+
+def replace_files(folder: Path, fill: Callable[[Path], Commit]) -> None:
+    """Replace files by those that ``fill`` puts into an empty folder, whose names (with slashes) it returns."""
     staging = folder / STAGING
     with _locked(folder):
         _finish(folder)
         try:
             staging.mkdir()
-            for name, write in files.items():
-                write(str(staging / name))
+            commit = fill(staging)
+            for name in (*commit.files, *commit.without):
+                if (folder / name).is_dir():
+                    raise fail(str(folder / name), "a folder", "a file, or nothing, to be replaced")
+            for name in commit.files:
                 (staging / name).chmod(0o644)
                 _flush(staging / name)
+            for inner in sorted({(staging / name).parent for name in commit.files} - {staging}):
+                _flush(inner)
             part = staging / f"{COMMIT}.part"
-            part.write_text(json.dumps({"files": list(files), "without": list(without)}))
-            if (old := _identity(folder / [*files][-1])) is not None and old[1] > part.stat().st_mtime_ns:
+            part.write_text(json.dumps(commit._asdict()))
+            if (old := _identity(folder / commit.files[-1])) is not None and old[1] > part.stat().st_mtime_ns:
                 os.utime(part, ns=(old[1], old[1]))  # for a clock that was set back, see _written_since
             _flush(part)
             _flush(staging)
@@ -93,13 +107,20 @@ def committed(folder: Path) -> Commit | None:
     """The commit of a save whose files are not yet all in place; None where there is none."""
     try:
         data = json.loads((folder / STAGING / COMMIT).read_text())
-        found = Commit(tuple(data["files"]), tuple(data["without"]))
+        found = Commit(tuple(data["files"]), tuple(data["without"]), bool(data.get("hidden")))
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return None
     if _written_since(folder, found):
         return None
-    plain = all(isinstance(name, str) and name not in ("", ".", "..", COMMIT) for name in found.files + found.without)
-    return found if found.files and plain and all(Path(n).name == n for n in found.files + found.without) else None
+    return found if found.files and all(map(_is_inside, found.files + found.without)) else None
+
+
+def _is_inside(name: object) -> bool:
+    """Whether this is the name of a file in a folder or below it, and not one of a save's own."""
+    if not isinstance(name, str) or "\0" in name or name != Path(name).as_posix():
+        return False
+    parts = Path(name).parts
+    return bool(parts) and not {"..", "/"} & set(parts) and parts[0] not in (COMMIT, STAGING)
 
 
 def _written_since(folder: Path, commit: Commit) -> bool:
@@ -165,14 +186,19 @@ def _finish(folder: Path) -> None:
     staging, commit = folder / STAGING, committed(folder)
     if commit is not None:
         *others, key = commit.files
-        if (staging / key).exists() and not _same(staging / key, folder / key):
+        if (staging / key).exists() and (commit.hidden or not _same(staging / key, folder / key)):
             (folder / key).unlink(missing_ok=True)
             _flush(folder)
         for name in commit.without:
             (folder / name).unlink(missing_ok=True)
+            if "/" in name:
+                with suppress(OSError):  # other files lie there
+                    (folder / name).parent.rmdir()
         for name in (*others, key):
             if name == key:
                 _flush(folder)
+            if "/" in name and (staging / name).exists():
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
             with suppress(FileNotFoundError):
                 os.replace(staging / name, folder / name)
         _flush(folder)
