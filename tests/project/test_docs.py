@@ -16,7 +16,7 @@ import pytest
 from benches import groups, pictures
 from benches import readme as measured
 from fastprefix.backends import native
-from tests.project import support_tables
+from tests.project import method_table, support_tables
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -46,6 +46,19 @@ def test_tables_of_support_are_current() -> None:
         pytest.skip(f"the table asks every backend, and {native.ABSENCE}")
     for path, text in support_tables.pages().items():
         assert path.read_text() == text, "run python -m tests.project.support_tables"
+
+
+def test_the_table_of_methods_is_current_and_its_tests_exist() -> None:
+    assert method_table.PAGE.read_text() == method_table.page(), "run python -m tests.project.method_table"
+    for method in method_table.METHODS:
+        path, _, function = method.test.partition("::")
+        assert re.search(rf"^def {function}\(", (ROOT / path).read_text(), re.M), f"{method.name}: {method.test}"
+        lines = [line for line in method.example.strip().splitlines() if line]
+        assert 2 <= len(lines) <= 5, f"{method.name}: an example of {len(lines)} lines"
+        page, _, anchor = method.docs.partition("#")
+        assert not anchor or anchor in anchors((DOCS / page).read_text()), f"{method.name}: {method.docs}"
+    names = [method.name for method in method_table.METHODS]
+    assert len(names) == len(set(names)) >= 15
 
 
 def test_measured_figures_are_those_on_disk() -> None:
