@@ -5,9 +5,14 @@
 
 #include "kernels.h"
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 namespace fastprefix {
 namespace {
 
+#if defined(__x86_64__)
 // torch's own variable, which takes its kernels down to AVX2 or plain ones as well.
 bool allows(const char* name) {
   const char* wanted = std::getenv("ATEN_CPU_CAPABILITY");
@@ -16,10 +21,17 @@ bool allows(const char* name) {
   return std::strcmp(wanted, "avx2") != 0 || std::strcmp(name, "avx2") == 0;
 }
 
+// By its bit: not every compiler's __builtin_cpu_supports knows the name.
+bool has_f16c() {
+  unsigned a, b, c, d;
+  return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+}
+#endif
+
 const Kernels& find() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
   if (avx2 && avx512 && allows("avx512")) return avx512::kernels;
