@@ -6,6 +6,7 @@ from fastprefix import init
 from fastprefix.explain import explain
 from fastprefix.functional import prefix_attention
 from fastprefix.prefixes.config import PrefixConfig
+from fastprefix.prefixes.llama_adapter import LlamaAdapterConfig
 from fastprefix.prefixes.prompt import PromptConfig
 from fastprefix.verification.run import verify
 
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
+    "LlamaAdapterConfig",
     "PrefixConfig",
     "PromptConfig",
     "__version__",

@@ -15,9 +15,10 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from fastprefix.errors import fail
 from fastprefix.hf.adapters.installation import Installation
 from fastprefix.hf.adapters.lookup import require_installation
-from fastprefix.hf.storage import gates, peft_format, save_load, saved_modules
+from fastprefix.hf.storage import layer_tensors, peft_format, save_load, saved_modules
 from fastprefix.hf.storage.saved_adapter import SavedAdapter
 from fastprefix.prefixes.kv import DirectKV
+from fastprefix.prefixes.llama_adapter import LlamaAdapterConfig
 from fastprefix.prefixes.prefix import Prefix
 from fastprefix.prefixes.prompt import SoftPrompt
 
@@ -103,6 +104,8 @@ def restore(
     if isinstance(prefix, SoftPrompt):
         mine.update(kind="prompt", projected=None if encoder is None else True)
         mine["place"] = None if prefix.config.place == "before" else prefix.config.place
+    elif isinstance(prefix.config, LlamaAdapterConfig):
+        mine.update(kind="llama_adapter", gate=prefix.config.gate)
     else:
         config = prefix.config
         mine.update(
@@ -118,6 +121,13 @@ def restore(
         stored.check_prompt(prefix.config, prefix.embedding.shape[1])
         saved_modules.fill(stored.modules, modules)
         return stored.fill(prefix)
+    if isinstance(prefix.config, LlamaAdapterConfig):
+        stored.check_whole()
+        if stored.peft["peft_type"] == layer_tensors.ADAPTION:
+            stored.tensors = layer_tensors.from_adaption(stored.tensors)
+        peft_format.check_tensors(stored.tensors, layer_tensors.shapes(prefix), stored.paths[peft_format.WEIGHTS])
+        saved_modules.fill(stored.modules, modules)
+        return layer_tensors.fill(prefix, stored.tensors)
     keys, values = peft_format.stored_key_values(stored.tensors, prefix, stored.paths[peft_format.WEIGHTS])
     if encoder is not None:
         stored.check_encoder(encoder)
@@ -125,7 +135,7 @@ def restore(
     saved_modules.fill(stored.modules, modules)
     if encoder is not None:
         return stored.fill(prefix)
-    gates.fill(prefix, stored.tensors)
+    layer_tensors.fill(prefix, stored.tensors)
     for layer, key, value in zip(prefix.layers, keys, values, strict=True):
         assert isinstance(layer, DirectKV)
         frozen = layer.num_frozen_tokens

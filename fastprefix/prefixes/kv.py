@@ -33,6 +33,10 @@ class PrefixLayer(nn.Module):
         """``[H_kv, P, D]`` and ``[H_kv, P, D_v]``."""
         raise NotImplementedError
 
+    def extras(self) -> dict[str, Tensor]:
+        """What is saved of the layer by name, besides keys and values that are its parameters or an MLP's output."""
+        return {} if self.gate is None else {"gate": self.gate.weight}
+
     def forward(self) -> LayerKV:
         """Keys and values, and the gate if there is one."""
         k, v = self.key_values()

@@ -12,7 +12,10 @@ from fastprefix.errors import fail
 from fastprefix.prefixes.config import LayerShape, Part, PrefixConfig
 from fastprefix.prefixes.gate import Gate
 from fastprefix.prefixes.kv import DirectKV, LayerKV, PartEncoders, PrefixEncoder, PrefixLayer, ProjectedKV
+from fastprefix.prefixes.llama_adapter import LlamaAdapterConfig
 from fastprefix.prefixes.modules import Modules
+
+LayerConfig = PrefixConfig | LlamaAdapterConfig  # of what is trained in attention layers
 
 
 class Prefix(nn.Module):
@@ -22,7 +25,7 @@ class Prefix(nn.Module):
     that optimisers, FSDP and checkpoints find the parameters in the model. This module gives access to all of them.
 
     Attributes:
-        config: the :class:`PrefixConfig` that the prefix was made from.
+        config: the :class:`PrefixConfig` or :class:`LlamaAdapterConfig` that the prefix was made from.
         layer_indices: indices of the attention layers that have the prefix, in execution order.
         parts: each layer's part of an encoder-decoder (``"encoder"``, ``"decoder"`` or ``"cross"``), else None.
         sources: for each of these layers, the layer whose content keys and values it reads: itself, unless shared.
@@ -34,7 +37,7 @@ class Prefix(nn.Module):
 
     def __init__(
         self,
-        config: PrefixConfig,
+        config: LayerConfig,
         shapes: Sequence[LayerShape],
         layer_indices: Sequence[int],
         parts: Sequence[Part | None] | None = None,
@@ -65,6 +68,8 @@ class Prefix(nn.Module):
     @property
     def kind(self) -> str:
         """The prefix in words, for messages."""
+        if isinstance(self.config, LlamaAdapterConfig):
+            return "LLaMA-Adapter"
         gated = "" if self.config.gate is None else "gated "
         return f"{gated}prefix" if self.encoder is None else f"{gated}prefix through an MLP"
 
@@ -138,6 +143,7 @@ class LayerSlot(nn.Module):
         self.is_overridden = False  # whether ``override`` (even if None) replaces the active prefix
         self.packed: Any = None  # while prompts and rows run as one text: its PackedPrompts
         self.capturing = False
+        self.projecting = False  # whether the module runs for its keys and values alone, see KeyValueProjection
         self.captured: tuple[Tensor, Tensor] | None = None  # the content's [B, H_kv, T, D], [B, H_kv, T, D_v]
         self.fallback_attention: str | None = None  # the content's implementation, with a gated prompt
         self.keeps_query = False

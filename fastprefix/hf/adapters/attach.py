@@ -24,14 +24,13 @@ from fastprefix.hf.adapters.trial_forward import run_once
 from fastprefix.hf.adapters.verify_calls import verify_calls
 from fastprefix.hf.attention.recording import AttentionCall
 from fastprefix.hf.model import dtensor, wrappers
-from fastprefix.prefixes.config import PrefixConfig
-from fastprefix.prefixes.prefix import Prefix
+from fastprefix.prefixes.prefix import LayerConfig, Prefix
 from fastprefix.prefixes.prompt import PromptConfig, SoftPrompt
 
 
 @overload
 def attach(
-    model: Any, config: PrefixConfig, name: str = "default", *, weights: Callable[[Any], None] | None = None
+    model: Any, config: LayerConfig, name: str = "default", *, weights: Callable[[Any], None] | None = None
 ) -> Prefix: ...
 
 
@@ -43,7 +42,7 @@ def attach(
 
 def attach(
     model: Any,
-    config: PrefixConfig | PromptConfig,
+    config: LayerConfig | PromptConfig,
     name: str = "default",
     *,
     weights: Callable[[Any], None] | None = None,
@@ -52,8 +51,8 @@ def attach(
 
     Args:
         model: a decoder, encoder or encoder-decoder whose attention goes through transformers' attention interface.
-        config: what to train and where to start: a :class:`PrefixConfig` (keys and values in every attention layer)
-            or a :class:`PromptConfig` (input embeddings).
+        config: what to train and where to start: a :class:`PrefixConfig` (keys and values in every attention
+            layer), a :class:`PromptConfig` (input embeddings) or a :class:`LlamaAdapterConfig` (gated prompts).
         name: name of this prefix. Several can be attached; the last one is active (see :func:`set_prefix`).
         weights: called on the new prefix before it is placed in the model, to fill it from elsewhere.
 
@@ -64,8 +63,8 @@ def attach(
         ValueError: the model cannot carry a prefix (its class is named) or is sharded already, the name is taken, or
             a config field does not fit.
     """
-    if not isinstance(config, PrefixConfig | PromptConfig):
-        raise fail("config", type(config).__name__, "a fastprefix.PrefixConfig or PromptConfig")
+    if not isinstance(config, LayerConfig | PromptConfig):
+        raise fail("config", type(config).__name__, "a fastprefix.PrefixConfig, PromptConfig or LlamaAdapterConfig")
 
     def make(installation: Installation) -> Prefix | SoftPrompt:
         prefix = build(installation, config)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from fastprefix.errors import fail
+from fastprefix.hf.adapters.added import llama_adapter
 from fastprefix.hf.adapters.installation import Installation
 from fastprefix.hf.model import encoder_decoder, offload, probing
 from fastprefix.hf.model import layers as model_layers
@@ -15,13 +16,14 @@ from fastprefix.hf.model.prompt_support import check_images, check_place, check_
 from fastprefix.hf.runtime.pooled_head import reads_each_token
 from fastprefix.prefixes.config import LayerShape, PrefixConfig
 from fastprefix.prefixes.kv import PartEncoders, PrefixEncoder
-from fastprefix.prefixes.prefix import Prefix
+from fastprefix.prefixes.llama_adapter import LlamaAdapterConfig
+from fastprefix.prefixes.prefix import LayerConfig, Prefix
 from fastprefix.prefixes.prompt import PromptConfig, SoftPrompt, start
 
 _INEXACT = 1e-2  # relative error of an MLP's fit that is worth a warning; rounding alone leaves far less
 
 
-def build(installation: Installation, config: PrefixConfig | PromptConfig) -> Prefix | SoftPrompt:
+def build(installation: Installation, config: LayerConfig | PromptConfig) -> Prefix | SoftPrompt:
     """A new prefix (or soft prompt) for an installation's model, with its initial values."""
     prefix = _build(installation, config)
     if config.modules_to_save is not None:
@@ -29,7 +31,7 @@ def build(installation: Installation, config: PrefixConfig | PromptConfig) -> Pr
     return prefix
 
 
-def _build(installation: Installation, config: PrefixConfig | PromptConfig) -> Prefix | SoftPrompt:
+def _build(installation: Installation, config: LayerConfig | PromptConfig) -> Prefix | SoftPrompt:
     if isinstance(config, PromptConfig):
         dim = prompt_dim(installation)
         check_place(installation.facts, config.place)
@@ -42,6 +44,8 @@ def _build(installation: Installation, config: PrefixConfig | PromptConfig) -> P
                 _warn_of_fit(config, dim, encoder.fit(start(config, embeddings, vocabulary, dim, device)))
             return SoftPrompt(config, encoder)
         return SoftPrompt(config, start(config, embeddings, vocabulary, dim, device))
+    if isinstance(config, LlamaAdapterConfig):
+        return llama_adapter.fill(installation, empty_prefix(installation, config))
     return build_prefix(installation, config)
 
 
@@ -111,7 +115,7 @@ def reads_token_ids(installation: Installation) -> bool:
     return not torch.allclose(of_ids, of_embeddings, rtol=0.0, atol=tiny)
 
 
-def empty_prefix(installation: Installation, config: PrefixConfig) -> Prefix:
+def empty_prefix(installation: Installation, config: LayerConfig) -> Prefix:
     """A :class:`Prefix` with its layers' shapes, and no parameters yet."""
     layers = installation.facts.layers
     indices = config.active_layers(layers.parts)
@@ -122,7 +126,9 @@ def empty_prefix(installation: Installation, config: PrefixConfig) -> Prefix:
 
 def new_encoder(installation: Installation, prefix: Prefix) -> PrefixEncoder | PartEncoders:
     """A new MLP for a prefix's layers (in an encoder-decoder one MLP for each part)."""
-    config, hidden_size = prefix.config, installation.model.config.get_text_config().hidden_size
+    config = prefix.config
+    assert isinstance(config, PrefixConfig)
+    hidden_size = installation.model.config.get_text_config().hidden_size
     sizes = config.num_virtual_tokens, hidden_size, config.encoder_hidden_size or hidden_size
     named = [part for part in prefix.parts if part is not None]
     return PartEncoders(*sizes, prefix.shapes, named) if named else PrefixEncoder(*sizes, prefix.shapes)

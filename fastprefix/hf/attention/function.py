@@ -46,6 +46,9 @@ def attention_forward(
     slot = module._modules.get(SLOT)
     kv = None
     if isinstance(slot, LayerSlot):
+        if slot.projecting:
+            slot.captured = key, value
+            return value.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[3]), None
         if slot.query_factor is not None:
             query = query * slot.query_factor.to(query.dtype)
         if slot.packed is not None:

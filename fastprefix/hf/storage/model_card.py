@@ -20,11 +20,17 @@ from torch import Tensor
 from fastprefix.hf.storage.atomic_folder import resolve_path
 from fastprefix.hf.storage.peft_format import ENCODER, OWN, WEIGHTS
 from fastprefix.hf.storage.saved_modules import BASE
+from fastprefix.prefixes.llama_adapter import LlamaAdapterConfig
 from fastprefix.prefixes.prefix import Prefix
 from fastprefix.prefixes.prompt import SoftPrompt
 
 CARD = "README.md"
-_TAGS = {"PROMPT_TUNING": "prompt-tuning", "P_TUNING": "p-tuning", "CARTRIDGE": "cartridge"}
+_TAGS = {
+    "PROMPT_TUNING": "prompt-tuning",
+    "ADAPTION_PROMPT": "llama-adapter",
+    "P_TUNING": "p-tuning",
+    "CARTRIDGE": "cartridge",
+}
 _MARK = "<!-- Written by fastprefix.save, which replaces this card unless it was edited: {} -->\n"
 _BASE = "BASE_MODEL"  # in the examples, where the model's name is not known
 _HERE = "path/to/this/folder"
@@ -71,6 +77,8 @@ def card(model: Any, prefix: Prefix | SoftPrompt, config: Mapping[str, Any], ten
     tags = ["fastprefix", _TAGS.get(kind, "prefix-tuning")]
     data = ModelCardData(base_model=base, library_name="peft" if peft else "fastprefix", tags=tags)
     title = "Soft prompt" if isinstance(prefix, SoftPrompt) else "Prefix"
+    if isinstance(prefix.config, LlamaAdapterConfig):
+        title = "LLaMA-Adapter"
     of = f"`{base}`" if base is not None else f"a {_class(model) or type(model).__name__}"
     parts = [
         f"---\n{data.to_yaml().strip()}\n---\n",
@@ -96,9 +104,12 @@ def _facts(prefix: Prefix | SoftPrompt, tensors: Mapping[str, Tensor]) -> list[s
         places = {"before": "in front of the text", "after": "after the given text"}
         place = places.get(str(prefix.config.place), f"in place of the token {prefix.config.place} in the text")
         what = f"trained embeddings {place} ({kind})"
+    elif isinstance(prefix.config, LlamaAdapterConfig):
+        what = f"trained prompts behind gates in {len(prefix.layer_indices)} attention layers (LLaMA-Adapter)"
     else:
         layers = len(prefix.layer_indices)
         what = f"trained keys and values in {layers} attention layer{'s' * (layers > 1)} (prefix tuning)"
+        what += ", added through trained gates" if prefix.config.gate is not None else ""
     found = [f"- Kind: {what}", f"- Virtual tokens: {prefix.num_virtual_tokens}", f"- Parameters: {own:,}"]
     if prefix.encoder is not None:
         network = "LSTM" if isinstance(prefix, SoftPrompt) and prefix.encoder.kind == "lstm" else "MLP"

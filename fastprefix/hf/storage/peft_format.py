@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,11 +12,12 @@ import torch
 from torch import Tensor
 
 from fastprefix.hf.model.layers import Layers
-from fastprefix.hf.storage import gates
+from fastprefix.hf.storage import layer_tensors
 from fastprefix.hf.storage.validated_files import field, shown
 from fastprefix.prefixes import init
 from fastprefix.prefixes.config import PrefixConfig
-from fastprefix.prefixes.prefix import Prefix
+from fastprefix.prefixes.llama_adapter import LlamaAdapterConfig
+from fastprefix.prefixes.prefix import LayerConfig, Prefix
 from fastprefix.prefixes.prompt import PromptConfig, SoftPrompt
 from fastprefix.validation import FLOATS, fail
 
@@ -27,6 +27,8 @@ FORMAT_VERSION = 1
 EMBEDDINGS = "prompt_embeddings"
 OWN = "FASTPREFIX"  # the peft_type of adapters that PEFT cannot represent
 PREFIX_TYPES, PROMPT_TYPES = ("PREFIX_TUNING", "CARTRIDGE"), ("PROMPT_TUNING", "P_TUNING")
+PEFT_TYPES = (*PREFIX_TYPES, *PROMPT_TYPES, layer_tensors.ADAPTION)
+KINDS = {"prompt": PromptConfig, "llama_adapter": LlamaAdapterConfig}  # of a configuration's field "kind"
 
 _TASKS = {
     "ForCausalLM": "CAUSAL_LM",
@@ -81,10 +83,15 @@ def task(model: Any) -> str:
 
 def peft_config(model: Any, prefix: Prefix | SoftPrompt, modules: Sequence[str]) -> dict[str, Any]:
     """The configuration fields that PEFT reads; ``modules``: names of the modules that are saved with the prefix."""
-    common = {
+    base = {
         "task_type": task(model),
         "base_model_name_or_path": getattr(model.config, "_name_or_path", "") or None,
         "inference_mode": True,
+    }
+    if isinstance(prefix, Prefix) and isinstance(prefix.config, LlamaAdapterConfig):
+        return {**base, **layer_tensors.adaption_config(prefix.config, len(prefix.layer_indices))}
+    common = {
+        **base,
         "num_virtual_tokens": prefix.num_virtual_tokens,
         "num_transformer_submodules": 1,
         "modules_to_save": list(modules) or None,
@@ -117,11 +124,14 @@ def peft_config(model: Any, prefix: Prefix | SoftPrompt, modules: Sequence[str])
     return {**config, "prefix_projection": False, "encoder_hidden_size": None}
 
 
-def peft_configuration(peft: dict[str, Any], path: Path) -> PrefixConfig | PromptConfig:
+def peft_configuration(peft: dict[str, Any], path: Path) -> LayerConfig | PromptConfig:
     """fastprefix's configuration for a PEFT adapter; ValueError naming path and field where it cannot be loaded."""
     kind = field(peft, "peft_type", str, path)
-    if kind not in PREFIX_TYPES + PROMPT_TYPES:
-        raise fail(f"{path}: peft_type", shown(kind), f"{', '.join(PREFIX_TYPES + PROMPT_TYPES)} or FASTPREFIX")
+    if kind not in PEFT_TYPES:
+        raise fail(f"{path}: peft_type", shown(kind), f"{', '.join(PEFT_TYPES)} or FASTPREFIX")
+    if kind == layer_tensors.ADAPTION:
+        with errors_naming(path):
+            return layer_tensors.peft_adapter_configuration(peft)
     submodules = field(peft, "num_transformer_submodules", int, path, None)
     tokens = field(peft, "num_virtual_tokens", int, path)
     with errors_naming(path):
@@ -135,11 +145,11 @@ def peft_configuration(peft: dict[str, Any], path: Path) -> PrefixConfig | Promp
         return PrefixConfig(tokens, num_frozen_tokens=peft.get("num_frozen_tokens", 0) if kind == "CARTRIDGE" else 0)
 
 
-def own_configuration(own: dict[str, Any], path: Path) -> PrefixConfig | PromptConfig:
+def own_configuration(own: dict[str, Any], path: Path) -> LayerConfig | PromptConfig:
     """The configuration that :func:`save` wrote; ValueError naming path and field when it is malformed."""
     if field(own, "format_version", int, path) != FORMAT_VERSION:
         raise fail(f"{path}: format_version", own["format_version"], str(FORMAT_VERSION))
-    kinds = (PrefixConfig, PromptConfig) if "kind" in own else (PrefixConfig,)
+    kinds = (PrefixConfig, *KINDS.values()) if "kind" in own else (PrefixConfig,)
     configured = {f.name for kind in kinds for f in dataclasses.fields(kind)}
     known = {"format_version", "kind", "projected", "weights", "encoder_weights", "frozen_modules"}
     unknown = sorted(set(own) - configured - known)
@@ -149,8 +159,12 @@ def own_configuration(own: dict[str, Any], path: Path) -> PrefixConfig | PromptC
         field(own, name, str, path, None)
     tokens = field(own, "num_virtual_tokens", int, path)
     if "kind" in own:
-        if own["kind"] != "prompt":
-            raise fail(f"{path}: kind", shown(own["kind"]), "'prompt', or no such field for keys and values")
+        if own["kind"] not in KINDS:
+            expected = f"{' or '.join(map(repr, KINDS))}, or no such field for keys and values"
+            raise fail(f"{path}: kind", shown(own["kind"]), expected)
+        if own["kind"] == "llama_adapter":
+            with errors_naming(path):
+                return layer_tensors.adapter_configuration(own)
         encoder: dict[str, Any] = {}
         if field(own, "projected", bool, path, None):
             names = [f.name for f in dataclasses.fields(PromptConfig) if f.name.startswith("encoder")]
@@ -237,15 +251,6 @@ def stored_key_values(tensors: dict[str, Tensor], prefix: Prefix, path: Path) ->
         for i, shape in zip(prefix.layer_indices, shapes, strict=True)
         for n, dim in zip("kv", (shape.head_dim, shape.value_dim), strict=True)
     }
-    check_tensors(tensors, {**want, **gates.wanted(prefix)}, path)
+    check_tensors(tensors, {**want, **layer_tensors.wanted_gates(prefix)}, path)
     keys, values = ([tensors[f"layers.{i}.{n}"] for i in prefix.layer_indices] for n in "kv")
     return keys, values
-
-
-def digest(tensors: dict[str, Tensor]) -> str:
-    """A hash of adapter weights, by which replaced weights are recognised."""
-    found = hashlib.sha256()
-    for name in sorted(tensors):
-        found.update(name.encode())
-        found.update(tensors[name].contiguous().view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()

@@ -1,7 +1,7 @@
 """``save`` and ``load``: PEFT's files, and next to them files for everything that PEFT has no field for.
 
     adapter_config.json          PEFT's PrefixTuningConfig (CartridgeConfig with frozen tokens, PromptTuningConfig, or
-                                 PromptEncoderConfig with an encoder)
+                                 PromptEncoderConfig with an encoder; AdaptionPromptConfig for a LLaMA-Adapter)
     adapter_model.safetensors    prompt_embeddings: [P, 2*L*H_kv*D], slots 2i and 2i+1 layer i's keys and values;
                                  [P, d] for a soft prompt; base_model.<name>: modules that are saved with it
     fastprefix_config.json       fastprefix's own configuration
@@ -33,7 +33,7 @@ from fastprefix.hf.adapters.installation import Installation
 from fastprefix.hf.adapters.lookup import require_installation, require_not_patched
 from fastprefix.hf.model import wrappers
 from fastprefix.hf.model.dtensor import gathered
-from fastprefix.hf.storage import gates, model_card, saved_modules
+from fastprefix.hf.storage import layer_tensors, model_card, saved_modules
 from fastprefix.hf.storage.atomic_folder import write_atomically
 from fastprefix.hf.storage.hub import adapter_folder
 from fastprefix.hf.storage.peft_format import (
@@ -41,18 +41,20 @@ from fastprefix.hf.storage.peft_format import (
     EMBEDDINGS,
     ENCODER,
     FORMAT_VERSION,
+    KINDS,
     OWN,
     OWN_CONFIG,
     WEIGHTS,
     check_finite,
-    digest,
     is_peft,
     pack,
     peft_config,
 )
 from fastprefix.hf.storage.prefix_encoder import PrefixEncoderCheckpoint, checkpoint_file
 from fastprefix.hf.storage.saved_adapter import FILES, SavedAdapter
-from fastprefix.hf.storage.validated_files import write_json, write_tensors
+from fastprefix.hf.storage.validated_files import digest, write_json, write_tensors
+from fastprefix.prefixes.config import PrefixConfig
+from fastprefix.prefixes.llama_adapter import LlamaAdapterConfig
 from fastprefix.prefixes.prefix import Prefix
 from fastprefix.prefixes.prompt import SoftPrompt
 
@@ -108,9 +110,9 @@ def _write(
     config, tensors = contents(installation, prefix, modules)
     fields = {"format_version": FORMAT_VERSION, **prefix.config.to_json(), **trained, "weights": digest(tensors)}
     files = {}
-    if isinstance(prefix, SoftPrompt):
-        fields["kind"] = "prompt"
-    if isinstance(prefix, Prefix) or prefix.encoder is not None:
+    if isinstance(prefix.config, tuple(KINDS.values())):
+        fields["kind"] = next(kind for kind, config in KINDS.items() if isinstance(prefix.config, config))
+    if isinstance(prefix.config, PrefixConfig) or prefix.encoder is not None:
         fields["projected"] = prefix.encoder is not None
     if prefix.encoder is not None:
         encoder = {n: x.detach().cpu().contiguous() for n, x in prefix.encoder.state_dict().items()}
@@ -133,6 +135,11 @@ def contents(
     config, beside = peft_config(installation.model, prefix, list(modules)), saved_modules.tensors(modules)
     if isinstance(prefix, SoftPrompt):
         return config, {EMBEDDINGS: prefix.without_dropout().cpu().contiguous(), **beside}
+    if isinstance(prefix.config, LlamaAdapterConfig):
+        own = layer_tensors.tensors(prefix)
+        if layer_tensors.is_adaption(installation, prefix) and not beside:
+            return config, layer_tensors.to_adaption(installation, own)
+        return {"peft_type": OWN, "num_virtual_tokens": prefix.num_virtual_tokens}, {**own, **beside}
     pairs = [(k.detach().cpu().contiguous(), v.detach().cpu().contiguous()) for k, v in prefix.key_values()]
     if is_peft(prefix, installation.facts.layers):
         return config, {EMBEDDINGS: pack([k for k, _ in pairs], [v for _, v in pairs]), **beside}
@@ -141,14 +148,15 @@ def contents(
         for i, kv in zip(prefix.layer_indices, pairs, strict=True)
         for n, x in zip("kv", kv, strict=True)
     }
-    tensors.update(gates.tensors(prefix))
+    tensors.update(layer_tensors.tensors(prefix))
     return {"peft_type": OWN, "num_virtual_tokens": prefix.num_virtual_tokens}, {**tensors, **beside}
 
 
 def load(
     model: Any, dir: str | os.PathLike[str], name: str = "default", *, revision: str | None = None
 ) -> Prefix | SoftPrompt:
-    """Attach a saved adapter: fastprefix's, PEFT's PREFIX_TUNING, CARTRIDGE, PROMPT_TUNING or P_TUNING, P-tuning v2's.
+    """Attach a saved adapter: fastprefix's, P-tuning v2's, or PEFT's PREFIX_TUNING, CARTRIDGE, PROMPT_TUNING, P_TUNING or
+    ADAPTION_PROMPT (of a Llama or Mistral).
 
     A prefix that was trained through an MLP is loaded with the MLP, a soft prompt with its encoder, so that training
     resumes; :func:`fastprefix.bake` drops them. PEFT's files hold only the output of its encoders, which is loaded as

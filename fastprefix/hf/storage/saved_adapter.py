@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fastprefix.errors import fail
 from fastprefix.hf.adapters.build import build, empty_prefix, new_encoder, prompt_dim
 from fastprefix.hf.adapters.installation import Installation
-from fastprefix.hf.storage import gates, saved_modules
+from fastprefix.hf.storage import layer_tensors, saved_modules
 from fastprefix.hf.storage.atomic_folder import read_consistently
 from fastprefix.hf.storage.peft_format import (
     CONFIG,
@@ -24,20 +24,19 @@ from fastprefix.hf.storage.peft_format import (
     ENCODER,
     OWN,
     OWN_CONFIG,
-    PREFIX_TYPES,
-    PROMPT_TYPES,
+    PEFT_TYPES,
     WEIGHTS,
     check_geometry,
     check_tensors,
-    digest,
     errors_naming,
     own_configuration,
     peft_configuration,
     stored_key_values,
 )
-from fastprefix.hf.storage.validated_files import field, read_json, read_tensors, shown
+from fastprefix.hf.storage.validated_files import digest, field, read_json, read_tensors, shown
 from fastprefix.prefixes.config import PrefixConfig
-from fastprefix.prefixes.prefix import Prefix
+from fastprefix.prefixes.llama_adapter import LlamaAdapterConfig
+from fastprefix.prefixes.prefix import LayerConfig, Prefix
 from fastprefix.prefixes.prompt import PromptConfig, SoftPrompt
 
 FILES = (CONFIG, WEIGHTS, OWN_CONFIG, ENCODER)
@@ -48,7 +47,7 @@ class SavedAdapter:
 
     peft: dict[str, Any]
     own: dict[str, Any] | None
-    config: PrefixConfig | PromptConfig
+    config: LayerConfig | PromptConfig
     tensors: dict[str, Tensor]
     modules: dict[str, Tensor]  # tensors of the model's modules that were saved with the prefix
     encoder: dict[str, Tensor] | None
@@ -68,16 +67,17 @@ class SavedAdapter:
             self.config = peft_configuration(self.peft, path)
         else:
             self.config = own_configuration(self.own, own_path)
-            if kind not in (*PREFIX_TYPES, *PROMPT_TYPES, OWN):
+            if kind not in (*PEFT_TYPES, OWN):
                 raise fail(f"{path}: peft_type", shown(kind), f"what fastprefix.save wrote beside {OWN_CONFIG}")
         tensors = read_tensors(self.paths[WEIGHTS])
-        self.modules = {name: x for name, x in tensors.items() if name.startswith(saved_modules.BASE)}
+        adaption = kind == layer_tensors.ADAPTION  # whose own tensors have the names of modules
+        self.modules = {name: x for name, x in tensors.items() if name.startswith(saved_modules.BASE) and not adaption}
         self.tensors = {name: x for name, x in tensors.items() if name not in self.modules}
         listed, where_listed = (self.peft, path) if self.own is None else (self.own, own_path)
         self.trained = saved_modules.names(listed, "modules_to_save", where_listed)
         self.frozen = saved_modules.names(listed, saved_modules.FROZEN, where_listed) if self.own is not None else []
         config = self.config
-        projected = config.prefix_projection if isinstance(config, PrefixConfig) else config.encoder is not None
+        projected = config.encoder is not None if isinstance(config, PromptConfig) else config.prefix_projection
         self.encoder = read_tensors(self.paths[ENCODER]) if projected else None
 
     def build(self, installation: Installation) -> Prefix | SoftPrompt:
@@ -90,6 +90,8 @@ class SavedAdapter:
             return self._build(installation)
         with errors_naming(path):
             empty = empty_prefix(installation, self.config)
+        if isinstance(self.config, LlamaAdapterConfig):
+            return self._build_adapter(installation, empty)
         stored_key_values(self.tensors, empty, self.paths[WEIGHTS])
         if EMBEDDINGS in self.tensors:
             check_geometry(self.peft, empty, self.paths[CONFIG])
@@ -105,6 +107,18 @@ class SavedAdapter:
                 "they are the content's alone, so that this adapter's outputs differ from those in PEFT",
                 stacklevel=3,
             )
+        return self._build(installation)
+
+    def _build_adapter(self, installation: Installation, empty: Prefix) -> Prefix | SoftPrompt:
+        """A new LLaMA-Adapter, ours or PEFT's."""
+        self.check_whole()  # before the tensors get other names
+        with errors_naming(self.paths[CONFIG]):
+            if self.peft["peft_type"] == layer_tensors.ADAPTION:
+                if (reason := layer_tensors.why_not_adaption(installation)) is not None:
+                    raise fail("peft_type", f"{layer_tensors.ADAPTION} ({reason})", "that of a Llama or Mistral")
+                self.tensors = layer_tensors.from_adaption(self.tensors)
+            wanted = layer_tensors.wanted(installation, empty)
+        check_tensors(self.tensors, wanted, self.paths[WEIGHTS])
         return self._build(installation)
 
     def _build(self, installation: Installation) -> Prefix | SoftPrompt:
@@ -125,7 +139,9 @@ class SavedAdapter:
     def fill(self, prefix: Prefix | SoftPrompt) -> None:
         """Copy the saved values into a new prefix of this configuration."""
         if isinstance(prefix, Prefix):
-            gates.fill(prefix, self.tensors)
+            layer_tensors.fill(prefix, self.tensors)
+            if isinstance(prefix.config, LlamaAdapterConfig):
+                return
         if prefix.encoder is not None:
             assert self.encoder is not None
             prefix.encoder.load_state_dict(self.encoder)
@@ -182,10 +198,9 @@ class SavedAdapter:
         if self.own is None:
             return
         path, tokens = self.paths[CONFIG], self.config.num_virtual_tokens
-        if field(self.peft, "num_virtual_tokens", int, path) != tokens:
-            raise fail(
-                f"{path}: num_virtual_tokens", shown(self.peft["num_virtual_tokens"]), f"{tokens} as in {OWN_CONFIG}"
-            )
+        name = "adapter_len" if self.peft["peft_type"] == layer_tensors.ADAPTION else "num_virtual_tokens"
+        if field(self.peft, name, int, path) != tokens:
+            raise fail(f"{path}: {name}", shown(self.peft[name]), f"{tokens} as in {OWN_CONFIG}")
         stamps = ((WEIGHTS, "weights", {**self.tensors, **self.modules}), (ENCODER, "encoder_weights", self.encoder))
         for name, stamp, tensors in stamps:
             # Older folders have no hash.

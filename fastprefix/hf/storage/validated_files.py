@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import reprlib
@@ -9,6 +10,7 @@ import stat
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -93,3 +95,12 @@ def write_tensors(tensors: dict[str, Tensor], path: str) -> None:
 def write_json(data: dict[str, Any], path: str) -> None:
     """Write a JSON file."""
     Path(path).write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+
+
+def digest(tensors: dict[str, Tensor]) -> str:
+    """A hash of adapter weights, by which replaced weights are recognised."""
+    found = hashlib.sha256()
+    for name in sorted(tensors):
+        found.update(name.encode())
+        found.update(tensors[name].contiguous().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
