@@ -7,6 +7,7 @@ from fastprefix.explain import explain
 from fastprefix.functional import prefix_attention
 from fastprefix.prefixes.config import PrefixConfig
 from fastprefix.prefixes.llama_adapter import LlamaAdapterConfig
+from fastprefix.prefixes.memory import PrefixMemoryConfig
 from fastprefix.prefixes.prompt import PromptConfig
 from fastprefix.verification.run import verify
 
@@ -34,6 +35,7 @@ __version__ = "0.1.0"
 __all__ = [
     "LlamaAdapterConfig",
     "PrefixConfig",
+    "PrefixMemoryConfig",
     "PromptConfig",
     "__version__",
     "attach",

@@ -1,7 +1,7 @@
 """``fastprefix.init``: initial values of a prefix, given, or made of other prefixes (see ``prefixes.arithmetic``)."""
 
 from fastprefix.prefixes.arithmetic import average, concat, drop, slice
-from fastprefix.prefixes.init import Init, embeddings, kv, labels, normal, text, token_ids, vocabulary
+from fastprefix.prefixes.init import Init, embeddings, kv, labels, normal, text, token_ids, vocabulary, zero
 
 __all__ = [
     "Init",
@@ -16,4 +16,5 @@ __all__ = [
     "text",
     "token_ids",
     "vocabulary",
+    "zero",
 ]

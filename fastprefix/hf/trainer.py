@@ -17,8 +17,8 @@ from fastprefix.hf.adapters.installation import Installation
 from fastprefix.hf.adapters.lookup import require_installation
 from fastprefix.hf.storage import layer_tensors, peft_format, save_load, saved_modules
 from fastprefix.hf.storage.saved_adapter import SavedAdapter
+from fastprefix.prefixes.config import PrefixConfig
 from fastprefix.prefixes.kv import DirectKV
-from fastprefix.prefixes.llama_adapter import LlamaAdapterConfig
 from fastprefix.prefixes.prefix import Prefix
 from fastprefix.prefixes.prompt import SoftPrompt
 
@@ -104,8 +104,9 @@ def restore(
     if isinstance(prefix, SoftPrompt):
         mine.update(kind="prompt", projected=None if encoder is None else True)
         mine["place"] = None if prefix.config.place == "before" else prefix.config.place
-    elif isinstance(prefix.config, LlamaAdapterConfig):
-        mine.update(kind="llama_adapter", gate=prefix.config.gate)
+    elif not isinstance(prefix.config, PrefixConfig):
+        kind = next(kind for kind, config in peft_format.KINDS.items() if isinstance(prefix.config, config))
+        mine.update(kind=kind, gate=prefix.config.gate)
     else:
         config = prefix.config
         mine.update(
@@ -121,7 +122,7 @@ def restore(
         stored.check_prompt(prefix.config, prefix.embedding.shape[1])
         saved_modules.fill(stored.modules, modules)
         return stored.fill(prefix)
-    if isinstance(prefix.config, LlamaAdapterConfig):
+    if not isinstance(prefix.config, PrefixConfig):
         stored.check_whole()
         if stored.peft["peft_type"] == layer_tensors.ADAPTION:
             stored.tensors = layer_tensors.from_adaption(stored.tensors)

@@ -106,7 +106,7 @@ def _start(prefix: Any) -> Init:
     """The numbers of a prefix."""
     if isinstance(prefix, Prefix):
         if prefix.is_added:
-            raise fail("prefixes", f"a {prefix.kind}", "prefixes without a gate, which starts again at 0 in a new one")
+            raise fail("prefixes", f"a {prefix.kind}", "prefixes of keys and values without a gate")
         pairs = prefix.key_values()
         return Init("kv", keys=tuple(k for k, _ in pairs), values=tuple(v for _, v in pairs))
     if isinstance(prefix, SoftPrompt):

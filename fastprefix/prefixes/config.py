@@ -68,7 +68,7 @@ class PrefixConfig:
         num_virtual_tokens: prefix tokens P, at least 1; default as many as ``init`` has (tokens of a text, or keys).
         prefix_projection: train ``embedding -> Linear -> tanh -> Linear`` in place of the keys and values themselves.
         encoder_hidden_size: width of that MLP; default the model's hidden size.
-        init: where training starts: ``fastprefix.init.normal(std)`` (default), ``.text(text, tokenizer)``,
+        init: where training starts: ``fastprefix.init.normal(std)`` (default), ``.zero()``, ``.text(text, tokenizer)``,
             ``.token_ids(ids)`` (the model's own keys and values of these tokens) or ``.kv(keys, values)``. With
             ``prefix_projection``, least squares fits the MLP's output to these keys and values.
         layers: indices of the attention layers that get a prefix, in execution order; in an encoder-decoder, within
@@ -87,6 +87,9 @@ class PrefixConfig:
             Training starts from the model's own outputs. At 0 only the gates get gradients, and those of the keys and
             values are zero in the first step. ``"tanh"``: ``tanh(g)`` of each head, as in the authors' code;
             ``"linear"``: ``g`` of each head, as in the paper; ``"scalar"``: one ``g`` for all heads, as in PEFT.
+        dropout: probability of dropping a prefix token, its key and its value, in training mode. Each layer draws its
+            own tokens, once for all rows of a forward. What is left is not scaled: the softmax divides by what it sees,
+            and in eval mode all tokens are read. Frozen tokens always stay.
         modules_to_save: names of the model's modules that are trained and saved with this prefix, such as a
             classifier's head (``["classifier"]``, ``["score"]``); as in PEFT, a name means every module whose name
             ends with it. The prefix has its own copies, which are in the model while the prefix is active and are
@@ -106,6 +109,7 @@ class PrefixConfig:
     parts: Sequence[Part] | None = None
     modules_to_save: Sequence[str] | None = None
     gate: GateKind | None = None
+    dropout: float = 0.0
 
     def __post_init__(self) -> None:
         if isinstance(self.init, Init):
@@ -123,6 +127,9 @@ class PrefixConfig:
         if not isinstance(self.init, Init) or of_prompt:
             got = f"init.{self.init.name} of a soft prompt" if isinstance(self.init, Init) else repr(self.init)
             raise fail("init", got, "what fastprefix.init.normal, text, token_ids or kv return")
+        dropout = self.dropout
+        if isinstance(dropout, bool) or not isinstance(dropout, int | float) or not 0.0 <= dropout < 1.0:
+            raise fail("dropout", repr(dropout), "a number from 0 to below 1")
         if self.gate is not None:
             check_gate(self.gate)
         position_offset: PositionOffset | None = self.position_offset
@@ -167,7 +174,8 @@ class PrefixConfig:
             "parts": None if self.parts is None else list(self.parts),
             "modules_to_save": None if self.modules_to_save is None else list(self.modules_to_save),
         }
-        return fields if self.gate is None else {**fields, "gate": self.gate}
+        later = {"gate": self.gate, "dropout": self.dropout}
+        return {**fields, **{name: x for name, x in later.items() if x}}
 
     def active_layers(self, parts: Sequence[Part | None]) -> list[int]:
         """Sorted indices of the layers that get a prefix, in a model whose attention layers belong to ``parts``.

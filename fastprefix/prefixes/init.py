@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -32,6 +32,7 @@ class Init:
     embeddings: Tensor | None = None  # [P, d], of a soft prompt
     most_common: int | None = None
     labels: tuple[tuple[int, ...], ...] | None = None  # the token ids of each label
+    zero_values: bool = False
 
     @property
     def of_tokens(self) -> bool:
@@ -100,6 +101,15 @@ def normal(std: float = 0.02) -> Init:
     if not std > 0:
         raise fail("std", std, "a positive number")
     return Init("normal", std=std)
+
+
+def zero(std: float = 0.02) -> Init:
+    """Values of zero and keys ``N(0, std^2)``: a prefix that says nothing yet, and all of whose tokens train.
+
+    Keys of zero too would make all tokens equal, and equal they would stay, as in PEFT's ``init_weights="zero"``. In
+    one softmax with the content the tokens still take attention from it; behind a gate at zero they change nothing.
+    """
+    return replace(normal(std), name="zero", zero_values=True)
 
 
 def vocabulary(most_common: int = MOST_COMMON) -> Init:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fastprefix.prefixes.config import LayerShape, Part
 from fastprefix.prefixes.gate import Gate
+from fastprefix.prefixes.token_dropout import TokenDropout
 
 
 class LayerKV(NamedTuple):
@@ -20,14 +21,15 @@ class LayerKV(NamedTuple):
     ids: Tensor | None = None  # [B], the row's prefix in the bank, -1 = none
     lens: Tensor | None = None  # [N]
     gate: Tensor | None = None  # [H]; of a bank [N, H]; with ids [B, H]
+    memory: Tensor | None = None  # [H, D, D_v], see memory.py
 
 
 class PrefixLayer(nn.Module):
     """One layer's prefix; calling it returns what the layer's attention reads."""
 
-    def __init__(self, gate: Gate | None = None) -> None:
+    def __init__(self, gate: Gate | None = None, dropout: TokenDropout | None = None) -> None:
         super().__init__()
-        self.gate = gate
+        self.gate, self.dropout = gate, dropout
 
     def key_values(self) -> tuple[Tensor, Tensor]:
         """``[H_kv, P, D]`` and ``[H_kv, P, D_v]``."""
@@ -38,8 +40,10 @@ class PrefixLayer(nn.Module):
         return {} if self.gate is None else {"gate": self.gate.weight}
 
     def forward(self) -> LayerKV:
-        """Keys and values, and the gate if there is one."""
+        """Keys and values, without dropped tokens, and the gate if there is one."""
         k, v = self.key_values()
+        if self.dropout is not None:
+            k, v = self.dropout(k, v)
         return LayerKV(k, v) if self.gate is None else LayerKV(k, v, gate=self.gate())
 
 
@@ -49,8 +53,15 @@ class DirectKV(PrefixLayer):
     frozen_k: Tensor
     frozen_v: Tensor
 
-    def __init__(self, key: Tensor, value: Tensor, num_frozen_tokens: int = 0, gate: Gate | None = None) -> None:
-        super().__init__(gate)
+    def __init__(
+        self,
+        key: Tensor,
+        value: Tensor,
+        num_frozen_tokens: int = 0,
+        gate: Gate | None = None,
+        dropout: TokenDropout | None = None,
+    ) -> None:
+        super().__init__(gate, dropout)
         frozen = num_frozen_tokens
         self.num_frozen_tokens = frozen
         self.k = nn.Parameter(key[:, frozen:].detach().clone())
@@ -205,8 +216,14 @@ class PartEncoders(nn.ModuleDict):
 class ProjectedKV(PrefixLayer):
     """One layer of a shared :class:`PrefixEncoder`, which is registered elsewhere: a gate alone is a parameter here."""
 
-    def __init__(self, encoder: PrefixEncoder | PartEncoders, index: int, gate: Gate | None = None) -> None:
-        super().__init__(gate)
+    def __init__(
+        self,
+        encoder: PrefixEncoder | PartEncoders,
+        index: int,
+        gate: Gate | None = None,
+        dropout: TokenDropout | None = None,
+    ) -> None:
+        super().__init__(gate, dropout)
         self.index = index
         self._encoder = (encoder,)  # in a tuple, so that the encoder is not registered a second time
 

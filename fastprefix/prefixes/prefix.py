@@ -13,9 +13,11 @@ from fastprefix.prefixes.config import LayerShape, Part, PrefixConfig
 from fastprefix.prefixes.gate import Gate
 from fastprefix.prefixes.kv import DirectKV, LayerKV, PartEncoders, PrefixEncoder, PrefixLayer, ProjectedKV
 from fastprefix.prefixes.llama_adapter import LlamaAdapterConfig
+from fastprefix.prefixes.memory import PrefixMemoryConfig
 from fastprefix.prefixes.modules import Modules
+from fastprefix.prefixes.token_dropout import TokenDropout
 
-LayerConfig = PrefixConfig | LlamaAdapterConfig  # of what is trained in attention layers
+LayerConfig = PrefixConfig | LlamaAdapterConfig | PrefixMemoryConfig  # of what is trained in attention layers
 
 
 class Prefix(nn.Module):
@@ -70,13 +72,15 @@ class Prefix(nn.Module):
         """The prefix in words, for messages."""
         if isinstance(self.config, LlamaAdapterConfig):
             return "LLaMA-Adapter"
+        if isinstance(self.config, PrefixMemoryConfig):
+            return "prefix memory"
         gated = "" if self.config.gate is None else "gated "
         return f"{gated}prefix" if self.encoder is None else f"{gated}prefix through an MLP"
 
     @property
     def is_added(self) -> bool:
         """Whether the output of the prefix is added to the content's, instead of one softmax over both."""
-        return self.config.gate is not None
+        return self.config.gate is not None or isinstance(self.config, PrefixMemoryConfig)
 
     def devices(self) -> list[torch.device]:
         """Each layer's device."""
@@ -88,13 +92,13 @@ class Prefix(nn.Module):
         frozen, gates = self.config.num_frozen_tokens, self.gates([k.device for k in keys])
         self.encoder = None
         layers = zip(keys, values, gates, strict=True)
-        self.layers = nn.ModuleList(DirectKV(k, v, frozen, gate) for k, v, gate in layers)
+        self.layers = nn.ModuleList(DirectKV(k, v, frozen, gate, self._dropout()) for k, v, gate in layers)
 
     def set_encoder(self, encoder: PrefixEncoder | PartEncoders, devices: Sequence[torch.device]) -> None:
         """Make an MLP's output the keys and values; ``devices``: of the layers, on which their gates lie."""
         gates = self.gates(devices)
         self.encoder = encoder
-        self.layers = nn.ModuleList(ProjectedKV(encoder, i, gate) for i, gate in enumerate(gates))
+        self.layers = nn.ModuleList(ProjectedKV(encoder, i, gate, self._dropout()) for i, gate in enumerate(gates))
 
     def gates(self, devices: Sequence[torch.device]) -> list[Gate | None]:
         """Each layer's gate, a new one on the layer's device where there is none yet; None without gates."""
@@ -102,6 +106,11 @@ class Prefix(nn.Module):
             return [None] * len(self.shapes)
         found = [layer.gate for layer in self._layers()] or [Gate(self.config.gate, heads) for heads in self.num_heads]
         return [None if gate is None else gate.to(device) for gate, device in zip(found, devices, strict=True)]
+
+    def _dropout(self) -> TokenDropout | None:
+        config = self.config
+        p = config.dropout if isinstance(config, PrefixConfig) else 0.0
+        return TokenDropout(p, config.num_frozen_tokens).train(self.training) if p else None
 
     def _layers(self) -> list[PrefixLayer]:
         return list(self.layers)  # type: ignore[arg-type]  # a ModuleList does not know of which modules

@@ -83,7 +83,7 @@ class PromptConfig:
         if isinstance(self.init, Init):
             self.num_virtual_tokens = take_length(self.num_virtual_tokens, self.init)
         check_tokens(self.num_virtual_tokens)
-        if not isinstance(self.init, Init) or self.init.keys is not None:
+        if not isinstance(self.init, Init) or self.init.keys is not None or self.init.zero_values:
             expected = "what fastprefix.init.vocabulary, text, token_ids, labels or normal return"
             raise fail("init", repr(self.init.name if isinstance(self.init, Init) else self.init), expected)
         self.modules_to_save = checked_modules(self.modules_to_save)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from fastprefix.errors import fail
-from fastprefix.hf.adapters.added import llama_adapter
+from fastprefix.hf.adapters.added import llama_adapter, memory
 from fastprefix.hf.adapters.installation import Installation
 from fastprefix.hf.model import encoder_decoder, offload, probing
 from fastprefix.hf.model import layers as model_layers
@@ -17,6 +17,7 @@ from fastprefix.hf.runtime.pooled_head import reads_each_token
 from fastprefix.prefixes.config import LayerShape, PrefixConfig
 from fastprefix.prefixes.kv import PartEncoders, PrefixEncoder
 from fastprefix.prefixes.llama_adapter import LlamaAdapterConfig
+from fastprefix.prefixes.memory import PrefixMemoryConfig
 from fastprefix.prefixes.prefix import LayerConfig, Prefix
 from fastprefix.prefixes.prompt import PromptConfig, SoftPrompt, start
 
@@ -46,6 +47,8 @@ def _build(installation: Installation, config: LayerConfig | PromptConfig) -> Pr
         return SoftPrompt(config, start(config, embeddings, vocabulary, dim, device))
     if isinstance(config, LlamaAdapterConfig):
         return llama_adapter.fill(installation, empty_prefix(installation, config))
+    if isinstance(config, PrefixMemoryConfig):
+        return memory.fill(installation, empty_prefix(installation, config))
     return build_prefix(installation, config)
 
 
@@ -160,6 +163,7 @@ def build_prefix(installation: Installation, config: PrefixConfig) -> Prefix:
 def _random(config: PrefixConfig, shapes: Sequence[LayerShape]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     P, std = config.num_virtual_tokens, config.init.std
     keys = [torch.randn(s.num_kv_heads, P, s.head_dim) * std for s in shapes]
+    std = 0.0 if config.init.zero_values else std
     return keys, [torch.randn(s.num_kv_heads, P, s.value_dim) * std for s in shapes]
 
 
@@ -172,6 +176,8 @@ def _start(
         if len(init.keys) == len(installation.facts.layers.modules) == len(init.values):
             return [init.keys[i] for i in indices], [init.values[i] for i in indices]
         return list(init.keys), list(init.values)
+    if init.zero_values:
+        return _random(config, [installation.facts.layers.shapes[i] for i in indices])
     if not init.of_tokens:
         return None
     if installation.model.main_input_name != "input_ids" and len(installation.facts.layers.stacks) == 1:

@@ -12,6 +12,7 @@ from fastprefix.errors import fail
 from fastprefix.functional import add_gated, prefix_attention
 from fastprefix.hf.attention import masks, packed_prompts
 from fastprefix.hf.attention.recording import AttentionCall, is_recording, record
+from fastprefix.prefixes.memory import add_memory
 from fastprefix.prefixes.prefix import LayerKV, LayerSlot, is_hooked
 
 NAME = "fastprefix"
@@ -61,11 +62,11 @@ def attention_forward(
         kv = slot() if is_hooked(slot) else slot.forward()
     if kv is None:
         kv = _no_prefix(query, key, value)
-    prefix_k, prefix_v, ids, lens, gate = kv
+    prefix_k, prefix_v, ids, lens, gate, memory = kv
     if prefix_k.device != query.device:
         device = query.device
         prefix_k, prefix_v = prefix_k.to(device), prefix_v.to(device)
-        ids, lens, gate = (x if x is None else x.to(device) for x in (ids, lens, gate))
+        ids, lens, gate, memory = (x if x is None else x.to(device) for x in (ids, lens, gate, memory))
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     options: dict[str, Any] = {"causal": causal, "scale": scaling, "dropout_p": dropout}
     if attention_mask is not None:
@@ -83,6 +84,8 @@ def attention_forward(
         tensors = {"q": query, "k": key, "v": value, "prefix_k": prefix_k, "prefix_v": prefix_v}
         record(AttentionCall(module, tensors, options))
     o = prefix_attention(query, key, value, prefix_k, prefix_v, **options)
+    if memory is not None:
+        o = add_memory(o, query, memory)
     return o.transpose(1, 2), None
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -113,6 +113,8 @@ class PrefixReader:
                 key_values, hidden = next(prefilled)
                 found.append(key_values)
                 last.append(hidden)
+        if len(names) > 1:
+            _refuse_memories(kv for pairs in found for kv in pairs)
         layers = [pack([pairs[i] for pairs in found]) for i in range(len(self.facts.layers.modules))]
         return PrefixBank(list(names), [prefix.offset for prefix in resolved], layers, last), output
 
@@ -126,6 +128,7 @@ class PrefixReader:
             selected.rows(batch)
             gated = self.selection.provider.gated
             return ForwardContext(bank.offsets[0], bank.layers, None if last is None else last[None], gated=gated)
+        _refuse_memories(bank.layers)
         if self.selection.provider.gated:
             raise fail("names", "a mixed batch of gated prompts", "one for all rows")
         index = {name: i for i, name in enumerate(bank.names)}
@@ -213,6 +216,12 @@ def pack(pairs: Sequence[LayerKV | None]) -> LayerKV | None:
         return LayerKV(k, v, lens=lens)
     gates = [some.new_zeros(some.shape) if kv is None or kv.gate is None else kv.gate for kv in pairs]
     return LayerKV(k, v, lens=lens, gate=torch.stack(gates))
+
+
+def _refuse_memories(found: Iterable[LayerKV | None]) -> None:
+    """Raise ValueError where a mixed batch has a prefix memory, which is no part of a bank."""
+    if any(kv is not None and kv.memory is not None for kv in found):
+        raise fail("names", "a prefix memory in a mixed batch", "one memory for all rows")
 
 
 def _of_rows(gate: Tensor, ids: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
-"""What layers have besides keys and values, in adapter weights: ``layers.<i>.gate``, ``layers.<i>.prompt``.
+"""What layers have besides keys and values, in adapter weights: ``layers.<i>.gate``, ``.prompt``, ``.memory``.
 
-A gate is ``[H]``, or ``[1]`` for all heads of the layer; a prompt of LLaMA-Adapter ``[P, d]``. PEFT's ADAPTION_PROMPT
+A gate is ``[H]``, or ``[1]`` for all heads of the layer; a prompt of LLaMA-Adapter ``[P, d]``, whose keys and values
+are not saved; a prefix memory ``[H, D, D_v]``, which has none. PEFT's ADAPTION_PROMPT
 calls them ``base_model.model.<attention module>.adaption_prompt``, ``[1, P, d]``, and ``adaption_gate``, ``[1]``.
 """
 
@@ -18,6 +19,7 @@ from fastprefix.hf.adapters.added.llama_adapter import find_projections
 from fastprefix.hf.adapters.installation import Installation
 from fastprefix.prefixes.kv import PrefixLayer
 from fastprefix.prefixes.llama_adapter import LlamaAdapterConfig
+from fastprefix.prefixes.memory import PrefixMemoryConfig
 from fastprefix.prefixes.prefix import Prefix
 from fastprefix.validation import is_int
 
@@ -62,7 +64,12 @@ def wanted_gates(prefix: Prefix) -> Wanted:
 
 
 def wanted(installation: Installation, prefix: Prefix) -> Wanted:
-    """All tensors that a LLaMA-Adapter of this configuration is loaded from."""
+    """All tensors that a LLaMA-Adapter or a memory of this configuration is loaded from."""
+    if isinstance(prefix.config, PrefixMemoryConfig):
+        sizes = zip(prefix.layer_indices, prefix.num_heads, prefix.shapes, strict=True)
+        return {
+            f"layers.{i}.memory": ("[H, D, D_v]", [heads, shape.head_dim, shape.value_dim]) for i, heads, shape in sizes
+        }
     found = find_projections(installation, prefix.layer_indices)
     tokens, layers = prefix.num_virtual_tokens, zip(prefix.layer_indices, found, strict=True)
     prompts: Wanted = {f"layers.{i}.prompt": ("[P, d]", [tokens, project.width]) for i, project in layers}
@@ -124,7 +131,9 @@ def peft_adapter_configuration(peft: Mapping[str, Any]) -> LlamaAdapterConfig:
     return LlamaAdapterConfig(peft["adapter_len"], peft["adapter_layers"], gate="scalar")
 
 
-def adapter_configuration(own: Mapping[str, Any]) -> LlamaAdapterConfig:
-    """The configuration that ``save`` wrote."""
+def own_configuration(own: Mapping[str, Any]) -> LlamaAdapterConfig | PrefixMemoryConfig:
+    """The configuration that ``save`` wrote, of ``own["kind"]``."""
+    if own["kind"] == "prefix_memory":
+        return PrefixMemoryConfig(own.get("layers"), own.get("parts"))
     names = ("num_virtual_tokens", "num_layers", "gate")
     return LlamaAdapterConfig(**{name: own[name] for name in names if name in own})

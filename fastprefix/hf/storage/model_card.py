@@ -21,6 +21,7 @@ from fastprefix.hf.storage.atomic_folder import resolve_path
 from fastprefix.hf.storage.peft_format import ENCODER, OWN, WEIGHTS
 from fastprefix.hf.storage.saved_modules import BASE
 from fastprefix.prefixes.llama_adapter import LlamaAdapterConfig
+from fastprefix.prefixes.memory import PrefixMemoryConfig
 from fastprefix.prefixes.prefix import Prefix
 from fastprefix.prefixes.prompt import SoftPrompt
 
@@ -106,6 +107,8 @@ def _facts(prefix: Prefix | SoftPrompt, tensors: Mapping[str, Tensor]) -> list[s
         what = f"trained embeddings {place} ({kind})"
     elif isinstance(prefix.config, LlamaAdapterConfig):
         what = f"trained prompts behind gates in {len(prefix.layer_indices)} attention layers (LLaMA-Adapter)"
+    elif isinstance(prefix.config, PrefixMemoryConfig):
+        what = f"trained matrices of the heads of {len(prefix.layer_indices)} attention layers (Prefix-Tuning+)"
     else:
         layers = len(prefix.layer_indices)
         what = f"trained keys and values in {layers} attention layer{'s' * (layers > 1)} (prefix tuning)"

@@ -17,6 +17,7 @@ from fastprefix.hf.storage.validated_files import field, shown
 from fastprefix.prefixes import init
 from fastprefix.prefixes.config import PrefixConfig
 from fastprefix.prefixes.llama_adapter import LlamaAdapterConfig
+from fastprefix.prefixes.memory import PrefixMemoryConfig
 from fastprefix.prefixes.prefix import LayerConfig, Prefix
 from fastprefix.prefixes.prompt import PromptConfig, SoftPrompt
 from fastprefix.validation import FLOATS, fail
@@ -28,7 +29,11 @@ EMBEDDINGS = "prompt_embeddings"
 OWN = "FASTPREFIX"  # the peft_type of adapters that PEFT cannot represent
 PREFIX_TYPES, PROMPT_TYPES = ("PREFIX_TUNING", "CARTRIDGE"), ("PROMPT_TUNING", "P_TUNING")
 PEFT_TYPES = (*PREFIX_TYPES, *PROMPT_TYPES, layer_tensors.ADAPTION)
-KINDS = {"prompt": PromptConfig, "llama_adapter": LlamaAdapterConfig}  # of a configuration's field "kind"
+KINDS = {
+    "prompt": PromptConfig,
+    "llama_adapter": LlamaAdapterConfig,
+    "prefix_memory": PrefixMemoryConfig,
+}  # of a configuration's field "kind"
 
 _TASKS = {
     "ForCausalLM": "CAUSAL_LM",
@@ -162,9 +167,9 @@ def own_configuration(own: dict[str, Any], path: Path) -> LayerConfig | PromptCo
         if own["kind"] not in KINDS:
             expected = f"{' or '.join(map(repr, KINDS))}, or no such field for keys and values"
             raise fail(f"{path}: kind", shown(own["kind"]), expected)
-        if own["kind"] == "llama_adapter":
+        if own["kind"] != "prompt":
             with errors_naming(path):
-                return layer_tensors.adapter_configuration(own)
+                return layer_tensors.own_configuration(own)
         encoder: dict[str, Any] = {}
         if field(own, "projected", bool, path, None):
             names = [f.name for f in dataclasses.fields(PromptConfig) if f.name.startswith("encoder")]
@@ -174,7 +179,7 @@ def own_configuration(own: dict[str, Any], path: Path) -> LayerConfig | PromptCo
             return PromptConfig(tokens, place=own.get("place", "before"), **encoder)
     fields: dict[str, Any] = {
         n: own[n]
-        for n in ("num_virtual_tokens", "layers", "position_offset", "num_frozen_tokens", "parts", "gate")
+        for n in ("num_virtual_tokens", "layers", "position_offset", "num_frozen_tokens", "parts", "gate", "dropout")
         if n in own
     }
     if field(own, "projected", bool, path, None):

@@ -54,7 +54,6 @@ from fastprefix.hf.storage.prefix_encoder import PrefixEncoderCheckpoint, checkp
 from fastprefix.hf.storage.saved_adapter import FILES, SavedAdapter
 from fastprefix.hf.storage.validated_files import digest, write_json, write_tensors
 from fastprefix.prefixes.config import PrefixConfig
-from fastprefix.prefixes.llama_adapter import LlamaAdapterConfig
 from fastprefix.prefixes.prefix import Prefix
 from fastprefix.prefixes.prompt import SoftPrompt
 
@@ -135,7 +134,7 @@ def contents(
     config, beside = peft_config(installation.model, prefix, list(modules)), saved_modules.tensors(modules)
     if isinstance(prefix, SoftPrompt):
         return config, {EMBEDDINGS: prefix.without_dropout().cpu().contiguous(), **beside}
-    if isinstance(prefix.config, LlamaAdapterConfig):
+    if not isinstance(prefix.config, PrefixConfig):
         own = layer_tensors.tensors(prefix)
         if layer_tensors.is_adaption(installation, prefix) and not beside:
             return config, layer_tensors.to_adaption(installation, own)

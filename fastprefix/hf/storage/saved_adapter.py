@@ -35,7 +35,6 @@ from fastprefix.hf.storage.peft_format import (
 )
 from fastprefix.hf.storage.validated_files import digest, field, read_json, read_tensors, shown
 from fastprefix.prefixes.config import PrefixConfig
-from fastprefix.prefixes.llama_adapter import LlamaAdapterConfig
 from fastprefix.prefixes.prefix import LayerConfig, Prefix
 from fastprefix.prefixes.prompt import PromptConfig, SoftPrompt
 
@@ -90,7 +89,7 @@ class SavedAdapter:
             return self._build(installation)
         with errors_naming(path):
             empty = empty_prefix(installation, self.config)
-        if isinstance(self.config, LlamaAdapterConfig):
+        if not isinstance(self.config, PrefixConfig):
             return self._build_adapter(installation, empty)
         stored_key_values(self.tensors, empty, self.paths[WEIGHTS])
         if EMBEDDINGS in self.tensors:
@@ -140,7 +139,7 @@ class SavedAdapter:
         """Copy the saved values into a new prefix of this configuration."""
         if isinstance(prefix, Prefix):
             layer_tensors.fill(prefix, self.tensors)
-            if isinstance(prefix.config, LlamaAdapterConfig):
+            if not isinstance(prefix.config, PrefixConfig):
                 return
         if prefix.encoder is not None:
             assert self.encoder is not None

@@ -238,5 +238,5 @@ def test_what_cannot_be_read_with_a_gate_is_refused() -> None:
         model(input_ids=IDS)
     with pytest.raises(ValueError, match="prefix: got a gated prefix beside a shared prompt"):
         fastprefix.completion_logprobs(model, [[5, 6]], IDS)
-    with pytest.raises(ValueError, match="prefixes: got a gated prefix, expected prefixes without a gate"):
+    with pytest.raises(ValueError, match="prefixes: got a gated prefix, expected prefixes of keys and values"):
         init.concat(prefix, prefix)

@@ -1,1 +1,1 @@
-"""What is added to the content's attention instead of standing in front of the content: LLaMA-Adapter's prompts."""
+"""What is added to the content's attention and does not stand in front of it: LLaMA-Adapter's prompts, memories."""

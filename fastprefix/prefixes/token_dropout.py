@@ -1,0 +1,31 @@
+"""``TokenDropout``: drops whole tokens of a prefix while it is trained."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class TokenDropout(nn.Module):
+    """Keeps each token of a layer's prefix with probability 1 - p, in training mode alone.
+
+    One draw serves all rows of a forward, so that no row needs a prefix of its own. It comes from the CPU's generator,
+    whose state checkpointing restores, and reading it waits for no device.
+
+    Args:
+        p: the probability of dropping a token.
+        num_frozen_tokens: leading tokens that always stay.
+    """
+
+    def __init__(self, p: float, num_frozen_tokens: int) -> None:
+        super().__init__()
+        self.p, self.num_frozen_tokens = p, num_frozen_tokens
+
+    def forward(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys ``[H_kv, P, D]`` and values ``[H_kv, P, D_v]`` of the tokens that stay."""
+        if not self.training:
+            return k, v
+        stays = torch.rand(k.shape[1]) >= self.p
+        stays[: self.num_frozen_tokens] = True
+        places = stays.nonzero()[:, 0].to(k.device)
+        return k[:, places], v[:, places]
