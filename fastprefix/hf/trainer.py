@@ -110,7 +110,10 @@ def restore(
     else:
         config = prefix.config
         mine.update(
-            position_offset=config.position_offset, num_frozen_tokens=config.num_frozen_tokens, gate=config.gate
+            position_offset=config.position_offset,
+            num_frozen_tokens=config.num_frozen_tokens,
+            gate=config.gate,
+            prefix_bias=config.prefix_bias or None,
         )
         mine["projected"] = encoder is not None
     for field, expected in mine.items():

@@ -10,6 +10,7 @@ the content begins after all tokens of the new prefix: composition as in Cartrid
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -108,7 +109,8 @@ def _start(prefix: Any) -> Init:
         if prefix.is_added:
             raise fail("prefixes", f"a {prefix.kind}", "prefixes of keys and values without a gate")
         pairs = prefix.key_values()
-        return Init("kv", keys=tuple(k for k, _ in pairs), values=tuple(v for _, v in pairs))
+        biases = prefix.biases()
+        return Init("kv", keys=tuple(k for k, _ in pairs), values=tuple(v for _, v in pairs), biases=biases)
     if isinstance(prefix, SoftPrompt):
         return Init("embeddings", embeddings=prefix.without_dropout())
     if isinstance(prefix, Init) and (prefix.keys is not None or prefix.embeddings is not None):
@@ -121,7 +123,7 @@ def _tensors(start: Init) -> list[Tensor]:
     if start.embeddings is not None:
         return [start.embeddings]
     assert start.keys is not None and start.values is not None
-    return [*start.keys, *start.values]
+    return [*start.keys, *start.values, *(x.unsqueeze(-1) for x in start.biases or ())]
 
 
 def _length(start: Init) -> int:
@@ -135,6 +137,8 @@ def _merge(
     starts: Sequence[Init], merge: Callable[[Sequence[Tensor]], Tensor], name: str, *, same_length: bool
 ) -> Init:
     """A start whose every tensor ``[..., P, d]`` is made of those of others."""
+    if any(start.biases is not None for start in starts):
+        starts = [_with_biases(start) for start in starts]
     tensors = [_tensors(start) for start in starts]
     shapes = [[_shape(x, same_length) for x in found] for found in tensors]
     for i, found in enumerate(shapes):
@@ -145,8 +149,16 @@ def _merge(
     merged = [merge([x.to(parts[0].device) for x in parts]).clone() for parts in zip(*tensors, strict=True)]
     if starts[0].embeddings is not None:
         return Init(name, embeddings=merged[0])
-    half = len(merged) // 2
-    return Init(name, keys=tuple(merged[:half]), values=tuple(merged[half:]))
+    layers = len(starts[0].keys or ())
+    biases = tuple(x.squeeze(-1) for x in merged[2 * layers :]) or None
+    return Init(name, keys=tuple(merged[:layers]), values=tuple(merged[layers : 2 * layers]), biases=biases)
+
+
+def _with_biases(start: Init) -> Init:
+    """The same start with biases of 0 where it has none."""
+    if start.keys is None or start.biases is not None:
+        return start
+    return replace(start, biases=tuple(k.new_zeros(k.shape[:2]) for k in start.keys))
 
 
 def _shape(x: Tensor, with_length: bool) -> tuple[int, ...]:

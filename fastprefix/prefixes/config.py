@@ -90,6 +90,9 @@ class PrefixConfig:
         dropout: probability of dropping a prefix token, its key and its value, in training mode. Each layer draws its
             own tokens, once for all rows of a forward. What is left is not scaled: the softmax divides by what it sees,
             and in eval mode all tokens are read. Frozen tokens always stay.
+        prefix_bias: train a number for each token and key/value head, ``[H_kv, P]`` of each layer, which is added to
+            the token's scores and so says how many tokens of a text it stands for (Attention Matching,
+            arXiv:2602.16284). It starts at 0 or at the ``biases`` of ``init.kv``. Frozen tokens have one, too.
         modules_to_save: names of the model's modules that are trained and saved with this prefix, such as a
             classifier's head (``["classifier"]``, ``["score"]``); as in PEFT, a name means every module whose name
             ends with it. The prefix has its own copies, which are in the model while the prefix is active and are
@@ -110,6 +113,7 @@ class PrefixConfig:
     modules_to_save: Sequence[str] | None = None
     gate: GateKind | None = None
     dropout: float = 0.0
+    prefix_bias: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.init, Init):
@@ -130,6 +134,10 @@ class PrefixConfig:
         dropout = self.dropout
         if isinstance(dropout, bool) or not isinstance(dropout, int | float) or not 0.0 <= dropout < 1.0:
             raise fail("dropout", repr(dropout), "a number from 0 to below 1")
+        if not isinstance(self.prefix_bias, bool):
+            raise fail("prefix_bias", repr(self.prefix_bias), "True or False")
+        if self.init.biases is not None and not self.prefix_bias:
+            raise fail("prefix_bias", False, "True for an init with biases")
         if self.gate is not None:
             check_gate(self.gate)
         position_offset: PositionOffset | None = self.position_offset
@@ -174,7 +182,7 @@ class PrefixConfig:
             "parts": None if self.parts is None else list(self.parts),
             "modules_to_save": None if self.modules_to_save is None else list(self.modules_to_save),
         }
-        later = {"gate": self.gate, "dropout": self.dropout}
+        later = {"gate": self.gate, "dropout": self.dropout, "prefix_bias": self.prefix_bias}
         return {**fields, **{name: x for name, x in later.items() if x}}
 
     def active_layers(self, parts: Sequence[Part | None]) -> list[int]:

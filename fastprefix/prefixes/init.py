@@ -6,6 +6,7 @@ comparison), so initialising from a text takes a single call.
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -33,6 +34,7 @@ class Init:
     most_common: int | None = None
     labels: tuple[tuple[int, ...], ...] | None = None  # the token ids of each label
     zero_values: bool = False
+    biases: tuple[Tensor, ...] | None = None  # [H_kv, P] of each layer, beside keys and values
 
     @property
     def of_tokens(self) -> bool:
@@ -169,10 +171,11 @@ def labels(labels: Sequence[str], tokenizer: Any) -> Init:
     return Init("labels", most_common=MOST_COMMON, labels=tuple(found))
 
 
-def kv(keys: Any, values: Sequence[Tensor] | None = None) -> Init:
+def kv(keys: Any, values: Sequence[Tensor] | None = None, biases: Sequence[Tensor] | None = None) -> Init:
     """Given keys ``[H_kv, P, D]`` and values ``[H_kv, P, D_v]``, one pair per layer (all, or ``layers``).
 
-    ``keys`` alone may be a transformers cache of batch size 1, such as a prefill's ``past_key_values``.
+    ``keys`` alone may be a transformers cache of batch size 1, such as a prefill's ``past_key_values``. ``biases``,
+    ``[H_kv, P]`` of each layer, are for a prefix with ``prefix_bias=True``.
     """
     if values is None:
         if not hasattr(keys, "layers"):
@@ -187,7 +190,13 @@ def kv(keys: Any, values: Sequence[Tensor] | None = None) -> Init:
                 got = f"shape {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
                 raise fail(name, got, "tensors [H_kv, P, D] (or [1, H_kv, P, D]), one per layer")
         pairs.append(tuple(x.detach().clone() for x in squeezed))
-    return Init("kv", keys=pairs[0], values=pairs[1])
+    if biases is None:
+        return Init("kv", keys=pairs[0], values=pairs[1])
+    for x, key in itertools.zip_longest(biases, pairs[0]):
+        if key is None or not isinstance(x, Tensor) or x.shape != key.shape[:2]:
+            got = f"shape {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+            raise fail("biases", got, "a tensor [H_kv, P] for each layer's keys")
+    return Init("kv", keys=pairs[0], values=pairs[1], biases=tuple(x.detach().clone() for x in biases))
 
 
 def embeddings(given: Tensor) -> Init:

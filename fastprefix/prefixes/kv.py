@@ -22,14 +22,30 @@ class LayerKV(NamedTuple):
     lens: Tensor | None = None  # [N]
     gate: Tensor | None = None  # [H]; of a bank [N, H]; with ids [B, H]
     memory: Tensor | None = None  # [H, D, D_v], see memory.py
+    bias: Tensor | None = None  # [H_kv, P], added to scores
+
+
+def concatenate(parts: Sequence[LayerKV]) -> LayerKV:
+    """One layer's keys, values and biases of several prefixes behind each other, without gates and memories."""
+    k, v = torch.cat([part.k for part in parts], 1), torch.cat([part.v for part in parts], 1)
+    if all(part.bias is None for part in parts):
+        return LayerKV(k, v)
+    biases = [part.k.new_zeros(part.k.shape[:2]) if part.bias is None else part.bias for part in parts]
+    return LayerKV(k, v, bias=torch.cat(biases, 1))
 
 
 class PrefixLayer(nn.Module):
-    """One layer's prefix; calling it returns what the layer's attention reads."""
+    """One layer's prefix; calling it returns what the layer's attention reads.
 
-    def __init__(self, gate: Gate | None = None, dropout: TokenDropout | None = None) -> None:
+    ``bias``: ``[H_kv, P]``, from which the trained bias starts; None for a prefix without one.
+    """
+
+    def __init__(
+        self, gate: Gate | None = None, dropout: TokenDropout | None = None, bias: Tensor | None = None
+    ) -> None:
         super().__init__()
         self.gate, self.dropout = gate, dropout
+        self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
 
     def key_values(self) -> tuple[Tensor, Tensor]:
         """``[H_kv, P, D]`` and ``[H_kv, P, D_v]``."""
@@ -37,14 +53,16 @@ class PrefixLayer(nn.Module):
 
     def extras(self) -> dict[str, Tensor]:
         """What is saved of the layer by name, besides keys and values that are its parameters or an MLP's output."""
-        return {} if self.gate is None else {"gate": self.gate.weight}
+        found: dict[str, Tensor] = {} if self.gate is None else {"gate": self.gate.weight}
+        return found if self.bias is None else {**found, "bias": self.bias}
 
     def forward(self) -> LayerKV:
-        """Keys and values, without dropped tokens, and the gate if there is one."""
+        """Keys, values and bias, without dropped tokens, and the gate if there is one."""
         k, v = self.key_values()
+        bias: Tensor | None = self.bias
         if self.dropout is not None:
-            k, v = self.dropout(k, v)
-        return LayerKV(k, v) if self.gate is None else LayerKV(k, v, gate=self.gate())
+            k, v, bias = self.dropout(k, v, bias)
+        return LayerKV(k, v, gate=None if self.gate is None else self.gate(), bias=bias)
 
 
 class DirectKV(PrefixLayer):
@@ -60,8 +78,9 @@ class DirectKV(PrefixLayer):
         num_frozen_tokens: int = 0,
         gate: Gate | None = None,
         dropout: TokenDropout | None = None,
+        bias: Tensor | None = None,
     ) -> None:
-        super().__init__(gate, dropout)
+        super().__init__(gate, dropout, bias)
         frozen = num_frozen_tokens
         self.num_frozen_tokens = frozen
         self.k = nn.Parameter(key[:, frozen:].detach().clone())
@@ -222,8 +241,9 @@ class ProjectedKV(PrefixLayer):
         index: int,
         gate: Gate | None = None,
         dropout: TokenDropout | None = None,
+        bias: Tensor | None = None,
     ) -> None:
-        super().__init__(gate, dropout)
+        super().__init__(gate, dropout, bias)
         self.index = index
         self._encoder = (encoder,)  # in a tuple, so that the encoder is not registered a second time
 

@@ -78,6 +78,11 @@ class Prefix(nn.Module):
         return f"{gated}prefix" if self.encoder is None else f"{gated}prefix through an MLP"
 
     @property
+    def has_bias(self) -> bool:
+        """Whether a bias is trained that is added to the scores of its tokens."""
+        return isinstance(self.config, PrefixConfig) and self.config.prefix_bias
+
+    @property
     def is_added(self) -> bool:
         """Whether the output of the prefix is added to the content's, instead of one softmax over both."""
         return self.config.gate is not None or isinstance(self.config, PrefixMemoryConfig)
@@ -86,19 +91,47 @@ class Prefix(nn.Module):
         """Each layer's device."""
         return [layer.key_values()[0].device for layer in self._layers()]
 
-    def set_direct(self, keys: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-        """Make these keys ``[H_kv, P, D]`` and values the parameters, without an MLP. Gates stay as they are."""
-        self.check(keys, values)
-        frozen, gates = self.config.num_frozen_tokens, self.gates([k.device for k in keys])
-        self.encoder = None
-        layers = zip(keys, values, gates, strict=True)
-        self.layers = nn.ModuleList(DirectKV(k, v, frozen, gate, self._dropout()) for k, v, gate in layers)
+    def set_direct(
+        self, keys: Sequence[Tensor], values: Sequence[Tensor], biases: Sequence[Tensor] | None = None
+    ) -> None:
+        """Make these keys ``[H_kv, P, D]`` and values the parameters, without an MLP. Gates stay as they are.
 
-    def set_encoder(self, encoder: PrefixEncoder | PartEncoders, devices: Sequence[torch.device]) -> None:
-        """Make an MLP's output the keys and values; ``devices``: of the layers, on which their gates lie."""
-        gates = self.gates(devices)
+        ``biases``: ``[H_kv, P]`` of each layer, for a prefix with ``prefix_bias``; None leaves them as they are.
+        """
+        self.check(keys, values)
+        devices = [k.device for k in keys]
+        frozen, gates = self.config.num_frozen_tokens, self.gates(devices)
+        starts = self._biases(devices, biases)
+        self.encoder = None
+        layers = zip(keys, values, gates, starts, strict=True)
+        self.layers = nn.ModuleList(DirectKV(k, v, frozen, gate, self._dropout(), b) for k, v, gate, b in layers)
+
+    def set_encoder(
+        self,
+        encoder: PrefixEncoder | PartEncoders,
+        devices: Sequence[torch.device],
+        biases: Sequence[Tensor] | None = None,
+    ) -> None:
+        """Make an MLP's output the keys and values; ``devices``: of the layers, on which their gates and biases lie."""
+        starts = self._biases(devices, biases)
+        gates = zip(self.gates(devices), starts, strict=True)
         self.encoder = encoder
-        self.layers = nn.ModuleList(ProjectedKV(encoder, i, gate, self._dropout()) for i, gate in enumerate(gates))
+        self.layers = nn.ModuleList(
+            ProjectedKV(encoder, i, gate, self._dropout(), b) for i, (gate, b) in enumerate(gates)
+        )
+
+    def _biases(self, devices: Sequence[torch.device], given: Sequence[Tensor] | None) -> list[Tensor | None]:
+        """Where each layer's bias starts: at what is given, what there is, or 0; None for a prefix without biases."""
+        if not self.has_bias:
+            return [None] * len(self.shapes)
+        found = given or [layer.bias for layer in self._layers() if layer.bias is not None]
+        tokens = self.num_virtual_tokens
+        found = found or [torch.zeros(shape.num_kv_heads, tokens) for shape in self.shapes]
+        for i, (x, shape) in enumerate(zip(found, self.shapes, strict=True)):
+            if tuple(x.shape) != (shape.num_kv_heads, tokens):
+                want = f"[H_kv, P] = {[shape.num_kv_heads, tokens]} in layer {self.layer_indices[i]}"
+                raise fail("biases", f"shape {list(x.shape)}", want)
+        return [x.detach().float().to(device) for x, device in zip(found, devices, strict=True)]
 
     def gates(self, devices: Sequence[torch.device]) -> list[Gate | None]:
         """Each layer's gate, a new one on the layer's device where there is none yet; None without gates."""
@@ -118,6 +151,11 @@ class Prefix(nn.Module):
     def key_values(self) -> list[tuple[Tensor, Tensor]]:
         """Keys ``[H_kv, P, D]`` and values ``[H_kv, P, D_v]`` of each layer, with their gradients."""
         return [layer.key_values() for layer in self._layers()]
+
+    def biases(self) -> tuple[Tensor, ...] | None:
+        """Each layer's bias ``[H_kv, P]``; None for a prefix without."""
+        found = tuple(layer.bias for layer in self._layers() if layer.bias is not None)
+        return found if self.has_bias else None
 
     def read(self) -> list[LayerKV]:
         """What each layer's attention reads."""

@@ -21,11 +21,11 @@ class TokenDropout(nn.Module):
         super().__init__()
         self.p, self.num_frozen_tokens = p, num_frozen_tokens
 
-    def forward(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys ``[H_kv, P, D]`` and values ``[H_kv, P, D_v]`` of the tokens that stay."""
+    def forward(self, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Keys ``[H_kv, P, D]``, values ``[H_kv, P, D_v]`` and bias ``[H_kv, P]`` of the tokens that stay."""
         if not self.training:
-            return k, v
+            return k, v, bias
         stays = torch.rand(k.shape[1]) >= self.p
         stays[: self.num_frozen_tokens] = True
         places = stays.nonzero()[:, 0].to(k.device)
-        return k[:, places], v[:, places]
+        return k[:, places], v[:, places], None if bias is None else bias[:, places]

@@ -8,7 +8,7 @@ and adds a term of the queries alone to the output.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,7 +19,7 @@ from transformers.masking_utils import eager_mask
 
 NAME = "explicit_concat"
 Term = Callable[[Tensor, float], Tensor]  # queries [B, H, S, D] and the scale, to [B, H, S, D_v]
-_prefixes: dict[int, tuple[Tensor, Tensor]] = {}
+_prefixes: dict[int, tuple[Tensor, ...]] = {}  # keys, values and, of some, a bias [H_kv, P] on their scores
 _terms: dict[int, Term] = {}
 
 
@@ -39,13 +39,16 @@ def _attention(
     groups = heads // key.shape[1]
     prefix = 0
     if id(module) in _prefixes:
-        pk, pv = (x.to(query.dtype).expand(batch, -1, -1, -1) for x in _prefixes[id(module)])
+        pk, pv = (x.to(query.dtype).expand(batch, -1, -1, -1) for x in _prefixes[id(module)][:2])
         key, value, prefix = torch.cat([pk, key], 2), torch.cat([pv, value], 2), pk.shape[2]
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     scores = query @ key.transpose(-1, -2) * scale
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
+    for bias in _prefixes.get(id(module), ())[2:]:
+        own = bias.to(scores.dtype).repeat_interleave(groups, 0).unsqueeze(1)  # [H, 1, P]
+        scores = scores + nn.functional.pad(own, (0, scores.shape[-1] - prefix))
     if attention_mask is not None:
         scores = scores + nn.functional.pad(
             attention_mask[..., : scores.shape[-1] - prefix].to(scores.dtype), (prefix, 0)
@@ -69,7 +72,7 @@ AttentionMaskInterface.register(NAME, eager_mask)
 
 @contextmanager
 def concatenating(
-    model: nn.Module, key_values: dict[str, tuple[Tensor, Tensor]], terms: dict[str, Term] | None = None
+    model: nn.Module, key_values: Mapping[str, tuple[Tensor, ...]], terms: dict[str, Term] | None = None
 ) -> Iterator[Any]:
     """A copy of ``model`` with the prefix ``{attention module's name: (k, v)}`` concatenated in, and terms added."""
     twin: Any = copy.deepcopy(model)
@@ -104,7 +107,7 @@ def gated(k: Tensor, v: Tensor, gate: Tensor) -> Term:
     return term
 
 
-def run_concat(model: nn.Module, key_values: dict[str, tuple[Tensor, Tensor]], **inputs: Any) -> Any:
+def run_concat(model: nn.Module, key_values: Mapping[str, tuple[Tensor, ...]], **inputs: Any) -> Any:
     """Its forward."""
     with concatenating(model, key_values) as twin:
         return twin(**inputs)

@@ -14,7 +14,8 @@ from fastprefix.errors import fail
 from fastprefix.hf.adapters.modules_to_save import TrainedModules
 from fastprefix.hf.runtime.forward_context import AdapterSelection, KeyValues, Name, ResolvedPrefix
 from fastprefix.hf.runtime.selection import Selection
-from fastprefix.prefixes.prefix import LayerKV, Prefix
+from fastprefix.prefixes.kv import LayerKV, concatenate
+from fastprefix.prefixes.prefix import Prefix
 from fastprefix.prefixes.prompt import SoftPrompt
 
 
@@ -159,7 +160,7 @@ def joined(pairs: Sequence[LayerKV]) -> LayerKV | None:
     """One layer's keys and values of several prefixes, behind each other; None without any."""
     if len(pairs) < 2:
         return pairs[0] if pairs else None
-    return LayerKV(torch.cat([kv.k for kv in pairs], 1), torch.cat([kv.v for kv in pairs], 1))
+    return concatenate(pairs)
 
 
 def resolve(prefix: Prefix | SoftPrompt, num_layers: int) -> ResolvedPrefix:

@@ -144,10 +144,11 @@ def build_prefix(installation: Installation, config: PrefixConfig) -> Prefix:
     prefix = empty_prefix(installation, config)
     devices = [installation.facts.layers.devices[i] for i in prefix.layer_indices]
     given = _start(installation, config, list(prefix.layer_indices))
+    biases = _of_layers(installation, config.init.biases, prefix.layer_indices)
     if config.prefix_projection:
         encoder = new_encoder(installation, prefix)
         encoder.to(devices[0])
-        prefix.set_encoder(encoder, devices)
+        prefix.set_encoder(encoder, devices, biases)
         if given is not None:
             prefix.check(*given)
             error = encoder.fit(*([x.to(devices[0]) for x in part] for part in given))
@@ -156,7 +157,7 @@ def build_prefix(installation: Installation, config: PrefixConfig) -> Prefix:
     if given is None:
         given = _random(config, prefix.shapes)
     keys, values = ([x.float().to(d) for x, d in zip(part, devices, strict=True)] for part in given)
-    prefix.set_direct(keys, values)
+    prefix.set_direct(keys, values, biases)
     return prefix
 
 
@@ -167,15 +168,24 @@ def _random(config: PrefixConfig, shapes: Sequence[LayerShape]) -> tuple[list[to
     return keys, [torch.randn(s.num_kv_heads, P, s.value_dim) * std for s in shapes]
 
 
+def _of_layers(
+    installation: Installation, given: Sequence[torch.Tensor] | None, indices: Sequence[int]
+) -> list[torch.Tensor] | None:
+    """Those of the prefix's layers, of tensors that were given for all layers or for these alone."""
+    if given is None or len(given) != len(installation.facts.layers.modules):
+        return None if given is None else list(given)
+    return [given[i] for i in indices]
+
+
 def _start(
     installation: Installation, config: PrefixConfig, indices: list[int]
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]] | None:
     """The keys and values to start from; None for a random start."""
     init = config.init
     if init.keys is not None and init.values is not None:
-        if len(init.keys) == len(installation.facts.layers.modules) == len(init.values):
-            return [init.keys[i] for i in indices], [init.values[i] for i in indices]
-        return list(init.keys), list(init.values)
+        keys, values = (_of_layers(installation, x, indices) for x in (init.keys, init.values))
+        assert keys is not None and values is not None
+        return keys, values
     if init.zero_values:
         return _random(config, [installation.facts.layers.shapes[i] for i in indices])
     if not init.of_tokens:

@@ -62,11 +62,12 @@ def attention_forward(
         kv = slot() if is_hooked(slot) else slot.forward()
     if kv is None:
         kv = _no_prefix(query, key, value)
-    prefix_k, prefix_v, ids, lens, gate, memory = kv
+    prefix_k, prefix_v, ids, lens, gate, memory, prefix_bias = kv
     if prefix_k.device != query.device:
         device = query.device
         prefix_k, prefix_v = prefix_k.to(device), prefix_v.to(device)
-        ids, lens, gate, memory = (x if x is None else x.to(device) for x in (ids, lens, gate, memory))
+        beside = (ids, lens, gate, memory, prefix_bias)
+        ids, lens, gate, memory, prefix_bias = (x if x is None else x.to(device) for x in beside)
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     options: dict[str, Any] = {"causal": causal, "scale": scaling, "dropout_p": dropout}
     if attention_mask is not None:
@@ -80,6 +81,8 @@ def attention_forward(
         options["prefix_lens"] = lens
     if gate is not None:
         options["gate"] = gate
+    if prefix_bias is not None:
+        options["prefix_bias"] = prefix_bias
     if is_recording():
         tensors = {"q": query, "k": key, "v": value, "prefix_k": prefix_k, "prefix_v": prefix_v}
         record(AttentionCall(module, tensors, options))

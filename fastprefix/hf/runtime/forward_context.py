@@ -130,9 +130,9 @@ class ForwardContext:
     leaves: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # see checkpointing.Bridge
 
     def tensors(self) -> list[Tensor]:
-        """Keys, values and gates that require a gradient."""
+        """Keys, values, gates and biases that require a gradient."""
         given = [kv for kv in self.layers or () if kv is not None]
-        return [x for kv in given for x in (kv.k, kv.v, kv.gate) if x is not None and x.requires_grad]
+        return [x for kv in given for x in (kv.k, kv.v, kv.gate, kv.bias) if x is not None and x.requires_grad]
 
 
 class NestedForward:

@@ -26,7 +26,8 @@ from fastprefix.hf.runtime.prompt_kv_cache import PromptKVCache
 from fastprefix.hf.runtime.prompt_prefill import PromptPrefill, refuse_cache
 from fastprefix.hf.runtime.selection import Selection
 from fastprefix.hf.runtime.warn_once import WarnOnce
-from fastprefix.prefixes.prefix import LayerKV, Prefix
+from fastprefix.prefixes.kv import LayerKV, concatenate
+from fastprefix.prefixes.prefix import Prefix
 
 
 class PrefixReader:
@@ -203,19 +204,19 @@ class PrefixReader:
 
 
 def pack(pairs: Sequence[LayerKV | None]) -> LayerKV | None:
-    """Concatenate one layer's keys and values of several prefixes along P, without padding; None without any."""
+    """Concatenate one layer's prefixes along P, without padding; None without any."""
     present = [kv for kv in pairs if kv is not None]
     if not present:
         return None
     if len(pairs) == 1:
         return present[0]
     lens = torch.tensor([0 if kv is None else kv.k.shape[1] for kv in pairs], device=present[0].k.device)
-    k, v = torch.cat([kv.k for kv in present], 1), torch.cat([kv.v for kv in present], 1)
+    packed = concatenate(present)._replace(lens=lens)
     some = present[0].gate
     if some is None:
-        return LayerKV(k, v, lens=lens)
+        return packed
     gates = [some.new_zeros(some.shape) if kv is None or kv.gate is None else kv.gate for kv in pairs]
-    return LayerKV(k, v, lens=lens, gate=torch.stack(gates))
+    return packed._replace(gate=torch.stack(gates))
 
 
 def _refuse_memories(found: Iterable[LayerKV | None]) -> None:

@@ -16,7 +16,7 @@ from fastprefix.hf.runtime.forward_context import AdapterSelection, ForwardConte
 from fastprefix.hf.runtime.prefix_reader import PrefixReader, pack
 from fastprefix.hf.runtime.prompt_prefill import refuse_cache
 from fastprefix.hf.runtime.slots import AttentionSlots
-from fastprefix.prefixes.prefix import LayerKV
+from fastprefix.prefixes.kv import LayerKV, concatenate
 
 _numbers = itertools.count()
 
@@ -178,4 +178,4 @@ def _join(first: LayerKV | None, kv: LayerKV | None) -> LayerKV | None:
     """One layer's keys and values of two prefixes, the second after the first."""
     if first is None or kv is None:
         return kv if first is None else first
-    return LayerKV(torch.cat([first.k, kv.k], 1), torch.cat([first.v, kv.v], 1))
+    return concatenate([first, kv])

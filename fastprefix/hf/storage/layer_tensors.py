@@ -1,8 +1,8 @@
-"""What layers have besides keys and values, in adapter weights: ``layers.<i>.gate``, ``.prompt``, ``.memory``.
+"""What layers have besides keys and values, in adapter weights, such as ``layers.<i>.gate``.
 
-A gate is ``[H]``, or ``[1]`` for all heads of the layer; a prompt of LLaMA-Adapter ``[P, d]``, whose keys and values
-are not saved; a prefix memory ``[H, D, D_v]``, which has none. PEFT's ADAPTION_PROMPT
-calls them ``base_model.model.<attention module>.adaption_prompt``, ``[1, P, d]``, and ``adaption_gate``, ``[1]``.
+A gate is ``[H]``, or ``[1]`` for all heads of the layer; a bias ``[H_kv, P]``; a prompt of LLaMA-Adapter ``[P, d]``,
+whose keys and values are not saved; a memory ``[H, D, D_v]``, which has none. PEFT's ADAPTION_PROMPT calls prompts and
+gates ``base_model.model.<attention module>.adaption_prompt``, ``[1, P, d]``, and ``adaption_gate``, ``[1]``.
 """
 
 from __future__ import annotations
@@ -51,6 +51,14 @@ def fill(prefix: Prefix, saved: Mapping[str, Tensor]) -> None:
     """Copy saved numbers into a prefix's parameters."""
     for name, x in _parameters(prefix):
         x.copy_(saved[name])
+
+
+def wanted_beside(prefix: Prefix) -> Wanted:
+    """The gates and biases that a prefix of this configuration is loaded from."""
+    layers = list(zip(prefix.layer_indices, prefix.shapes, strict=True)) if prefix.has_bias else []
+    tokens = prefix.num_virtual_tokens
+    biases: Wanted = {f"layers.{i}.bias": ("[H_kv, P]", [shape.num_kv_heads, tokens]) for i, shape in layers}
+    return {**wanted_gates(prefix), **biases}
 
 
 def wanted_gates(prefix: Prefix) -> Wanted:

@@ -70,6 +70,7 @@ def is_peft(prefix: Prefix, layers: Layers) -> bool:
     shapes = set(prefix.shapes)
     if (
         prefix.is_added
+        or prefix.has_bias
         or any(part is not None for part in prefix.parts)
         or layers.reuses_modules
         or layers.hybrid_layer_types
@@ -177,11 +178,8 @@ def own_configuration(own: dict[str, Any], path: Path) -> LayerConfig | PromptCo
             field(own, "encoder", str, path)
         with errors_naming(path):
             return PromptConfig(tokens, place=own.get("place", "before"), **encoder)
-    fields: dict[str, Any] = {
-        n: own[n]
-        for n in ("num_virtual_tokens", "layers", "position_offset", "num_frozen_tokens", "parts", "gate", "dropout")
-        if n in own
-    }
+    kept = ("num_virtual_tokens", "layers", "position_offset", "num_frozen_tokens", "parts")
+    fields: dict[str, Any] = {n: own[n] for n in (*kept, "gate", "dropout", "prefix_bias") if n in own}
     if field(own, "projected", bool, path, None):
         fields.update(prefix_projection=True, encoder_hidden_size=own.get("encoder_hidden_size"))
     with errors_naming(path):
@@ -256,6 +254,6 @@ def stored_key_values(tensors: dict[str, Tensor], prefix: Prefix, path: Path) ->
         for i, shape in zip(prefix.layer_indices, shapes, strict=True)
         for n, dim in zip("kv", (shape.head_dim, shape.value_dim), strict=True)
     }
-    check_tensors(tensors, {**want, **layer_tensors.wanted_gates(prefix)}, path)
+    check_tensors(tensors, {**want, **layer_tensors.wanted_beside(prefix)}, path)
     keys, values = ([tensors[f"layers.{i}.{n}"] for i in prefix.layer_indices] for n in "kv")
     return keys, values

@@ -154,8 +154,8 @@ def contents(
 def load(
     model: Any, dir: str | os.PathLike[str], name: str = "default", *, revision: str | None = None
 ) -> Prefix | SoftPrompt:
-    """Attach a saved adapter: fastprefix's, P-tuning v2's, or PEFT's PREFIX_TUNING, CARTRIDGE, PROMPT_TUNING, P_TUNING or
-    ADAPTION_PROMPT (of a Llama or Mistral).
+    """Attach a saved adapter: fastprefix's, P-tuning v2's, or PEFT's PREFIX_TUNING, CARTRIDGE,
+    PROMPT_TUNING, P_TUNING or ADAPTION_PROMPT (of a Llama or Mistral).
 
     A prefix that was trained through an MLP is loaded with the MLP, a soft prompt with its encoder, so that training
     resumes; :func:`fastprefix.bake` drops them. PEFT's files hold only the output of its encoders, which is loaded as
