@@ -17,6 +17,7 @@ from fastprefix.hf.adapters.installation import Installation
 from fastprefix.hf.adapters.lookup import require_installation
 from fastprefix.hf.storage import layer_tensors, peft_format, save_load, saved_modules
 from fastprefix.hf.storage.saved_adapter import SavedAdapter
+from fastprefix.hf.storage.validated_files import check_tensors
 from fastprefix.prefixes.config import PrefixConfig
 from fastprefix.prefixes.kv import DirectKV
 from fastprefix.prefixes.prefix import Prefix
@@ -129,7 +130,7 @@ def restore(
         stored.check_whole()
         if stored.peft["peft_type"] == layer_tensors.ADAPTION:
             stored.tensors = layer_tensors.from_adaption(stored.tensors)
-        peft_format.check_tensors(stored.tensors, layer_tensors.shapes(prefix), stored.paths[peft_format.WEIGHTS])
+        check_tensors(stored.tensors, layer_tensors.shapes(prefix), stored.paths[peft_format.WEIGHTS])
         saved_modules.fill(stored.modules, modules)
         return layer_tensors.fill(prefix, stored.tensors)
     keys, values = peft_format.stored_key_values(stored.tensors, prefix, stored.paths[peft_format.WEIGHTS])

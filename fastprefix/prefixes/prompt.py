@@ -32,7 +32,8 @@ class PromptConfig:
 
     Where sharing would not be exact (bidirectional models, dropout active in the frozen model, rows that outgrow a
     sliding window) the embeddings are concatenated to every row, with a warning. With a cache this raises and asks for
-    ``use_cache=False``.
+    ``use_cache=False``. In an encoder-decoder the prompt is in front of the encoder's rows and runs with each of them.
+    The decoder attends to its states too, as in the paper, which used T5; the decoder's cache holds no prompt.
 
     With another ``place`` than ``"before"``, what the prompt's tokens compute depends on the row in front of them. The
     prompt then runs with every row, which takes ``B * (P + S)`` tokens of work, and stays in the row's cache. Logits

@@ -14,7 +14,9 @@ import peft
 import torch
 from torch import Tensor
 
+import fastprefix
 from tests.model_zoo.architectures import ROWS
+from tests.model_zoo.encoder_decoders import ROWS as ENCODER_DECODERS
 from tests.model_zoo.peft_models import (
     ENCODERS,
     GREEDY,
@@ -203,3 +205,15 @@ def no_past(patched: bool, cls: str, task: str) -> str:
     got, want = model(input_ids=ids())[0], concatenated(model, bare, input_ids=ids())[0]
     ignored = torch.equal(got, bare(input_ids=ids())[0])
     return "the prefix is ignored" if ignored else compared("output", got, want)
+
+
+def slots_of_an_encoder_decoder(patched: bool) -> str:
+    """Which of the prefix's slots get a gradient."""
+    torch.manual_seed(0)
+    base = replace(ENCODER_DECODERS["bart"], options={**ENCODER_DECODERS["bart"].options, "decoder_layers": 2}).build()
+    model = peft.get_peft_model(base, PREFIX(num_virtual_tokens=P, task_type="SEQ_2_SEQ_LM")).eval()
+    if patched:
+        fastprefix.patch(model)
+    model(input_ids=ids(), labels=ids()).loss.backward()
+    grad = model.prompt_encoder.default.embedding.weight.grad.view(P, 4, -1).abs().sum((0, 2))
+    return RIGHT if (grad > 0).all() else f"{int((grad == 0).sum())} of 4 slots are never trained"

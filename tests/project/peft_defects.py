@@ -77,6 +77,7 @@ DEFECTS = [
     Defect("best", "`load_best_model_at_end` with a projection", cases.best_checkpoint, (2256,)),
     Defect("disabled", "`disable_adapter` on a classifier", cases.disabled_classifier),
     Defect("unwrapped", "a trainer calls `get_base_model()`", cases.unwrapped),
+    Defect("slots", "a prefix of an encoder-decoder (BART)", cases.slots_of_an_encoder_decoder, (410,)),
     Defect("no-past", "a model without `past_key_values`: DistilBERT",
          _with(cases.no_past, cls="DistilBertModel", task="FEATURE_EXTRACTION")),
     Defect("no-past-classifier", "the same with a classification head", _with(cases.no_past, **_CLASSIFIER)),

@@ -62,6 +62,7 @@ PEFT = {
     "best": "RuntimeError",
     "disabled": "UnboundLocalError",
     "unwrapped": "the prefix vanishes",
+    "slots": "2 of 4 slots are never trained",
     "no-past": "the prefix is ignored",
     "no-past-classifier": "ValueError: Model does not support past key values",
 }

@@ -37,7 +37,7 @@ def _build(installation: Installation, config: LayerConfig | PromptConfig) -> Pr
         dim = prompt_dim(installation)
         check_place(installation.facts, config.place)
         vocabulary = installation.model.config.get_text_config().vocab_size
-        embeddings = installation.model.get_input_embeddings()
+        embeddings = installation.facts.layers.prompted.word_embeddings
         device = offload.device(embeddings)
         if config.encoder is not None:
             encoder = config.new_encoder(dim).to(device)
@@ -72,8 +72,8 @@ def prompt_dim(installation: Installation) -> int:
     """Size d of a soft prompt's token; raises ValueError for a model that cannot read soft prompts."""
     check_prompts(installation.facts)
     hidden = installation.model.config.get_text_config().hidden_size
-    dim = int(getattr(installation.model.get_input_embeddings(), "embedding_dim", hidden))
-    owner = installation.facts.layers.main.owner
+    prompted = installation.facts.layers.prompted
+    dim, owner = int(getattr(prompted.word_embeddings, "embedding_dim", hidden)), prompted.owner
     dtype = next(p.dtype for p in owner.parameters() if p.is_floating_point())
     embeds = torch.zeros(1, 2, dim, dtype=dtype, device=offload.device(owner))
     try:
@@ -108,9 +108,10 @@ def reads_token_ids(installation: Installation) -> bool:
     There, rows after a shared soft prompt have ids and the prompt has none; concatenated embeddings have no ids at all.
     The two therefore differ.
     """
-    main, embed = installation.facts.layers.main, installation.model.get_input_embeddings()
+    main = installation.facts.layers.prompted
     if not main.causal or main.main_input != "input_ids":
         return False
+    embed = main.word_embeddings
     ids = main.dummy_inputs(tokens=3)["input_ids"]
     with installation.forward.bypass(), probing.evaluating(installation.model):
         of_ids, of_embeddings = main.owner(input_ids=ids)[0], main.owner(inputs_embeds=embed(ids))[0]

@@ -164,7 +164,8 @@ class Installation:
             part.remove()
         self.checkpointing.remove()
         self.slots.remove()
-        self.facts.layers.main.owner._modules.pop(ENCODERS, None)
+        for stack in self.facts.layers.stacks:
+            stack.owner._modules.pop(ENCODERS, None)
         self.modules.remove()
         self._restore_methods()
         self.frozen.thaw()

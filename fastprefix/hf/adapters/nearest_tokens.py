@@ -64,7 +64,7 @@ def nearest_tokens(
     dtensor.refuse(installation.model)
     # The prompt may have been trained with embeddings of its own, and another one with others.
     with installation.lock.hold(), installation.modules.in_place(prompt.modules_to_save.named()):
-        embeddings = installation.model.get_input_embeddings()
+        embeddings = installation.facts.layers.prompted.word_embeddings
         size = installation.model.config.get_text_config().vocab_size
         size = min(size, getattr(embeddings, "num_embeddings", size))
         if not is_int(k) or not 1 <= k <= size:

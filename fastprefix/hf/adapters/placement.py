@@ -19,18 +19,29 @@ def place(installation: Installation, name: str, prefix: Prefix | SoftPrompt) ->
     for module, slot in zip(installation.facts.layers.modules, slots, strict=True):
         slot.train(module.training)
     installation.parameters.remember(name, prefix)
-    encoder = prefix.table if isinstance(prefix, SoftPrompt) else prefix.encoder
-    encoders = installation.facts.layers.main.owner._modules.get(ENCODERS)
-    if encoder is not None:
-        if encoders is None:
-            encoders = nn.ModuleDict()
-            installation.facts.layers.main.owner.add_module(ENCODERS, encoders)
-        assert isinstance(encoders, nn.ModuleDict)
-        encoders[name] = encoder.train(installation.facts.layers.main.owner.training)
-    elif isinstance(encoders, nn.ModuleDict) and name in encoders:
-        del encoders[name]
-        if not encoders:
-            del installation.facts.layers.main.owner._modules[ENCODERS]
+    layers = installation.facts.layers
+    soft = isinstance(prefix, SoftPrompt)
+    encoder: nn.Module | None = prefix.table if isinstance(prefix, SoftPrompt) else prefix.encoder
+    owner = (layers.prompted if soft else layers.main).owner
+    if encoder is None:
+        _remove_encoder(installation, name)
+        return
+    encoders = owner._modules.get(ENCODERS)
+    if encoders is None:
+        encoders = nn.ModuleDict()
+        owner.add_module(ENCODERS, encoders)
+    assert isinstance(encoders, nn.ModuleDict)
+    encoders[name] = encoder.train(owner.training)
+
+
+def _remove_encoder(installation: Installation, name: str) -> None:
+    """Take a prefix's MLP, or a prompt's embeddings, out of the model; there may be none."""
+    for stack in installation.facts.layers.stacks:
+        encoders = stack.owner._modules.get(ENCODERS)
+        if isinstance(encoders, nn.ModuleDict) and name in encoders:
+            del encoders[name]
+            if not encoders:
+                del stack.owner._modules[ENCODERS]
 
 
 def displace(installation: Installation, name: str) -> None:
@@ -40,8 +51,4 @@ def displace(installation: Installation, name: str) -> None:
     for slot in installation.slots:
         if name in slot.prefixes:
             del slot.prefixes[name]
-    encoders = installation.facts.layers.main.owner._modules.get(ENCODERS)
-    if isinstance(encoders, nn.ModuleDict) and name in encoders:
-        del encoders[name]
-        if not encoders:
-            del installation.facts.layers.main.owner._modules[ENCODERS]
+    _remove_encoder(installation, name)

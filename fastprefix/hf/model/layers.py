@@ -41,6 +41,11 @@ class AttentionStack:
         """Whether position ids move the content. Otherwise its positions are fixed (patches, convolutions, biases)."""
         return "position_ids" in self.owner_arguments and not self.ignores_position_ids
 
+    @property
+    def word_embeddings(self) -> nn.Module:
+        """The embedding of the stack's token ids."""
+        return self.part.get_input_embeddings()  # type: ignore[operator]
+
     def dummy_inputs(self, tokens: int = 2) -> dict[str, Tensor]:
         """Keyword arguments with which the stack's part can be run, the main input first."""
         return {**dummy_inputs(self.part, tokens), **self.extra_inputs}
@@ -65,6 +70,11 @@ class Layers:
     def main(self) -> AttentionStack:
         """The decoder's stack, or the only one."""
         return self.stacks[-1]
+
+    @property
+    def prompted(self) -> AttentionStack:
+        """The stack that reads a soft prompt in front of its rows: an encoder-decoder's encoder, or the only one."""
+        return self.stacks[0]
 
     def batch_size(self, kwargs: dict[str, Any]) -> int:
         """Batch size B of a forward with these keyword arguments; raises ValueError where they hold no content."""

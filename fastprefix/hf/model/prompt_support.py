@@ -11,18 +11,24 @@ from fastprefix.prefixes.prompt import Place
 
 def check_tokens(model: Any) -> None:
     """Raise ValueError unless a model reads token ids, which prompts need."""
-    if model.main_input_name != "input_ids":
-        got = f"{type(model).__name__}, which reads {model.main_input_name}"
-        raise fail("model", got, "a model of input_ids: prompts are tokens")
+    _check_main_input(model)
     if getattr(model.config, "is_encoder_decoder", False):
-        expected = "a decoder or an encoder (an encoder-decoder: attach with a PrefixConfig, or load what PEFT saved)"
+        expected = "a decoder or an encoder (an encoder-decoder: attach with a PromptConfig or a PrefixConfig)"
         raise fail("model", f"{type(model).__name__}, an encoder-decoder", expected)
 
 
+def _check_main_input(model: Any) -> None:
+    if model.main_input_name != "input_ids":
+        got = f"{type(model).__name__}, which reads {model.main_input_name}"
+        raise fail("model", got, "a model of input_ids: prompts are tokens")
+
+
 def check_prompts(facts: ModelFacts) -> None:
-    """Raise ValueError unless a prompt can stand in front of a model's rows."""
-    check_tokens(facts.model)
+    """Raise ValueError unless a soft prompt can stand in front of a model's rows (an encoder-decoder's encoder's)."""
+    _check_main_input(facts.model)
     check_images(facts)
+    if not facts.layers.prompted.causal:
+        return  # the prompt runs with the rows, as tokens of theirs
     if facts.layers.reuses_modules:
         got = f"{type(facts.model).__name__}, whose layers share an attention module"
         raise fail("model", got, "one module a layer: a prompt has keys of its own in each")

@@ -13,6 +13,7 @@ from fastprefix.errors import fail
 from fastprefix.hf.adapters.installation import Installation
 from fastprefix.hf.peft.fitting import Fit
 from fastprefix.hf.runtime.forward_context import AdapterSelection, KeyValues, Name, ResolvedPrefix
+from fastprefix.hf.storage.decoder_slots import WITH_CROSS
 from fastprefix.hf.storage.peft_format import PREFIX_TYPES, PROMPT_TYPES
 
 MULTITASK = "MULTITASK_PROMPT_TUNING"
@@ -24,6 +25,11 @@ BASE = "__base__"  # PEFT's name for a row without adapter in a mixed batch
 def kind(config: Any) -> str:
     """A PEFT configuration's type by name."""
     return str(getattr(config.peft_type, "value", config.peft_type))
+
+
+def reads_cross(config: Any) -> bool:
+    """Whether cross-attention reads its slots of an encoder-decoder's prefix."""
+    return bool(config.num_transformer_submodules == WITH_CROSS)
 
 
 def task(model: Any) -> str:
@@ -43,6 +49,28 @@ class Adapters:
         self.bypassed = False  # while PEFT's own forward concatenates the prompt
         self.shifted = False  # while the caller's position ids are shifted already
         self.fit = Fit(installation.facts)
+        self.completed: set[str] = set()  # names of an encoder-decoder's prefixes that read_cross_too changed
+
+    @property
+    def two_stacks(self) -> bool:
+        """Whether the model is an encoder-decoder."""
+        return len(self.installation.facts.layers.stacks) > 1
+
+    def read_cross_too(self, name: str) -> None:
+        """Let a new prefix of an encoder-decoder be read by cross-attention too, where PEFT leaves slots untrained.
+
+        A prefix that PEFT has trained stays what it is: its slots of cross-attention have the numbers of their start.
+        """
+        config = self.peft_model.peft_config[name]
+        new = kind(config) in PREFIX_TYPES and not config.inference_mode
+        if self.two_stacks and new and config.num_transformer_submodules == 2:
+            config.num_transformer_submodules = WITH_CROSS
+            self.completed.add(name)
+
+    def restore(self) -> None:
+        """Undo :meth:`read_cross_too`."""
+        for name in self.completed & set(self.names()):
+            self.peft_model.peft_config[name].num_transformer_submodules = 2
 
     def names(self) -> list[str]:
         """Names of PEFT's adapters."""
@@ -123,13 +151,16 @@ class Adapters:
             def key_values() -> KeyValues:
                 return self.fit(config, self.encoded(str(name)))
 
-            return ResolvedPrefix(
-                what, tokens, 0 if self.shifted else tokens, parameters, key_values, layers=len(self.installation.slots)
-            )
+            layers = self.installation.facts.layers.parts
+            read = [p for p in layers if p in (None, "decoder") or (p == "cross" and reads_cross(config))]
+            offset = 0 if self.shifted else tokens
+            return ResolvedPrefix(what, tokens, offset, parameters, key_values, layers=len(read))
 
         def prompt() -> Tensor:
             if what != MULTITASK:
-                return self.encoded(str(name))
+                # Of an encoder-decoder's 2P embeddings PEFT reads P, in front of the encoder's rows.
+                found = self.encoded(str(name))
+                return found if len(found) == tokens else found[:tokens]
             if task is None:
                 raise ValueError("task_ids cannot be None")
             device = encoder.embedding.weight.device

@@ -10,7 +10,8 @@ import torch
 from fastprefix.errors import fail
 from fastprefix.hf.adapters.installation import Installation
 from fastprefix.hf.model import offload, probing
-from fastprefix.hf.peft.adapters import Adapters, kind
+from fastprefix.hf.peft.adapters import MULTITASK, Adapters, kind, reads_cross
+from fastprefix.hf.storage.decoder_slots import warn_of_biases
 from fastprefix.hf.storage.peft_format import PREFIX_TYPES
 
 
@@ -24,8 +25,16 @@ def check(adapters: Adapters, name: str) -> None:
         raise fail("peft_model", got, "a PEFT model that was made first, and its base model offloaded then")
     offload.remove_offload_hooks(encoder)
     adapters.installation.parameters.remember(name, encoder)
+    if kind(config) == MULTITASK and adapters.two_stacks and encoder.num_transformer_submodules != 1:
+        got = f"{encoder.num_transformer_submodules} of adapter {name!r}: PEFT trains it with a prompt in front of the "
+        expected = "1 in the MultitaskPromptTuningConfig"
+        raise fail("num_transformer_submodules", got + "decoder's rows too, and generates without that", expected)
     if kind(config) in PREFIX_TYPES:
         adapters.fit.check(config)
+        adapters.read_cross_too(name)
+        facts = adapters.installation.facts
+        if adapters.two_stacks and not reads_cross(config) and facts.layers.main.has_position_bias:
+            warn_of_biases(facts.model, stacklevel=4)
 
 
 def check_output(installation: Installation) -> None:

@@ -18,11 +18,11 @@ from fastprefix.hf.adapters.lookup import require_installation
 from fastprefix.hf.peft import prompts, resume
 from fastprefix.hf.peft.adapters import Adapters, task
 from fastprefix.hf.peft.checks import break_symmetry, check
-from fastprefix.hf.peft.mixins import PatchedAdaption, PatchedConcatenating
+from fastprefix.hf.peft.mixins import PatchedAdaption
 from fastprefix.hf.runtime.exactness import why_not_shareable
 from fastprefix.hf.storage.atomic_folder import complete_interrupted_save
 
-SHARING, ADAPTION, CONCATENATING = "FastPrefix", "FastPrefixAdaption", "FastPrefixConcatenating"
+SHARING, ADAPTION = "FastPrefix", "FastPrefixAdaption"
 
 
 class Patched:
@@ -43,12 +43,14 @@ class Patched:
         chosen = adapters.choose(names, tasks)
         selected = chosen or selection.current()
         prompted = selected is not None and any(adapters.resolve(n).prompt is not None for n in selected.distinct())
+        prompted = prompted and not adapters.two_stacks  # there the prompt is the encoder's, and logits the decoder's
         if prompted and names is None and selection.chosen is None and selection.shared is None:
             reason = _concatenates(self, installation, selected, kwargs)
             if reason is not None:
                 return _theirs("forward", self, adapters, reason, task_ids=tasks, **kwargs)
         _token_types(self, kwargs)
-        with _chosen(installation, chosen), _shifted(adapters, chosen or selection.chosen or prompted, kwargs):
+        mixed = chosen or selection.chosen or prompted or adapters.two_stacks
+        with _chosen(installation, chosen), _shifted(adapters, mixed, kwargs):
             if prompted and names is None and selected is not None and selection.chosen in (None, chosen):
                 return prompts.forward(self, installation, selected, kwargs)
             return self.base_model(**kwargs)
@@ -62,6 +64,7 @@ class Patched:
         entries = [] if selected is None else [adapters.resolve(name) for name in selected.distinct()]
         tokens = max((entry.tokens for entry in entries if entry.prompt is not None), default=0)
         alone = names is None and installation.selection.chosen is None and installation.selection.shared is None
+        alone = alone and not adapters.two_stacks
         reason = prompts.outgrows(self, installation, tokens, args, kwargs) if tokens and alone else None
         if reason is not None:
             if tasks is not None:
@@ -126,7 +129,7 @@ def patched(cls: Any, start: str) -> Any:
     return type(start + cls.__name__, (MIXINS[start], cls), members)
 
 
-MIXINS = {ADAPTION: PatchedAdaption, CONCATENATING: PatchedConcatenating, SHARING: Patched}
+MIXINS = {ADAPTION: PatchedAdaption, SHARING: Patched}
 
 
 def __getattr__(name: str) -> Any:

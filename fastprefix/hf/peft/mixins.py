@@ -1,14 +1,10 @@
-"""The mixins of patched PeftModels that leave nearly everything to PEFT."""
+"""The mixin of patched PeftModels that leaves nearly everything to PEFT."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from fastprefix.errors import fail
-
-
-class PatchedConcatenating:
-    """Mixed into the class of a PeftModel whose soft prompts cannot be shared; all methods are PEFT's own."""
 
 
 class PatchedAdaption:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import warnings
 from contextlib import suppress
 from typing import Any
 
@@ -29,13 +28,17 @@ def patch(peft_model: Any) -> Any:
     attention of every row, and a soft prompt runs through the model once per forward; neither is in the cache. The
     base model reads the active adapter even if it is called directly, as by trainers that unwrap the model.
 
+    In an encoder-decoder a new prefix is read by the decoder's cross-attention too, where PEFT drops half of its slots;
+    ``num_transformer_submodules`` of its configuration becomes 3, until :func:`unpatch`. Adapters that PEFT has trained
+    stay what they are, but for T5's relative biases, which are the content's alone.
+
     Features beyond PEFT's: gradient checkpointing, left padding without position ids, packed rows, the caller's own
     choice of cache (``use_cache=False``, static, continued from an earlier call), ``adapter_names`` for each row in
     forward and generate, sliding windows that never hide the prefix, and training that resumes through an encoder
     (``load_adapter(dir, name, is_trainable=True)``, as ``Trainer`` does).
 
     Args:
-        peft_model: a ``PeftModel`` around a decoder or encoder; a patched one is left as it is.
+        peft_model: a ``PeftModel`` around a decoder, encoder or encoder-decoder; a patched one is left as it is.
 
     Returns:
         The same object.
@@ -58,12 +61,6 @@ def patch(peft_model: Any) -> Any:
     if not kinds or not kinds <= set(known):
         raise fail("peft_model", f"adapters of type {', '.join(sorted(kinds)) or 'none'}", f"one of {', '.join(known)}")
     base = peft_model.get_base_model()
-    if kinds <= set(PATCHED_PROMPT_TYPES) and getattr(base.config, "is_encoder_decoder", False):
-        # An encoder's prompt states depend on the row, so PEFT's concatenation is the only exact way.
-        reason = f"{type(base).__name__} is an encoder-decoder"
-        warnings.warn(f"fastprefix: the prompt is concatenated to every row, not shared: {reason}", stacklevel=2)
-        peft_model.__class__ = classes.patched(peft_model.__class__, classes.CONCATENATING)
-        return peft_model
     probing.check_model(base)
     if find_installation(base) is not None:
         raise fail(
@@ -78,7 +75,7 @@ def patch(peft_model: Any) -> Any:
             installation.selection.provider = Adapters(installation, peft_model)
             with suppress(AttributeError, RuntimeError, TypeError, ValueError):  # there PEFT's soft prompts fail too
                 installation.facts.reads_token_ids = build.reads_token_ids(installation)
-            if kinds & set(PATCHED_PROMPT_TYPES):
+            if kinds & set(PATCHED_PROMPT_TYPES) and not installation.selection.provider.two_stacks:
                 checks.check_output(installation)
                 arguments = inspect.signature(base.forward).parameters
                 if installation.head and {"labels", "attention_mask"} <= set(arguments):
@@ -89,6 +86,8 @@ def patch(peft_model: Any) -> Any:
                 checks.break_symmetry(peft_model, name)
             peft_model.__class__ = classes.patched(peft_model.__class__, classes.SHARING)
     except BaseException:
+        if isinstance(installation.selection.provider, Adapters):
+            installation.selection.provider.restore()
         uninstall(installation)
         raise
     # PEFT's disable_adapter leaves bound methods on the instance, which would hide the class's methods.
@@ -137,5 +136,7 @@ def unpatch(peft_model: Any) -> Any:
         adaption.unfuse(peft_model)
     peft_model.__class__ = classes.peft_class(peft_model)
     if installation is not None:
+        if isinstance(installation.selection.provider, Adapters):
+            installation.selection.provider.restore()
         uninstall(installation)
     return peft_model

@@ -11,6 +11,7 @@ from unittest import mock
 
 from fastprefix.errors import fail
 from fastprefix.hf.storage.atomic_folder import complete_interrupted_save, write_atomically
+from fastprefix.hf.storage.peft_format import PREFIX_TYPES
 from fastprefix.hf.storage.validated_files import read_tensors, write_tensors
 
 FILE = "prompt_encoder.safetensors"
@@ -44,10 +45,14 @@ def load(model: Any, dir: Any, name: str, is_trainable: bool, **kwargs: Any) -> 
 
     subfolder = kwargs.get("subfolder")
     folder = Path(dir) / subfolder if subfolder else Path(dir)
+    saved = PeftConfig.from_pretrained(dir, **({"subfolder": subfolder} if subfolder else {}))
+    submodules = saved.num_transformer_submodules
     if name not in model.peft_config:
-        config = PeftConfig.from_pretrained(dir, **({"subfolder": subfolder} if subfolder else {}))
-        config.inference_mode = False
-        model.add_adapter(name, config)
+        saved.inference_mode = False
+        model.add_adapter(name, saved)
+    if saved.peft_type in PREFIX_TYPES:
+        # In an encoder-decoder this tells whether slots of cross-attention were trained.
+        model.peft_config[name].num_transformer_submodules = submodules
     config, encoder = model.peft_config[name], model.prompt_encoder[name]
     weights = load_peft_weights(dir, device="cpu", **({"subfolder": subfolder} if subfolder else {}))
     if not reparameterised(config):

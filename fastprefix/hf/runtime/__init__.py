@@ -11,6 +11,8 @@
 * The hidden state of a prompt's last token predicts a row's first one. Where a loss asks for it, it is put in front
   of the rows for the head, and taken out of the logits again (``lm_head_hooks``). A bidirectional model whose head
   pools one place of its text gets the concatenated prompt's hidden states too, as in PEFT (``pooled_head``).
+* In an encoder-decoder a soft prompt is concatenated to the encoder's rows, and the decoder's mask over the encoder's
+  states becomes as much longer. The states that the decoder is given have to be made with that prompt.
 * ``exactness`` says why a prompt has to be concatenated instead of shared. It is never concatenated into a cache,
   where it would be content ever after: a text that outgrows a sliding window with a cache raises.
 * A generation computes prompts and banks once. They are kept with the cache object, under the names and the versions

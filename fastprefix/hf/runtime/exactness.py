@@ -24,7 +24,7 @@ def why_not_shareable(facts: ModelFacts, tokens: int, kwargs: dict[str, Any], em
         kwargs: the forward's keyword arguments.
         embedded: whether the prompt is embeddings, without token ids.
     """
-    main = facts.layers.main
+    main = facts.layers.prompted
     if not main.causal:
         return f"{type(main.owner).__name__} is bidirectional: its prompt sees the row"
     if embedded and facts.reads_token_ids:

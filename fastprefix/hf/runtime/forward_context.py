@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
@@ -124,6 +125,8 @@ class ForwardContext:
     concatenated_mask: Tensor | None = None  # [B or 1, P]
     concatenated_from: int = 0  # position of the first concatenated embedding
     inserted: Insertion | None = None  # the prompt that runs inside every row
+    places: Tensor | None = None  # [B, P + S], where each row's tokens are from, if its prompt is behind its padding
+    encoded: int = 0  # in a decoder that reads an encoder's states: how many of them are a soft prompt's
     packed: PackedPrompts | None = None  # where the prompts and rows are that run as one text
     gated: bool = False  # the model's own attention, masks and positions stay; a gated prompt is added
     padding: Tensor | None = None  # [B], padding places before a row's first token
@@ -153,10 +156,22 @@ class ForwardState:
         self.prepared: PrefixBank | None = None  # computed in advance, for the next forward
         self.labels: Tensor | None = None  # [B, S], of a forward with a prompt inside its rows
         self.bypassed = False  # whether the model runs as if nothing were attached
+        self.encoded = False  # whether an encoder has run with a soft prompt, and its decoder has not yet
+        self.states: weakref.ref[Tensor] | None = None  # an encoder's, with a soft prompt's, that its decoder has read
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy of the model that is made during a forward is not itself in a forward.
-        return {**self.__dict__, "context": None, "nested": None, "prepared": None, "labels": None}
+        return {**self.__dict__, "context": None, "nested": None, "prepared": None, "labels": None, "states": None}
+
+    def knows(self, states: Tensor) -> bool:
+        """Whether a decoder may read an encoder's states as those of a soft prompt and the row, without a mask.
+
+        They may be if the encoder has run since the decoder did, or the decoder has read them before, as in a
+        generation's later steps.
+        """
+        known = self.encoded or (self.states is not None and self.states() is states)
+        self.encoded, self.states = False, weakref.ref(states)
+        return known
 
     @contextmanager
     def bypass(self) -> Iterator[None]:

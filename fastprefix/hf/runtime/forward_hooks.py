@@ -84,6 +84,11 @@ class ForwardHooks:
         return not busy and selection.current() is None
 
     @property
+    def is_encoder(self) -> bool:
+        """Whether the stack is an encoder-decoder's encoder."""
+        return self.stack is not self.facts.layers.main
+
+    @property
     def first_position(self) -> int:
         """Position of a row's first token in the running forward."""
         return self.outer.first_position if self.outer.given else self.facts.default_positions.first
@@ -103,8 +108,9 @@ class ForwardHooks:
         if not torch.compiler.is_compiling():
             self.parameters.bring_back(self.facts.model)
             self.parameters.check_trained()
-        context = forward.nested.context if forward.nested is not None else self.reader.read(kwargs)
-        if context is None and forward.nested is None:
+        encoded, nested = self.stack is not self.facts.layers.prompted, forward.nested
+        context = self.reader.read(kwargs, encoded) if nested is None else nested.context
+        if context is None and nested is None:
             self.configs.switch(on=False)
             return None
         self.configs.switch(on=True)
@@ -137,7 +143,11 @@ class ForwardHooks:
             padding_idx = None if self.table is None else self.table.padding_idx
             # RoBERTa's positions start after its padding index, PaliGemma's at 1.
             first = self.first_position + (0 if padding_idx is None else padding_idx + 1)
-            concatenation.prepend(self.facts, context, kwargs, first, self.outer.makes_masks)
+            concatenation.prepend(self.facts, context, kwargs, first, self.outer.makes_masks, bool(self.pooled))
+            self.forward.encoded = self.is_encoder
+        elif context.encoded and isinstance(states := kwargs.get("encoder_hidden_states"), Tensor):
+            known = torch.compiler.is_compiling() or self.forward.knows(states)
+            concatenation.extend_mask(kwargs, states, context.encoded, known)
         if context.inserted is not None:
             rows.insert(self.facts, context.inserted, kwargs, self.table, self.outer.makes_masks)
         if self.checkpointing.active():
@@ -165,7 +175,7 @@ class ForwardHooks:
     def set_positions(self, context: ForwardContext, kwargs: dict[str, Any]) -> None:
         """Shift the content's positions past the prefix."""
         facts, causal = self.facts, self.stack.causal
-        if facts.layers.main is not self.stack:
+        if self.is_encoder:
             return  # the encoder of an encoder-decoder keeps its positions, as in Li & Liang 2021
         if self.shifted_table is not None:
             self.shifted_table.offset = context.offset
@@ -182,10 +192,7 @@ class ForwardHooks:
                 ids = ids.expand(facts.layers.batch_size(kwargs), -1).contiguous()
             kwargs["position_ids"] = ids
         if self.head.active and isinstance(mask, Tensor) and mask.dim() == 2:
-            context.padding = (mask.cumsum(1) == 0).sum(1)
-            prompted = self.selection.prompted_rows(len(mask))
-            if prompted is not None:  # a row without a prompt is not moved
-                context.padding = context.padding * prompted.to(mask.device)
+            context.padding = self.selection.padding_behind_prompts(mask)
 
     def refuse(self, kwargs: dict[str, Any]) -> None:
         """Raise for arguments or settings with which the prefix would be ignored, or its output wrong."""
@@ -221,14 +228,15 @@ class ForwardHooks:
             forward.nested.hidden = output[0]
             return None
         if not torch.compiler.is_compiling() and not self.checked:
-            self.check(owner)
+            self.checked = self.slots.check_ran(self.facts, self.stack, owner.training, self.without_encoder)
         if context.inserted is not None:
             return rows.cut(output, context.inserted)
-        if context.concatenated is not None and self.pooled:
-            self.pooled.cut_next(context.concatenated.shape[1], output[0].shape[1])
-            return None
         if context.concatenated is not None:
-            output = concatenation.cut(output, context.concatenated.shape[1], int(head.active))
+            if self.is_encoder:
+                return None  # the decoder reads the prompt's states too, as in Lester et al. 2021
+            if self.pooled:
+                return self.pooled.cut_next(context.concatenated.shape[1], output[0].shape[1])
+            output = concatenation.cut(output, context.concatenated.shape[1], int(head.active), context.places)
             return head.move_past_left_padding(output, context) if head.active else output
         if context.leaves:
             raise RuntimeError("fastprefix: no checkpointed layer ran, which would have passed on the gradients")
@@ -250,11 +258,3 @@ class ForwardHooks:
             yield
         finally:
             self.checked = before
-
-    def check(self, owner: nn.Module) -> None:
-        """Raise if a layer's attention did not call the attention function."""
-        parts = self.facts.layers.parts
-        skipped = {"cross"} if self.without_encoder else set()
-        wanted = [i for i in self.stack.layers if parts[i] not in skipped]
-        self.slots.check_ran(wanted, self.facts.model, owner.training)
-        self.checked = not skipped or "cross" not in parts

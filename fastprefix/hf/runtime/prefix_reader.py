@@ -39,14 +39,19 @@ class PrefixReader:
         self.facts, self.selection, self.forward, self.prefill, self.warn = facts, selection, forward, prefill, warn
         self.cache = PromptKVCache()
 
-    def read(self, kwargs: dict[str, Any]) -> ForwardContext | None:
-        """The context of a forward with these keyword arguments; None for the bare model."""
+    def read(self, kwargs: dict[str, Any], encoded: bool = False) -> ForwardContext | None:
+        """The context of a forward with these keyword arguments; None for the bare model.
+
+        ``encoded``: whether the forward is a decoder's, whose encoder has soft prompts in front of its rows.
+        """
         current = self.selection.current()
         if self.selection.shared is not None:
             return self.selection.shared.read(current, kwargs)
-        return None if current is None else self.read_names(current, kwargs)
+        return None if current is None else self.read_names(current, kwargs, encoded)
 
-    def read_names(self, selected: AdapterSelection, kwargs: dict[str, Any]) -> ForwardContext | None:
+    def read_names(
+        self, selected: AdapterSelection, kwargs: dict[str, Any], encoded: bool = False
+    ) -> ForwardContext | None:
         """The context for a selection of names; soft prompts run through the model for it. None without a name."""
         active, prefixes = self.selection.active, self.selection.prefixes
         if len(selected.names) == 1 and selected.names[0] == active and active in prefixes:
@@ -63,7 +68,7 @@ class PrefixReader:
         if prompts:
             reason = why_not_shareable(self.facts, max(prefix.tokens for prefix in prompts), kwargs)
             if reason is not None:
-                return self._concatenate(selected, names, resolved, kwargs, reason)
+                return self._concatenate(selected, names, resolved, kwargs, reason, encoded)
         if self.forward.prepared is not None:
             return self.choose(self.forward.prepared, selected, kwargs)
         if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
@@ -158,13 +163,18 @@ class PrefixReader:
         resolved: Sequence[ResolvedPrefix],
         kwargs: dict[str, Any],
         reason: str,
+        encoded: bool,
     ) -> ForwardContext:
         """The context that concatenates soft prompts to every row, where sharing them would not be exact."""
+        what = f"soft prompts that have to be concatenated ({reason})"
+        layers: KeyValues = [None] * len(self.facts.layers.modules)
+        if encoded:
+            self._check_rows(selected, resolved, what)
+            return ForwardContext(layers=layers, encoded=resolved[0].tokens)
         refuse_cache(kwargs, reason)
         self.warn.concatenation(reason)
-        what = f"soft prompts that have to be concatenated ({reason})"
         prompts = self._of_rows(selected, names, resolved, kwargs, what)
-        return ForwardContext(prompts.shape[1], [None] * len(self.facts.layers.modules), concatenated=prompts)
+        return ForwardContext(prompts.shape[1], layers, concatenated=prompts)
 
     def _insert(
         self,
@@ -182,6 +192,14 @@ class PrefixReader:
         insertion = Insertion(places[0], prompts, self.forward.labels)
         return ForwardContext(0, [None] * len(self.facts.layers.modules), inserted=insertion)
 
+    def _check_rows(self, selected: AdapterSelection, resolved: Sequence[ResolvedPrefix], what: str) -> None:
+        """Raise ValueError unless every row has a soft prompt of one length; ``what`` they are, for errors."""
+        tokens = resolved[0].tokens
+        if None in selected.names or any(prefix.prompt is None or prefix.tokens != tokens for prefix in resolved):
+            raise fail(
+                "names", f"a mixed batch with {what}", "soft prompts of one length in every row, and nothing else"
+            )
+
     def _of_rows(
         self,
         selected: AdapterSelection,
@@ -191,11 +209,7 @@ class PrefixReader:
         what: str,
     ) -> Tensor:
         """``[B or 1, P, d]``, the embeddings of each row's soft prompt; ``what`` they are, for errors."""
-        tokens = resolved[0].tokens
-        if None in selected.names or any(prefix.prompt is None or prefix.tokens != tokens for prefix in resolved):
-            raise fail(
-                "names", f"a mixed batch with {what}", "soft prompts of one length in every row, and nothing else"
-            )
+        self._check_rows(selected, resolved, what)
         prompts = torch.stack([prefix.prompt() for prefix in resolved if prefix.prompt is not None])  # [N, P, d]
         if len(names) == 1:
             return prompts

@@ -108,3 +108,8 @@ class Selection:
         has_prompt = {name: self.provider.resolve(name).prompt is not None for name in selection.distinct()}
         found = [name is not None and has_prompt[name] for name in selection.rows(batch)]
         return None if all(found) else torch.tensor(found)
+
+    def padding_behind_prompts(self, mask: Tensor) -> Tensor:
+        """``[B]``, hidden places before each row's first token in a mask ``[B, T]``; 0 for a row without a prompt."""
+        padding, prompted = (mask.cumsum(1) == 0).sum(1), self.prompted_rows(len(mask))
+        return padding if prompted is None else padding * prompted.to(mask.device)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 from torch import nn
 
 from fastprefix.hf.attention.function import SLOT
 from fastprefix.hf.attention.packed_prompts import PackedPrompts
+from fastprefix.hf.model.facts import ModelFacts
 from fastprefix.hf.model.layers import AttentionStack
 from fastprefix.hf.runtime.forward_context import KeyValues
 from fastprefix.prefixes.prefix import LayerSlot
@@ -60,16 +60,23 @@ class AttentionSlots:
         for slot in self:
             slot.packed = packed
 
-    def check_ran(self, layers: Sequence[int], model: Any, training: bool) -> None:
-        """Raise RuntimeError if the attention of one of these layers did not call the attention function."""
-        missed = [i for i in layers if not self[i].ran]
-        drops = [getattr(model.config, f"{part}layerdrop", 0.0) for part in ("", "encoder_", "decoder_")]
+    def check_ran(self, facts: ModelFacts, stack: AttentionStack, training: bool, without_encoder: bool) -> bool:
+        """Raise RuntimeError if a layer of a stack did not call the attention function in its first forward.
+
+        Returns:
+            Whether all layers were seen; those of cross-attention do not run ``without_encoder``.
+        """
+        parts, config = facts.layers.parts, facts.model.config
+        skipped = {"cross"} if without_encoder else set()
+        missed = [i for i in stack.layers if not self[i].ran and parts[i] not in skipped]
+        drops = [getattr(config, f"{part}layerdrop", 0.0) for part in ("", "encoder_", "decoder_")]
         skips_layers = training and any(drop > 0.0 for drop in drops)
         if missed and not skips_layers:
+            name = type(facts.model).__name__
             raise RuntimeError(
-                f"fastprefix: {type(model).__name__} ran without the attention hook of layers {missed}: the prefix was "
-                "ignored there"
+                f"fastprefix: {name} ran without the attention hook of layers {missed}: the prefix was ignored there"
             )
+        return not skipped or "cross" not in parts
 
     def remove(self) -> None:
         """Take the slots out of the model."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,16 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastprefix.errors import fail
 from fastprefix.hf.model.layers import Layers
 from fastprefix.hf.storage import layer_tensors
-from fastprefix.hf.storage.validated_files import field, shown
+from fastprefix.hf.storage.decoder_slots import WITH_CROSS, decoder_slots
+from fastprefix.hf.storage.validated_files import check_tensors, field, shown
 from fastprefix.prefixes import init
 from fastprefix.prefixes.config import PrefixConfig
 from fastprefix.prefixes.llama_adapter import LlamaAdapterConfig
 from fastprefix.prefixes.memory import PrefixMemoryConfig
 from fastprefix.prefixes.prefix import LayerConfig, Prefix
 from fastprefix.prefixes.prompt import PromptConfig, SoftPrompt
-from fastprefix.validation import FLOATS, fail
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 OWN_CONFIG, ENCODER = "fastprefix_config.json", "prefix_encoder.safetensors"
@@ -53,15 +54,15 @@ def pack(keys: Sequence[Tensor], values: Sequence[Tensor]) -> Tensor:
 def unpack(embeddings: Tensor, prefix: Prefix) -> tuple[list[Tensor], list[Tensor]]:
     """The inverse of :func:`pack`, as PEFT reads it.
 
-    A layer without keys and values of its own reads the slots of the layer with which it shares them. In an
-    encoder-decoder, layer i reads slots ``4 * i`` and ``4 * i + 1``, modulo their number: PEFT takes each layer's next
-    two slots for cross-attention, and then drops them.
+    A layer without keys and values of its own reads the slots of the layer with which it shares them. Those of an
+    encoder-decoder are :func:`decoder_slots`.
     """
     heads, dim, _ = prefix.shapes[0]
-    count = 2 * len(prefix.shapes)
-    slots = embeddings.unflatten(1, (count, heads, dim)).permute(1, 2, 0, 3)  # [2L, H_kv, P, D]
-    decoder = prefix.parts[0] is not None
-    first = [4 * i % count if decoder else 2 * source for i, source in enumerate(prefix.sources)]
+    slots = embeddings.unflatten(1, (-1, heads, dim)).permute(1, 2, 0, 3)  # [2L, H_kv, P, D]
+    if prefix.parts[0] is None:
+        first: list[int] = [2 * source for source in prefix.sources]
+    else:
+        first = [slot for slot in decoder_slots(prefix.parts, len(slots), cross=True) if slot is not None]
     return [slots[i].contiguous() for i in first], [slots[i + 1].contiguous() for i in first]
 
 
@@ -84,6 +85,8 @@ def is_peft(prefix: Prefix, layers: Layers) -> bool:
 def task(model: Any) -> str:
     """PEFT's task type of a model, by its class's name."""
     name = type(model).__name__
+    if getattr(model.config, "is_encoder_decoder", False) and model.get_output_embeddings() is not None:
+        return "SEQ_2_SEQ_LM"
     return next((t for suffix, t in _TASKS.items() if name.endswith(suffix)), "FEATURE_EXTRACTION")
 
 
@@ -143,9 +146,10 @@ def peft_configuration(peft: dict[str, Any], path: Path) -> LayerConfig | Prompt
     with errors_naming(path):
         if kind == "PREFIX_TUNING" and submodules == 2:  # an encoder-decoder's
             return PrefixConfig(tokens, parts=("decoder",))
-        if submodules not in (1, None):
-            expected = "1, or 2 of an encoder-decoder's PREFIX_TUNING"
-            raise fail("num_transformer_submodules", submodules, expected)
+        if kind == "PREFIX_TUNING" and submodules == WITH_CROSS:
+            return PrefixConfig(tokens, parts=("decoder", "cross"))
+        if submodules not in (1, None) and not (submodules == 2 and kind in PROMPT_TYPES):
+            raise fail("num_transformer_submodules", submodules, "1, or an encoder-decoder's 2")
         if kind in PROMPT_TYPES:
             return PromptConfig(tokens)
         return PrefixConfig(tokens, num_frozen_tokens=peft.get("num_frozen_tokens", 0) if kind == "CARTRIDGE" else 0)
@@ -205,45 +209,23 @@ def check_geometry(peft: dict[str, Any], prefix: Prefix, path: Path) -> None:
     """
     heads, dim, _ = prefix.shapes[0]
     want = {"num_layers": len(prefix.shapes), "num_attention_heads": heads, "token_dim": heads * dim}
+    if prefix.parts[0] is not None:
+        del want["num_layers"]  # PEFT counts the encoder's; the decoder may have others
     for name, number in want.items():
         if field(peft, name, int, path, None) not in (None, number):
             raise fail(f"{path}: {name}", shown(peft[name]), f"{number} of this model")
-
-
-def check_tensors(tensors: Mapping[str, Tensor], want: Mapping[str, tuple[str, Sequence[int]]], path: Path) -> None:
-    """Check that there are the wanted tensors (dims in words, and sizes) and no others, all of finite floats.
-
-    Raises:
-        ValueError: a tensor is missing, unknown or malformed; path and tensor are named.
-    """
-    for name, (dims, sizes) in want.items():
-        if name not in tensors:
-            raise fail(f"{path}: {name}", "no such tensor", f"{dims} = {list(sizes)}")
-        if list(tensors[name].shape) != list(sizes):
-            raise fail(f"{path}: {name}", f"shape {list(tensors[name].shape)}", f"{dims} = {list(sizes)} of this model")
-    for name, x in tensors.items():
-        if name not in want:
-            expected = f"{', '.join(list(want)[:3])}{', ...' if len(want) > 3 else ''} and nothing else"
-            raise fail(f"{path}: {shown(name)}", "a tensor that is no part of a prefix", expected)
-        if x.dtype not in FLOATS:
-            raise fail(f"{path}: {name}", f"dtype {x.dtype}", " or ".join(str(d) for d in FLOATS))
-        check_finite(name, x, str(path))
-
-
-def check_finite(name: str, x: Tensor, path: str) -> None:
-    """Raise ValueError for NaN, infinity or a number beyond fp32: one NaN in a prefix makes every output NaN."""
-    if x.is_meta:
-        raise fail(f"{path}: {name}", "no numbers (it is on the meta device)", "numbers in memory")
-    if not bool(x.detach().float().isfinite().all()):
-        raise fail(f"{path}: {name}", "nan or infinite numbers", "finite numbers")
 
 
 def stored_key_values(tensors: dict[str, Tensor], prefix: Prefix, path: Path) -> tuple[list[Tensor], list[Tensor]]:
     """Keys and values of a prefix's layers from adapter weights, in PEFT's format or one tensor per layer."""
     shapes, tokens = prefix.shapes, prefix.num_virtual_tokens
     if EMBEDDINGS in tensors:
-        dims = "[P, 2*L*H_kv*D]"
-        check_tensors(tensors, {EMBEDDINGS: (dims, [tokens, sum(s.numel for s in shapes)])}, path)
+        dims, columns = "[P, 2*L*H_kv*D]", sum(s.numel for s in shapes)
+        if prefix.parts[0] is not None:
+            found = tensors[EMBEDDINGS]
+            whole = found.dim() == 2 and found.shape[1] > 0 and found.shape[1] % shapes[0].numel == 0
+            columns = found.shape[1] if whole else shapes[0].numel
+        check_tensors(tensors, {EMBEDDINGS: (dims, [tokens, columns])}, path)
         if len(set(shapes)) != 1 or shapes[0].head_dim != shapes[0].value_dim:
             raise fail(
                 f"{path}: {EMBEDDINGS}", "one tensor", "one tensor per layer: this model's layers differ in shape"

@@ -25,10 +25,10 @@ from torch import Tensor
 from fastprefix.errors import fail
 from fastprefix.hf.adapters.installation import Installation
 from fastprefix.hf.storage.atomic_folder import resolve_path
-from fastprefix.hf.storage.peft_format import CONFIG, EMBEDDINGS, ENCODER, WEIGHTS, check_finite, errors_naming
+from fastprefix.hf.storage.peft_format import CONFIG, EMBEDDINGS, ENCODER, WEIGHTS, errors_naming
 from fastprefix.hf.storage.saved_adapter import SavedAdapter
 from fastprefix.hf.storage.saved_modules import BASE
-from fastprefix.hf.storage.validated_files import check_file, read_tensors, shown
+from fastprefix.hf.storage.validated_files import check_file, check_finite, read_tensors, shown
 from fastprefix.prefixes.config import PrefixConfig
 from fastprefix.prefixes.prefix import Prefix
 from fastprefix.prefixes.prompt import SoftPrompt

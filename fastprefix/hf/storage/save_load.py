@@ -45,14 +45,13 @@ from fastprefix.hf.storage.peft_format import (
     OWN,
     OWN_CONFIG,
     WEIGHTS,
-    check_finite,
     is_peft,
     pack,
     peft_config,
 )
 from fastprefix.hf.storage.prefix_encoder import PrefixEncoderCheckpoint, checkpoint_file
 from fastprefix.hf.storage.saved_adapter import FILES, SavedAdapter
-from fastprefix.hf.storage.validated_files import digest, write_json, write_tensors
+from fastprefix.hf.storage.validated_files import check_finite, digest, write_json, write_tensors
 from fastprefix.prefixes.config import PrefixConfig
 from fastprefix.prefixes.prefix import Prefix
 from fastprefix.prefixes.prompt import SoftPrompt
@@ -160,7 +159,8 @@ def load(
     A prefix that was trained through an MLP is loaded with the MLP, a soft prompt with its encoder, so that training
     resumes; :func:`fastprefix.bake` drops them. PEFT's files hold only the output of its encoders, which is loaded as
     keys and values or embeddings. In an encoder-decoder, PEFT's prefix is one of the decoder's self-attention, whose
-    layers share slots; slots that PEFT never reads are left out. Modules that were saved with the adapter (a
+    layers share slots; slots that PEFT never reads are left out. One that a patched model trained is of
+    cross-attention too. Modules that were saved with the adapter (a
     classifier's head) become the prefix's own, see ``modules_to_save`` of :class:`PrefixConfig`: they are in the model
     while the prefix is active, and trainable if they were trained.
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from fastprefix.hf.adapters.build import build, empty_prefix, new_encoder, promp
 from fastprefix.hf.adapters.installation import Installation
 from fastprefix.hf.storage import layer_tensors, saved_modules
 from fastprefix.hf.storage.atomic_folder import read_consistently
+from fastprefix.hf.storage.decoder_slots import WITH_CROSS, warn_of_biases
 from fastprefix.hf.storage.peft_format import (
     CONFIG,
     EMBEDDINGS,
@@ -27,13 +27,12 @@ from fastprefix.hf.storage.peft_format import (
     PEFT_TYPES,
     WEIGHTS,
     check_geometry,
-    check_tensors,
     errors_naming,
     own_configuration,
     peft_configuration,
     stored_key_values,
 )
-from fastprefix.hf.storage.validated_files import digest, field, read_json, read_tensors, shown
+from fastprefix.hf.storage.validated_files import check_tensors, digest, field, read_json, read_tensors, shown
 from fastprefix.prefixes.config import PrefixConfig
 from fastprefix.prefixes.prefix import LayerConfig, Prefix
 from fastprefix.prefixes.prompt import PromptConfig, SoftPrompt
@@ -72,6 +71,11 @@ class SavedAdapter:
         adaption = kind == layer_tensors.ADAPTION  # whose own tensors have the names of modules
         self.modules = {name: x for name, x in tensors.items() if name.startswith(saved_modules.BASE) and not adaption}
         self.tensors = {name: x for name, x in tensors.items() if name not in self.modules}
+        if self._has_unread_half:
+            # The second half is the decoder's, which PEFT does not read.
+            tokens, found = self.config.num_virtual_tokens, self.tensors.get(EMBEDDINGS)
+            if found is not None and found.dim() == 2 and len(found) == 2 * tokens:
+                self.tensors = {**self.tensors, EMBEDDINGS: found[:tokens].clone()}
         listed, where_listed = (self.peft, path) if self.own is None else (self.own, own_path)
         self.trained = saved_modules.names(listed, "modules_to_save", where_listed)
         self.frozen = saved_modules.names(listed, saved_modules.FROZEN, where_listed) if self.own is not None else []
@@ -79,12 +83,20 @@ class SavedAdapter:
         projected = config.encoder is not None if isinstance(config, PromptConfig) else config.prefix_projection
         self.encoder = read_tensors(self.paths[ENCODER]) if projected else None
 
+    @property
+    def _has_unread_half(self) -> bool:
+        """Whether the weights are ``[2P, d]``: PEFT's soft prompt for an encoder and its decoder."""
+        return isinstance(self.config, PromptConfig) and self.peft.get("num_transformer_submodules") == 2
+
     def build(self, installation: Installation) -> Prefix | SoftPrompt:
         """A new prefix for a model. All sizes in the configuration are checked before anything is allocated."""
         path = self.paths[OWN_CONFIG if self.own is not None else CONFIG]
         modules = installation.modules.matching([*self.trained, *self.frozen])
         saved_modules.check(self.modules, modules, self.paths[WEIGHTS])
         if isinstance(self.config, PromptConfig):
+            if self._has_unread_half and len(installation.facts.layers.stacks) == 1:
+                name = f"{self.paths[CONFIG]}: num_transformer_submodules"
+                raise fail(name, 2, f"1: {type(installation.model).__name__} is no encoder-decoder")
             self.check_prompt(self.config, prompt_dim(installation))
             return self._build(installation)
         with errors_naming(path):
@@ -99,13 +111,9 @@ class SavedAdapter:
             with torch.device("meta"):
                 self.check_encoder(new_encoder(installation, empty))
         self.check_whole()
-        if self.own is None and self.config.parts is not None and installation.facts.layers.main.has_position_bias:
-            name = type(installation.model).__name__
-            warnings.warn(
-                f"fastprefix: PEFT adds {name}'s biases of relative positions to the scores of prefix tokens too; here "
-                "they are the content's alone, so that this adapter's outputs differ from those in PEFT",
-                stacklevel=3,
-            )
+        of_peft = self.own is None and self.peft.get("num_transformer_submodules") != WITH_CROSS  # PEFT refuses those
+        if of_peft and self.config.parts is not None and installation.facts.layers.main.has_position_bias:
+            warn_of_biases(installation.model, stacklevel=4)
         return self._build(installation)
 
     def _build_adapter(self, installation: Installation, empty: Prefix) -> Prefix | SoftPrompt:

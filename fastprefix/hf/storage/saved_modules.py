@@ -19,8 +19,8 @@ from fastprefix.errors import fail
 from fastprefix.hf.adapters.installation import Installation
 from fastprefix.hf.adapters.modules_to_save import is_pefts, is_plain
 from fastprefix.hf.model import offload
-from fastprefix.hf.storage.peft_format import check_finite, task
-from fastprefix.hf.storage.validated_files import field, shown
+from fastprefix.hf.storage.peft_format import task
+from fastprefix.hf.storage.validated_files import check_finite, field, shown
 from fastprefix.prefixes.prefix import Prefix
 from fastprefix.prefixes.prompt import SoftPrompt
 

@@ -7,6 +7,7 @@ import json
 import re
 import reprlib
 import stat
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fastprefix.errors import fail
+from fastprefix.validation import FLOATS
 
 LARGEST_JSON = 2**20  # bytes
 
@@ -104,3 +106,31 @@ def digest(tensors: dict[str, Tensor]) -> str:
         found.update(name.encode())
         found.update(tensors[name].contiguous().view(torch.uint8).numpy().tobytes())
     return found.hexdigest()
+
+
+def check_tensors(tensors: Mapping[str, Tensor], want: Mapping[str, tuple[str, Sequence[int]]], path: Path) -> None:
+    """Check that there are the wanted tensors (dims in words, and sizes) and no others, all of finite floats.
+
+    Raises:
+        ValueError: a tensor is missing, unknown or malformed; path and tensor are named.
+    """
+    for name, (dims, sizes) in want.items():
+        if name not in tensors:
+            raise fail(f"{path}: {name}", "no such tensor", f"{dims} = {list(sizes)}")
+        if list(tensors[name].shape) != list(sizes):
+            raise fail(f"{path}: {name}", f"shape {list(tensors[name].shape)}", f"{dims} = {list(sizes)} of this model")
+    for name, x in tensors.items():
+        if name not in want:
+            expected = f"{', '.join(list(want)[:3])}{', ...' if len(want) > 3 else ''} and nothing else"
+            raise fail(f"{path}: {shown(name)}", "a tensor that is no part of a prefix", expected)
+        if x.dtype not in FLOATS:
+            raise fail(f"{path}: {name}", f"dtype {x.dtype}", " or ".join(str(d) for d in FLOATS))
+        check_finite(name, x, str(path))
+
+
+def check_finite(name: str, x: Tensor, path: str) -> None:
+    """Raise ValueError for NaN, infinity or a number beyond fp32: one NaN in a prefix makes every output NaN."""
+    if x.is_meta:
+        raise fail(f"{path}: {name}", "no numbers (it is on the meta device)", "numbers in memory")
+    if not bool(x.detach().float().isfinite().all()):
+        raise fail(f"{path}: {name}", "nan or infinite numbers", "finite numbers")
