@@ -113,6 +113,52 @@ with fastprefix.shared_prompt(model, tokenizer("Define the word.").input_ids):
 fastprefix.detach(model)
 """, "tests/hf/sharing/test_shared_prompt.py::test_equals_repeating_the_prompt_with_gradients_into_the_model",
            "sharing.md"),
+    Method("Prefix behind trained gates", "[Zhang et al. 2023](https://arxiv.org/abs/2303.16199)", """
+fastprefix.attach(model, PrefixConfig(16, gate="tanh"))  # it starts at the model's own outputs
+model(**batch, labels=batch.input_ids).loss.backward()
+fastprefix.detach(model)
+""", "tests/hf/adapters/test_gates.py::test_equals_the_formula",
+           "prompts-and-batches.md#a-prefix-behind-a-gate"),
+    Method("LLaMA-Adapter", "[Zhang et al. 2023](https://arxiv.org/abs/2303.16199)", """
+fastprefix.attach(model, fastprefix.LlamaAdapterConfig(num_virtual_tokens=10, num_layers=1))
+model(**batch, labels=batch.input_ids).loss.backward()
+fastprefix.detach(model)
+""", "tests/hf/adapters/added/test_llama_adapter.py::test_equals_the_formula",
+           "prompts-and-batches.md#llama-adapter"),
+    Method("PrefixMemory-Tuning", "[Wang et al. 2025](https://arxiv.org/abs/2506.13674)", """
+fastprefix.attach(model, fastprefix.PrefixMemoryConfig())
+model(**batch, labels=batch.input_ids).loss.backward()
+fastprefix.detach(model)
+""", "tests/hf/adapters/added/test_prefix_memory.py::test_equals_the_formula",
+           "prompts-and-batches.md#a-prefix-memory"),
+    Method("A bias on prefix tokens", "Attention Matching, [Zweiger et al. 2026](https://arxiv.org/abs/2602.16284)", """
+fastprefix.attach(model, PrefixConfig(16, prefix_bias=True))
+model(**batch, labels=batch.input_ids).loss.backward()
+fastprefix.detach(model)
+""", "tests/hf/adapters/test_prefix_bias.py::test_equals_concatenation",
+           "prompts-and-batches.md#a-bias-on-prefix-tokens"),
+    Method("Dropout of prefix tokens", "", """
+fastprefix.attach(model.train(), PrefixConfig(16, dropout=0.1))
+model(**batch, labels=batch.input_ids).loss.backward()
+fastprefix.detach(model.eval())
+""", "tests/hf/adapters/test_token_dropout.py::test_a_step_is_one_of_the_prefix_without_the_dropped_tokens",
+           "prompts-and-batches.md#dropout-frozen-tokens-values-of-zero"),
+    Method("Deep prompts in an encoder", "P-tuning v2, [Liu et al. 2022](https://arxiv.org/abs/2110.07602)", """
+from transformers import BertConfig, BertForSequenceClassification
+bert = BertForSequenceClassification(BertConfig(hidden_size=32, num_attention_heads=2, num_hidden_layers=2)).eval()
+fastprefix.attach(bert, PrefixConfig(16, modules_to_save=["classifier"]))
+bert(input_ids=torch.ones(2, 5, dtype=torch.long), labels=torch.tensor([0, 1])).loss.backward()
+fastprefix.detach(bert)
+""", "tests/models/test_deep_prompts.py::test_a_head_trains_with_the_prefix",
+           "prompts-and-batches.md#encoders-with-a-head"),
+    Method("Prompt tuning of an encoder-decoder", "[Lester et al. 2021](https://arxiv.org/abs/2104.08691)", """
+from transformers import T5Config, T5ForConditionalGeneration
+t5 = T5ForConditionalGeneration(T5Config(d_model=32, num_layers=2, decoder_start_token_id=0)).eval()
+fastprefix.attach(t5, PromptConfig(20, init=init.normal(0.5)))
+t5(input_ids=torch.ones(2, 5, dtype=torch.long), labels=torch.ones(2, 3, dtype=torch.long)).loss.backward()
+fastprefix.detach(t5)
+""", "tests/models/test_encoder_decoder_prompts.py::test_equals_concatenated_embeddings",
+           "prompts-and-batches.md#prompts-of-encoder-decoders"),
     Method("PEFT's models", "", """
 from peft import PrefixTuningConfig, get_peft_model
 
