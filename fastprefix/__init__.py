@@ -12,6 +12,7 @@ from fastprefix.prefixes.prompt import PromptConfig
 from fastprefix.verification.run import verify
 
 if TYPE_CHECKING:
+    from fastprefix.cartridges import CartridgeConfig, attention_matching, train_cartridge
     from fastprefix.hf.api import (
         attach,
         bake,
@@ -33,12 +34,14 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
+    "CartridgeConfig",
     "LlamaAdapterConfig",
     "PrefixConfig",
     "PrefixMemoryConfig",
     "PromptConfig",
     "__version__",
     "attach",
+    "attention_matching",
     "bake",
     "completion_logprobs",
     "detach",
@@ -58,13 +61,19 @@ __all__ = [
     "set_prefix",
     "share_prompts",
     "shared_prompt",
+    "train_cartridge",
     "unpatch",
     "verify",
 ]
+_CARTRIDGES = ("CartridgeConfig", "attention_matching", "train_cartridge")
 
 
 def __getattr__(name: str) -> Any:
     # transformers takes seconds to import and is needed for none of the above.
+    if name in _CARTRIDGES:
+        from fastprefix import cartridges
+
+        return getattr(cartridges, name)
     if name in __all__:
         from fastprefix.hf import api
 

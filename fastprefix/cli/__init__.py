@@ -1,4 +1,4 @@
-"""The command line: ``fastprefix demo | train | generate | bench | memory | explain | verify``.
+"""The command line: ``fastprefix demo | train | cartridge | generate | bench | memory | explain | verify``.
 
 Each command is a module of this folder with two functions: ``add_arguments(parser)`` declares its options, and
 ``run(options)`` runs it and returns the exit status.
@@ -20,6 +20,7 @@ USER_ERROR, INTERRUPTED, READER_GONE = 2, 130, 141
 COMMANDS = {
     "demo": "Train a prefix on a real model and compare it with PEFT.",
     "train": "Train a prefix or a soft prompt on pairs, chats or texts.",
+    "cartridge": "Train a prefix that stands for a document, and measure how well it does.",
     "generate": "Complete a prompt with an adapter.",
     "bench": "Time the operator and its peers in one process.",
     "memory": "Count the bytes that a training step saves for backward.",
@@ -86,6 +87,8 @@ def _import_command(name: str) -> Command:
             from fastprefix.cli import demo as command
         case "train":
             from fastprefix.cli import train as command
+        case "cartridge":
+            from fastprefix.cli import cartridge as command
         case "generate":
             from fastprefix.cli import generate as command
         case "bench":

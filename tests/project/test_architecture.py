@@ -35,6 +35,7 @@ LAYERS = (
     ("models",),
     ("measure",),
     ("train", "demo"),
+    ("cartridges",),
     ("cli",),
 )
 # The same inside folders whose modules stand in rooms; rooms in one line know nothing of each other.
@@ -64,7 +65,7 @@ ROOMS = {
     "cli": (
         ("options", "quiet_imports"),
         ("bench_kernels", "bench_predict"),
-        ("bench", "demo", "explain", "generate", "memory", "train", "verify"),
+        ("bench", "cartridge", "demo", "explain", "generate", "memory", "train", "verify"),
         ("__main__",),
     ),
 }
