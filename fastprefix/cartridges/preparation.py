@@ -78,7 +78,7 @@ def prepare(
         if len(examples) < 2:
             raise fail("conversations", f"{len(examples)} in {path}", "at least two: one to train on, one held out")
         set_prefix(model, TEXT)
-        examples = _with_targets(model, examples, folder / f"targets_{number}.safetensors", ids, config, resume)
+        examples = with_targets(model, examples, folder / f"targets_{number}.safetensors", ids, config, resume)
         say(f"stored the {config.top_k} likeliest of each of {sum(len(e.labels) for e in examples):,} tokens")
         count = max(1, round(config.heldout * len(examples)))
         heldout, trained = examples[:count], examples[count:]
@@ -119,7 +119,7 @@ def reference(trained: Sequence[Example]) -> list[list[int]]:
     return rows
 
 
-def _with_targets(
+def with_targets(
     model: Any, examples: list[Example], path: Path, ids: Sequence[int], config: CartridgeConfig, resume: bool
 ) -> list[Example]:
     """The examples with the predictions of the active prefix, from a file of an earlier run where there is one."""

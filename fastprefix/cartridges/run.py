@@ -89,12 +89,17 @@ def train_cartridge(
     heldout = [example for document in documents for example in document.heldout]
     packed = len(documents) == 1 and preparation.packs(model)
     report = _baseline(folder, model, documents, heldout, config, names, resume, say)
-    for document, name in zip(documents, names, strict=True):
-        attach(model, _configuration(config, document), name)
+    _attach(model, documents, names, config)
     report.prepared_seconds, report.prepared_cpu = time.perf_counter() - began, time.process_time() - cpu
     _train(model, documents, names, packed, folder, config, checkpoint, deadline, report, say)
     many = names if len(names) > 1 else None
     report.losses[TRAINED] = measure(model, heldout, config.batch_size, packed, many)
+    start = report.losses.get(START) or report.losses[FIRST]
+    if report.losses[TRAINED].divergence > start.divergence:
+        say("no measured step was closer to the whole text than the start, which is kept")
+        detach(model)
+        _attach(model, documents, names, config)
+        report.losses[TRAINED] = start
     if many:
         # In front of each document's own, the cartridges of all others.
         composed: list[Name] = [(*(x for x in names if x != name), name) for name in names]
@@ -108,8 +113,10 @@ def train_cartridge(
     return report
 
 
-def _configuration(config: CartridgeConfig, document: Document) -> PrefixConfig:
-    return PrefixConfig(init=document.start, num_frozen_tokens=config.num_frozen_tokens)
+def _attach(model: Any, documents: Sequence[Document], names: Sequence[str], config: CartridgeConfig) -> None:
+    """Attach each document's cartridge at its start."""
+    for document, name in zip(documents, names, strict=True):
+        attach(model, PrefixConfig(init=document.start, num_frozen_tokens=config.num_frozen_tokens), name)
 
 
 def _baseline(
