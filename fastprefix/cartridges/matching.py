@@ -195,6 +195,12 @@ def _solve(gram: Tensor, target: Tensor, ridge: float) -> Tensor:
     return torch.linalg.solve(loaded, target)
 
 
+def check_mass(mass: object) -> None:
+    """Raise ValueError unless ``mass`` is a way to give the kept keys the attention of all."""
+    if mass not in ("bias", "keys", "none"):
+        raise fail("mass", repr(mass), "'bias', 'keys' or 'none'")
+
+
 def _check(queries: Tensor, keys: Tensor, values: Tensor, tokens: int, mass: str, num_first: int) -> None:
     for name, x in (("queries", queries), ("keys", keys), ("values", values)):
         if x.dim() != 3 or x.shape[0] != keys.shape[0] or not x.shape[1]:
@@ -205,7 +211,6 @@ def _check(queries: Tensor, keys: Tensor, values: Tensor, tokens: int, mass: str
         raise fail("values", f"shape {list(values.shape)}", f"[H_kv, {keys.shape[1]}, D_v], one for each key")
     if not 1 <= tokens <= keys.shape[1]:
         raise fail("tokens", tokens, f"1 to {keys.shape[1]}, the tokens of the text")
-    if mass not in ("bias", "keys", "none"):
-        raise fail("mass", repr(mass), "'bias', 'keys' or 'none'")
+    check_mass(mass)
     if not 0 <= num_first <= tokens:
         raise fail("num_first", num_first, f"0 to {tokens}, the tokens that are kept")

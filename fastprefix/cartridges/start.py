@@ -35,7 +35,7 @@ def attention_matching(
     the text with the largest attention are kept, and values are fitted by least squares so that attention over them
     gives what attention over the whole text gives. The keys keep their distance to the content, which begins at
     position ``tokens`` after such a prefix. The paper also fits a bias for each key, which PEFT's CARTRIDGE format
-    cannot hold; by default the keys are moved so that their scores change by that bias.
+    cannot hold; by default the keys are moved so that their scores change by about that bias.
 
     Args:
         model: a causal language model of transformers; afterwards it is as it was.
@@ -44,17 +44,17 @@ def attention_matching(
         tokenizer: needed where ``text`` is a string.
         queries: rows of token ids that the model reads after the text, whose queries are the reference: best what the
             cartridge will be asked. Default 1,024 tokens of the text again, as the paper's "repeat-prefill".
-        mass: ``"keys"`` as above, or ``"none"`` to keep the keys as they are.
+        mass: ``"keys"`` as above, ``"bias"`` to return the paper's bias, or ``"none"`` to do neither.
 
     Returns:
-        An ``Init``, as :func:`fastprefix.init.kv` returns, for ``PrefixConfig(init=..., num_frozen_tokens=1)``.
+        An ``Init``, as :func:`fastprefix.init.kv` returns, for ``PrefixConfig(init=..., num_frozen_tokens=1)``; with
+        a bias ``PrefixConfig(init=..., num_frozen_tokens=1, prefix_bias=True)``.
 
     Raises:
         ValueError: an argument does not fit, the model cannot carry a prefix, or a layer sees fewer tokens than the
             text has (a sliding window) or caps its scores.
     """
-    if mass not in ("keys", "none"):
-        raise fail("mass", repr(mass), "'keys' or 'none': a saved prefix has no bias")
+    matching.check_mass(mass)
     ids = token_ids(text, tokenizer)
     bare = wrappers.unwrapped(model, but=wrappers.ADDING)
     with reading(bare, ids, tokens) as whole:
@@ -86,13 +86,14 @@ def match_prefix(
 ) -> Init:
     """Match the active prefix of a whole text by ``tokens`` tokens, with the queries of some rows after it."""
     reference = record_queries(model, rows)
-    keys, values = [], []
+    keys, values, biases = [], [], []
     for (k, v), (q, scale) in zip(whole.key_values(), reference, strict=True):
         dtype = torch.float64 if k.dtype == torch.float64 else torch.float32
         found = matching.match(q.to(k.device, dtype), k.to(dtype), v.to(dtype), tokens, scale, mass=mass)
         keys.append(found.keys)
         values.append(found.values)
-    return Init("attention_matching", keys=tuple(keys), values=tuple(values))
+        biases += [] if found.bias is None else [found.bias]
+    return Init("attention_matching", keys=tuple(keys), values=tuple(values), biases=tuple(biases) or None)
 
 
 @torch.no_grad()

@@ -70,30 +70,36 @@ def test_rows_after_it_compute_what_they_compute_after_the_text(kind: str) -> No
         assert torch.equal(greedy, model.generate(ids, attention_mask=mask, max_new_tokens=4, pad_token_id=0)[:, T:])
 
 
-@pytest.mark.parametrize("mass", ["keys", "none"])
+@pytest.mark.parametrize("mass", ["keys", "bias", "none"])
 @pytest.mark.parametrize("kind", ["Llama", "Qwen2"])
 def test_a_start_of_as_many_tokens_as_the_text_is_the_text(kind: str, mass: str) -> None:
     model = model_of(kind)
     expected = after_text(model)
     found = fastprefix.attention_matching(model, TEXT, T, mass=mass)
-    fastprefix.attach(model, fastprefix.PrefixConfig(init=found, num_frozen_tokens=1))
+    assert (found.biases is not None) == (mass == "bias")
+    config = fastprefix.PrefixConfig(init=found, num_frozen_tokens=1, prefix_bias=mass == "bias")
+    fastprefix.attach(model, config)
     torch.testing.assert_close(logits_of(model), expected, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("mass", ["keys", "bias"])
+@pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.parametrize("kind", ["Llama", "Qwen2"])
-def test_a_short_one_is_closer_to_the_text_than_its_first_tokens(kind: str) -> None:
-    model = model_of(kind, initializer_range=0.1)
-    expected = after_text(model).log_softmax(-1)
-    matched = fastprefix.attention_matching(model, torch.tensor(TEXT), P)
-    first = fastprefix.init.token_ids(TEXT[:P])
+def test_a_short_one_is_closer_to_the_text_than_its_first_tokens(kind: str, seed: int, mass: str) -> None:
+    model, draw = model_of(kind, initializer_range=0.1), torch.Generator().manual_seed(seed)
+    text, row = (torch.randint(3, 32, (1, n), generator=draw) for n in (T, 12))
+    with torch.no_grad():
+        expected = model(torch.cat([text, row], 1)).logits[:, T:].log_softmax(-1)
 
     def divergence(init: fastprefix.init.Init) -> float:
-        fastprefix.attach(model, fastprefix.PrefixConfig(init=init))
-        found = logits_of(model).log_softmax(-1)
+        fastprefix.attach(model, fastprefix.PrefixConfig(init=init, prefix_bias=init.biases is not None))
+        with torch.no_grad():
+            found = model(row).logits.log_softmax(-1)
         fastprefix.detach(model)
         return float((expected.exp() * (expected - found)).sum(-1).mean())
 
-    assert divergence(matched) < 0.5 * divergence(first)
+    matched = fastprefix.attention_matching(model, text, P, mass=mass)
+    assert divergence(matched) < 0.5 * divergence(fastprefix.init.token_ids(text[0, :P]))
 
 
 def test_queries_are_those_of_all_heads_of_a_group_at_the_contents_positions() -> None:
@@ -136,7 +142,7 @@ WRONG: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
     "too many": ("Llama", {}, {"tokens": T + 1}, "tokens: got 21"),
     "no text": ("Llama", {}, {"text": []}, "text: got no tokens"),
     "no tokenizer": ("Llama", {}, {"text": "a"}, "tokenizer: got None"),
-    "a bias": ("Llama", {}, {"mass": "bias"}, "mass: got 'bias', expected 'keys' or 'none'"),
+    "no mass": ("Llama", {}, {"mass": "all"}, "mass: got 'all', expected 'bias', 'keys' or 'none'"),
     "no queries": ("Llama", {}, {"queries": []}, "queries: got no rows"),
     "a window": ("Mistral", {"sliding_window": 8}, {}, "text: got 20 tokens for layers with a window of 8"),
     "a cap": ("Gemma2", {"head_dim": 8, "sliding_window": 64}, {}, r"model: got one that caps its scores"),

@@ -143,6 +143,20 @@ model(**batch, labels=batch.input_ids).loss.backward()
 fastprefix.detach(model.eval())
 """, "tests/hf/adapters/test_token_dropout.py::test_a_step_is_one_of_the_prefix_without_the_dropped_tokens",
            "prompts-and-batches.md#dropout-frozen-tokens-values-of-zero"),
+    Method("Attention Matching", "[Zweiger et al. 2026](https://arxiv.org/abs/2602.16284)", """
+text = "the colour of grass is green, and the colour of snow is white"
+start = fastprefix.attention_matching(model, text, tokens=6, tokenizer=tokenizer, mass="bias")
+fastprefix.attach(model, PrefixConfig(init=start, prefix_bias=True))
+fastprefix.detach(model)
+""", "tests/cartridges/test_matching.py::test_keeping_every_token_keeps_attention_exactly",
+           "cartridges.md#attention-matching"),
+    Method("Cartridge", "[Eyuboglu et al. 2025](https://arxiv.org/abs/2506.06266)", """
+config = fastprefix.CartridgeConfig(tokens=8, num_conversations=6, answer_tokens=4, top_k=8, max_steps=2)
+text = "the colour of grass is green, and the colour of snow is white"
+print(fastprefix.train_cartridge(model, tokenizer, text, "cartridge", config).text())
+fastprefix.detach(model)
+""", "tests/cartridges/test_targets.py::test_with_the_whole_vocabulary_it_is_the_divergence_and_so_is_its_gradient",
+           "cartridges.md"),
     Method("Deep prompts in an encoder", "P-tuning v2, [Liu et al. 2022](https://arxiv.org/abs/2110.07602)", """
 from transformers import BertConfig, BertForSequenceClassification
 bert = BertForSequenceClassification(BertConfig(hidden_size=32, num_attention_heads=2, num_hidden_layers=2)).eval()
