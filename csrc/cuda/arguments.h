@@ -58,6 +58,13 @@ struct Shape {
     return false;
   }
 
+  // Of a tensor that is not empty.
+  void expect_dense(const char* name) const {
+    int64_t wanted = 1;
+    for (int64_t i = dims - 1; i >= 0; wanted *= size[i--])
+      if (size[i] > 1 && stride[i] != wanted) fail(name, "the stride " + std::to_string(stride[i]), std::to_string(wanted));
+  }
+
   void expect(const char* name, std::initializer_list<int64_t> wanted) const {
     bool same = dims == static_cast<int64_t>(wanted.size());
     for (int64_t i = 0; same && i < dims; i++) same = size[i] == wanted.begin()[i];

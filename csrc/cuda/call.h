@@ -13,15 +13,16 @@ using OptionalTensor = std::optional<Tensor>;
 #define FASTPREFIX_PARAMETERS                                                                                             \
   const Tensor &q, const Tensor &k, const Tensor &v, const Tensor &prefix_k, const Tensor &prefix_v,                      \
       const OptionalTensor &sinks, const OptionalTensor &padding, const OptionalTensor &segments,                         \
-      const OptionalTensor &start_tensor, const OptionalTensor &prefix_ids, const OptionalTensor &prefix_lens, int64_t start,   \
-      bool causal, double scale, int64_t window, double softcap, int64_t route
+      const OptionalTensor &start_tensor, const OptionalTensor &prefix_ids, const OptionalTensor &prefix_lens,            \
+      const OptionalTensor &prefix_bias, int64_t start, bool causal, double scale, int64_t window, double softcap,        \
+      int64_t route
 #define FASTPREFIX_ARGUMENTS                                                                                              \
-  q, k, v, prefix_k, prefix_v, sinks, padding, segments, start_tensor, prefix_ids, prefix_lens, start, causal, scale,     \
-      window, softcap, route
+  q, k, v, prefix_k, prefix_v, sinks, padding, segments, start_tensor, prefix_ids, prefix_lens, prefix_bias, start,       \
+      causal, scale, window, softcap, route
 constexpr const char* INPUTS =
     "Tensor q, Tensor k, Tensor v, Tensor prefix_k, Tensor prefix_v, Tensor? sinks, Tensor? key_padding_mask, "
-    "Tensor? segment_ids, Tensor? q_start_tensor, Tensor? prefix_ids, Tensor? prefix_lens, int q_start, bool causal, "
-    "float scale, int window, float softcap, int route";
+    "Tensor? segment_ids, Tensor? q_start_tensor, Tensor? prefix_ids, Tensor? prefix_lens, Tensor? prefix_bias, "
+    "int q_start, bool causal, float scale, int window, float softcap, int route";
 
 inline void read_sizes(const Shape& q, const Shape& k, const Shape& v, const Shape& prefix, bool bank, AttentionCall& call) {
   if (q.dims != 4) fail("q", std::to_string(q.dims) + " dimensions", "[B, H, S, D]");
@@ -93,8 +94,19 @@ inline AttentionCall read(FASTPREFIX_PARAMETERS) {
     place.expect("sinks", *sinks);
     const Shape shape(*sinks);
     shape.expect("sinks", {H});
-    if (H > 1 && shape.stride[0] != 1) fail("sinks", "the stride " + std::to_string(shape.stride[0]), "1");
+    shape.expect_dense("sinks");
     call.sinks = static_cast<const float*>(sinks->data_ptr());
+  }
+  if (prefix_bias) {
+    expect_dtype("prefix_bias", *prefix_bias, {ScalarType::Float});
+    place.expect("prefix_bias", *prefix_bias);
+    const Shape shape(*prefix_bias);
+    if (k_prefix.dims == 4) shape.expect("prefix_bias", {call.N, call.H_kv, P});
+    else shape.expect("prefix_bias", {call.H_kv, P});
+    if (!shape.is_empty()) {  // there is nothing that a kernel could read
+      shape.expect_dense("prefix_bias");
+      call.prefix_bias = static_cast<const float*>(prefix_bias->data_ptr());
+    }
   }
   if (padding) {
     expect_dtype("key_padding_mask", *padding, {ScalarType::Byte});

@@ -79,11 +79,12 @@ std::tuple<Tensor, Tensor> fused(FASTPREFIX_PARAMETERS) {
   return forward(read(FASTPREFIX_ARGUMENTS), q, "the forward", launch_fused);
 }
 
-// The gradients that are needed, in this order: those of q, k and v, in their dtype, and those of the prefix, in fp32. An
-// empty tensor of one dimension stands for each of the others.
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(FASTPREFIX_PARAMETERS, const Tensor& o, const Tensor& lse,
-                                                            const Tensor& dout, bool needs_q, bool needs_k, bool needs_v,
-                                                            bool needs_prefix_k, bool needs_prefix_v) {
+// The gradients that are needed, in this order: those of q, k and v, in their dtype, and those of the prefix and its bias,
+// in fp32. An empty tensor of one dimension stands for each of the others.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
+    FASTPREFIX_PARAMETERS, const Tensor& o, const Tensor& lse, const Tensor& dout, bool needs_q, bool needs_k, bool needs_v,
+    bool needs_prefix_k, bool needs_prefix_v, bool needs_prefix_bias) {
+  if (needs_prefix_bias && !prefix_bias) fail("prefix_bias", "none", "one, as its gradient is asked for");
   BackwardCall call{};
   AttentionCall& forward = call.forward;
   forward = read(FASTPREFIX_ARGUMENTS);
@@ -109,12 +110,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(FASTPREFIX_PARAMETER
   };
   Tensor dprefix_k = needs_prefix_k ? of_prefix(prefix_k, call.dprefix_k) : none;
   Tensor dprefix_v = needs_prefix_v ? of_prefix(prefix_v, call.dprefix_v) : none;
+  Tensor dprefix_bias = needs_prefix_bias ? of_prefix(*prefix_bias, call.dprefix_bias) : none;
   const Stream on(q);
   const int64_t bytes = fastprefix_backward_workspace(&call);
   const Tensor workspace = torch::stable::new_empty(q, {(bytes + 3) / 4}, ScalarType::Float);
   if (const char* wrong = fastprefix_backward(&call, workspace.data_ptr(), on.stream))
     throw std::runtime_error(std::string("the CUDA kernels of the backward: ") + wrong);
-  return {dq, dk, dv, dprefix_k, dprefix_v};
+  return {dq, dk, dv, dprefix_k, dprefix_v, dprefix_bias};
 }
 
 int64_t decode_route(FASTPREFIX_PARAMETERS) {
@@ -141,7 +143,8 @@ DEFINE(FASTPREFIX_LIBRARY, m) {
   m.def(("decode_route(" + inputs + ") -> int").c_str());
   m.def(("backward(" + inputs +
          ", Tensor o, Tensor lse, Tensor do, bool needs_q, bool needs_k, bool needs_v, bool needs_prefix_k, "
-         "bool needs_prefix_v) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dprefix_k, Tensor dprefix_v)").c_str());
+         "bool needs_prefix_v, bool needs_prefix_bias) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dprefix_k, "
+         "Tensor dprefix_v, Tensor dprefix_bias)").c_str());
 }
 
 IMPLEMENT(FASTPREFIX_LIBRARY, FASTPREFIX_KEY, m) {

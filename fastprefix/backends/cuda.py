@@ -113,8 +113,6 @@ def unsupported(args: AttentionArgs, route: str | None = None) -> list[str]:
         reasons.append(f"window: at most {LARGEST_INT}")
     if args.bias is not None:
         reasons.append("bias: not in its kernels")
-    if args.prefix_bias is not None:
-        reasons.append("prefix_bias: not in its kernels")
     if args.dropout_p > 0.0:
         reasons.append("dropout_p: not in its kernels")
     if route is not None:
@@ -167,15 +165,17 @@ def bwd(args: AttentionArgs, o: Tensor, lse: Tensor, do: Tensor, needs: Needs, r
     ops = _library().ops
     if reasons := backward_unsupported(args) if ops else [absence()]:
         raise UnsupportedError("backend 'cuda' cannot take this call:\n  " + "\n  ".join(reasons))
+    inputs = (args.q, args.k, args.v, args.prefix_k, args.prefix_v, args.prefix_bias)
+    asked = (*needs[:5], needs.prefix_bias and args.prefix_bias is not None)
     if args.q.numel() == 0:
-        inputs = (args.q, args.k, args.v, args.prefix_k, args.prefix_v)
-        return Grads(*(torch.zeros_like(x) if need else None for x, need in zip(inputs, needs)))
-    found = ops.backward.default(*_inputs(args, None), aligned(o), lse.contiguous(), aligned(do), *needs[:5])
-    grads = [x if need else None for x, need in zip(found, needs)]
-    for i, x in ((3, args.prefix_k), (4, args.prefix_v)):
-        if (grad := grads[i]) is not None:
-            grads[i] = grad.view(x.shape).to(x.dtype)
-    return Grads(*grads)
+        found = tuple(torch.zeros_like(x) if need and x is not None else None for x, need in zip(inputs, asked))
+    else:
+        found = ops.backward.default(*_inputs(args, None), aligned(o), lse.contiguous(), aligned(do), *asked)
+    q, k, v, *of_prefix = (x if need else None for x, need in zip(found, asked))
+    prefix_k, prefix_v, prefix_bias = (
+        None if grad is None or x is None else grad.view(x.shape).to(x.dtype) for grad, x in zip(of_prefix, inputs[3:])
+    )
+    return Grads(q, k, v, prefix_k, prefix_v, prefix_bias=prefix_bias)
 
 
 def _inputs(args: AttentionArgs, route: str | None) -> tuple[Any, ...]:
@@ -183,6 +183,7 @@ def _inputs(args: AttentionArgs, route: str | None) -> tuple[Any, ...]:
     q, start = args.q, args.q_start
     start_tensor, number = (start, 0) if isinstance(start, Tensor) else (None, start)
     sinks, padding, prefix_k, prefix_v = args.sinks, args.key_padding_mask, args.prefix_k, args.prefix_v
+    bias = args.prefix_bias
     if prefix_k.dtype != q.dtype:
         prefix_k, prefix_v = prefix_k.to(q.dtype), prefix_v.to(q.dtype)
     return (
@@ -197,6 +198,7 @@ def _inputs(args: AttentionArgs, route: str | None) -> tuple[Any, ...]:
         start_tensor,
         args.prefix_ids,
         args.prefix_lens,
+        None if bias is None else bias.to(torch.float32).contiguous(),
         args.k.shape[2] - q.shape[2] if number is None else number,
         args.causal,
         args.scale,

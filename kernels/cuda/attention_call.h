@@ -40,6 +40,8 @@ struct AttentionCall {
   Rows o;                    // [B, H, S, D_v], written
   float* lse;                // [B, H, S], written: natural log-sum-exp, -inf where a row sees no key
   const float* sinks;        // [H], or null
+  const float* prefix_bias;  // [N, H_kv, P]; packed, [H_kv, P of all]: added to the scores of tokens after the cap. Those
+                             // of -1e37 and below, or nan, hide the token. Or null
   Integers prefix_ids;       // [B], or [B, S] with row strides: -1 is none. Null: prefix 0 for all
   Integers prefix_lens;      // [N], or null: all have P tokens
   Integers q_start;          // [B] (or stride 0), or null: start

@@ -12,6 +12,7 @@ struct BackwardCall {
   Rows dq;                   // [B, H, S, D]
   Rows dk, dv;               // [B, H_kv, T, D], [B, H_kv, T, D_v]
   float *dprefix_k, *dprefix_v;   // [N, H_kv, P, D] and D_v; packed, [H_kv, P of all, D]
+  float* dprefix_bias;            // as forward.prefix_bias, which is there too
 };
 
 }  // namespace fastprefix

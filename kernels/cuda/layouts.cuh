@@ -11,6 +11,8 @@ namespace fastprefix {
 constexpr float LOG2E = 1.4426950408889634f;
 constexpr float LN2 = 0.6931471805599453f;
 constexpr float NEGATIVE_INFINITY = -__builtin_huge_valf();
+// A bias at or below this hides a key: masks are written as -inf and as the least finite number.
+constexpr float MASKED_BIAS = -1e37f;
 
 FP_CONSTEXPR int smaller(int a, int b) { return a < b ? a : b; }
 FP_CONSTEXPR int larger(int a, int b) { return a > b ? a : b; }

@@ -55,13 +55,14 @@ struct Key {
 void attend(const AttentionCall& call, int64_t b, int64_t h, int64_t s) {
   const int64_t kv = h / (call.H / call.H_kv), row = b * call.q.batch + h * call.q.head + s * call.q.row;
   std::vector<Key> keys;
-  const auto add = [&](const Rows& k, const Rows& v, int64_t first, int64_t first_v, int64_t j) {
+  const auto add = [&](const Rows& k, const Rows& v, int64_t first, int64_t first_v, int64_t j, float bias = 0) {
+    if (!(bias > -1e37f)) return;
     double score = 0;
     for (int d = 0; d < call.D; d++)
       score += double{read(call.q.data, row + d, call.dtype)} * read(k.data, first + kv * k.head + j * k.row + d, call.dtype);
     score *= call.scale;
     if (call.softcap > 0) score = call.softcap * std::tanh(score / call.softcap);
-    keys.push_back({static_cast<float>(score), first_v + kv * v.head + j * v.row, v.data});
+    keys.push_back({static_cast<float>(score + bias), first_v + kv * v.head + j * v.row, v.data});
   };
   const int64_t id = call.prefix_ids.data ? number(call.prefix_ids, b, call.ids_by_row ? s : 0) : 0;
   if (id >= 0) {
@@ -69,8 +70,10 @@ void attend(const AttentionCall& call, int64_t b, int64_t h, int64_t s) {
     if (call.packed)
       for (int64_t n = 0; n < id; n++) before += number(call.prefix_lens, n, 0);
     const int64_t tokens = call.prefix_lens.data ? number(call.prefix_lens, id, 0) : call.P;
-    for (int64_t t = 0; t < tokens; t++)
-      add(call.prefix_k, call.prefix_v, id * call.prefix_k.batch, id * call.prefix_v.batch, before + t);
+    const int64_t head = (call.packed ? kv : id * call.H_kv + kv) * call.P;
+    for (int64_t t = before; t < before + tokens; t++)
+      add(call.prefix_k, call.prefix_v, id * call.prefix_k.batch, id * call.prefix_v.batch, t,
+          call.prefix_bias ? call.prefix_bias[head + t] : 0);
   }
   const int64_t position = s + (call.q_start.data ? number(call.q_start, b, 0) : call.start);
   for (int64_t j = 0; j < call.T; j++) {

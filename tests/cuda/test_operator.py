@@ -13,7 +13,7 @@ from tests.cuda.conftest import NAMESPACE
 pytestmark = pytest.mark.usefixtures("plain")
 NAMES = (
     "q", "k", "v", "prefix_k", "prefix_v", "sinks", "key_padding_mask", "segment_ids", "q_start_tensor", "prefix_ids",
-    "prefix_lens", "q_start", "causal", "scale", "window", "softcap", "route",
+    "prefix_lens", "prefix_bias", "q_start", "causal", "scale", "window", "softcap", "route",
 )  # fmt: skip
 
 
@@ -60,6 +60,11 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"sinks": torch.zeros(3)}, r"sinks: got sizes \[3\], expected \[4\]"),
     ({"sinks": some(4)}, "sinks: got dtype bfloat16, expected float32"),
     ({"sinks": torch.zeros(8)[::2]}, "sinks: got the stride 2, expected 1"),
+    ({"prefix_bias": torch.zeros(2, 6)}, r"prefix_bias: got sizes \[2, 6\], expected \[2, 7\]"),
+    ({**BANK, "prefix_bias": torch.zeros(2, 7)}, r"prefix_bias: got sizes \[2, 7\], expected \[3, 2, 7\]"),
+    ({"prefix_bias": some(2, 7)}, "prefix_bias: got dtype bfloat16, expected float32"),
+    ({"prefix_bias": torch.zeros(7, 2).t()}, "prefix_bias: got the stride 2, expected 1"),
+    ({**BANK, "prefix_bias": torch.zeros(2, 3, 7).transpose(0, 1)}, "prefix_bias: got the stride 21, expected 7"),
     ({"key_padding_mask": torch.ones(2, 4, dtype=torch.uint8)}, r"key_padding_mask: got sizes \[2, 4\]"),
     ({"key_padding_mask": torch.ones(2, 5, dtype=torch.bool)}, "key_padding_mask: got dtype bool, expected uint8"),
     ({"window": 2**31}, "window: got 2147483648, expected a whole number from 0 to 2147483647"),
@@ -76,9 +81,17 @@ def test_a_wrong_call_names_the_argument(changed: dict[str, Any], told: str) -> 
 
 def test_a_right_call() -> None:
     """Or the refusals above would prove nothing."""
-    for changed in ({}, BANK, {**BANK, "prefix_ids": whole(2, 3), "prefix_lens": whole(3).int()}, {"route": 2}):
+    of_bank = {**BANK, "prefix_bias": torch.zeros(3, 2, 7)}
+    by_row = {**BANK, "prefix_ids": whole(2, 3), "prefix_lens": whole(3).int()}
+    for changed in ({}, BANK, of_bank, by_row, {"route": 2}, {"prefix_bias": torch.zeros(2, 7)}):
         o, lse = getattr(torch.ops, NAMESPACE).decode(*inputs(**changed))
         assert o.shape == (2, 4, 3, 8) and lse.shape == (2, 4, 3) and o.isfinite().all()
+
+
+def test_no_gradient_of_a_bias_that_is_not_there() -> None:
+    o, lse, needs = some(2, 4, 3, 8), torch.zeros(2, 4, 3), [False] * 5
+    with pytest.raises(RuntimeError, match="prefix_bias: got none, expected one, as its gradient is asked for"):
+        getattr(torch.ops, NAMESPACE).backward(*inputs(), o, lse, o, *needs, True)
 
 
 def test_nothing_to_compute() -> None:

@@ -40,7 +40,7 @@ struct BackwardDelta {
     if (lane != 0) return;
     const float lse = ld_global(c.lse + row);
     // A row that has seen nothing, or nothing but a sink as low as a mask: every weight is 0.
-    const float base_2 = lse <= -1e37f ? -NEGATIVE_INFINITY : lse * LOG2E;
+    const float base_2 = lse <= MASKED_BIAS ? -NEGATIVE_INFINITY : lse * LOG2E;
     const int h_kv = at.h / G;
     const int64_t place = (int64_t{h_kv} * c.B + at.b) * c.S * G + int64_t{at.s} * G + at.h % G;
     st_global(p.rows + place, Float2{{base_2, delta}});

@@ -8,8 +8,8 @@
 namespace fastprefix {
 
 // BLOCK_N keys, and rows in steps of BLOCK_M. Of a prefix a block may leave the sums of several COPIES of itself, each of
-// its own rows.
-template <class T, int D, int BLOCK_M, int BLOCK_N, int COPIES, bool OF_PREFIX>
+// its own rows; BIASED: its tokens have a bias. That is a kernel of its own, for two ways to weigh would take registers.
+template <class T, int D, int BLOCK_M, int BLOCK_N, int COPIES, bool OF_PREFIX, bool BIASED>
 struct KeyBlock {
   static int64_t blocks(const BackwardParams& p) {
     const AttentionCall& c = p.call.forward;
@@ -70,7 +70,16 @@ struct KeyBlock {
   FP_DEVICE bool needs_k(const BackwardParams& p) { return OF_PREFIX ? p.call.dprefix_k != nullptr : p.call.dk.data != nullptr; }
   FP_DEVICE bool needs_v(const BackwardParams& p) { return OF_PREFIX ? p.call.dprefix_v != nullptr : p.call.dv.data != nullptr; }
 
+  // Whether dS is needed, for dK or for the gradient of a prefix's bias.
+  FP_DEVICE bool needs_ds(const BackwardParams& p) { return needs_k(p) || (BIASED && p.call.dprefix_bias); }
+
   FP_DEVICE int key_of_lane(int own, int half) { return own + accumulator_row(thread_index() % 32, half); }
+
+  // The bias of a block's key, base 2.
+  FP_DEVICE float bias_of_key(const AttentionCall& c, const KeyTask& t, int key) {
+    const float* bias = bias_of_prefix(c, t.prefix, static_cast<int>(t.token), t.h_kv);
+    return key < t.keys ? bias_at(bias, key) : 0.0f;
+  }
 
   // Whether padding shows a key.
   FP_DEVICE bool is_shown(const AttentionCall& c, const KeyTask& t, int key) {
@@ -111,16 +120,19 @@ struct KeyBlock {
       if (!(bits[row_of(e)] >> (e / 4 * 2 + e % 2) & 1)) x[e] = NEGATIVE_INFINITY;
   }
 
-  // Of logits and of do V^T: the weights, and dS without them. `stats` has what these need of each row.
+  // Of logits and of do V^T: the weights, and dS without them. `stats` has what these need of each row. `bias`: of the lane's
+  // two keys; its gradient is dS before the cap.
   template <int ELEMENTS>
-  FP_DEVICE void weigh(float (&x)[ELEMENTS], float (&dp)[ELEMENTS], uint32_t stats, float cap, bool needs_k) {
+  FP_DEVICE void weigh(float (&x)[ELEMENTS], float (&dp)[ELEMENTS], float (&dbias)[2], const float (&bias)[2], uint32_t stats, float cap, bool needs_ds) {
     FP_UNROLL
     for (int j = 0; j < ELEMENTS / 4; j++) {
       const Float4 two = ld_shared4(stats + (j * 8 + accumulator_column(thread_index() % 32)) * 8);   // of two rows
       FP_UNROLL
       for (int e = 4 * j; e < 4 * j + 4; e++) {
-        if (needs_k) dp[e] = through_cap(dp[e] - two.x[e % 2 * 2 + 1], x[e], cap);
-        x[e] = ex2_approx(x[e] - two.x[e % 2 * 2]);
+        const float ds = needs_ds ? dp[e] - two.x[e % 2 * 2 + 1] : 0.0f;
+        if (needs_ds) dp[e] = through_cap(ds, x[e], cap);
+        x[e] = ex2_approx((BIASED ? x[e] + bias[row_of(e)] : x[e]) - two.x[e % 2 * 2]);
+        if (BIASED && needs_ds) dbias[row_of(e)] += x[e] * ds;
       }
     }
   }
@@ -142,7 +154,7 @@ struct KeyBlock {
   }
 
   // The lane's sums: gradients of the content, or, of a prefix, those of one share of the rows.
-  FP_DEVICE void leave(const BackwardParams& p, const KeyTask& t, int own, int copy, float (&dk)[D / 2], const float (&dv)[D / 2]) {
+  FP_DEVICE void leave(const BackwardParams& p, const KeyTask& t, int own, int copy, float (&dk)[D / 2], const float (&dv)[D / 2], float (&dbias)[2]) {
     const AttentionCall& c = p.call.forward;
     FP_UNROLL for (int e = 0; e < D / 2; e++) dk[e] *= c.scale;
     if constexpr (OF_PREFIX) {
@@ -150,6 +162,7 @@ struct KeyBlock {
       const int64_t head = (share * prefixes + (c.packed ? 0 : t.prefix)) * c.H_kv + t.h_kv, at = head * c.P + t.token;
       if (needs_k(p)) leave_share(p.share_k + at * c.D, dk, t, own, c.D);
       if (needs_v(p)) leave_share(p.share_v + at * c.D_v, dv, t, own, c.D_v);
+      if (BIASED && p.call.dprefix_bias) leave_bias(p.share_bias + at, dbias, t, own);
     } else {
       const int64_t h = t.h_kv, b = t.b;
       if (needs_k(p)) store(p.call.dk, b * p.call.dk.batch + h * p.call.dk.head, dk, t, own, c.D);
@@ -176,6 +189,16 @@ struct KeyBlock {
       const bool exists = key < t.keys;
       st_global(reinterpret_cast<Float2*>(to + key * columns + column), exists ? Float2{{left, right}} : Float2{{0.0f, 0.0f}});
     });
+  }
+  // Four lanes have sums of the same keys.
+  FP_DEVICE void leave_bias(float* to, float (&dbias)[2], const KeyTask& t, int own) {
+    FP_UNROLL
+    for (int half = 0; half < 2; half++) {
+      dbias[half] += shfl_xor(dbias[half], 1);
+      dbias[half] += shfl_xor(dbias[half], 2);
+      const int64_t key = key_of_lane(own, half);
+      if (thread_index() % 4 == 0 && key < t.end_key) st_global(to + key, key < t.keys ? dbias[half] : 0.0f);
+    }
   }
   FP_DEVICE void store(const Rows& to, int64_t before, const float (&x)[D / 2], const KeyTask& t, int own, int columns) {
     uint16_t* data = static_cast<uint16_t*>(to.data) + before;

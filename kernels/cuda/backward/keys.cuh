@@ -10,18 +10,18 @@
 
 namespace fastprefix {
 
-template <class T, int D, int KEY_GROUPS, bool OF_PREFIX>
+template <class T, int D, int KEY_GROUPS, bool OF_PREFIX, bool BIASED>
 struct BackwardKeys {
   using Params = BackwardParams;
   static constexpr int GROUPS = 2, THREADS = 128 * (GROUPS + 1), BLOCK_M = 64, BLOCK_N = 64 * KEY_GROUPS, STAGES = 2;
   static constexpr int BLOCKS_PER_SM = 1;
   // Of a prefix a block's groups leave sums of their own where they have the same keys.
   static constexpr int COPIES = GROUPS / KEY_GROUPS;
-  using Block = KeyBlock<T, D, BLOCK_M, BLOCK_N, COPIES, OF_PREFIX>;
+  using Block = KeyBlock<T, D, BLOCK_M, BLOCK_N, COPIES, OF_PREFIX, BIASED>;
   static constexpr uint32_t KEYS = BLOCK_N * D * 2, TILE = BLOCK_M * D * 2, STATS = BLOCK_M * sizeof(Float2);
   static constexpr uint32_t K = 0, V = KEYS, Q = 2 * KEYS, DOUT = Q + STAGES * TILE, ROWS = DOUT + STAGES * TILE;
   static constexpr uint32_t BARRIERS = ROWS + STAGES * STATS, TASK = BARRIERS + 2 * STAGES * 8, PLACES = TASK + 48;
-  static constexpr uint32_t SHARED_BYTES = PLACES + STAGES * BLOCK_M * 16;
+  static constexpr uint32_t BIAS = PLACES + STAGES * BLOCK_M * 16, SHARED_BYTES = BIAS + (BIASED ? BLOCK_N * 4 : 0);
   static constexpr int64_t NOWHERE = -1;   // no offset of a tensor is odd
 
   static int64_t blocks(const BackwardParams& p) { return Block::blocks(p); }
@@ -37,13 +37,13 @@ struct BackwardKeys {
   FP_DEVICE KeyTask saved() { return saved_task(shared_base() + TASK); }
 
   // Of a step's rows: what all their products need, and where q and do lie, which the copies then read from there. A row
-  // that does not exist is 0 in q and do, so that any finite weight will do.
+  // that does not exist sees nothing, and is 0 in q and do.
   FP_DEVICE void find_rows(const BackwardParams& p, const KeyTask& task, int first, int stage) {
     const AttentionCall& c = p.call.forward;
     const int row = thread_index_again() % 128, G = static_cast<int>(p.by_G.divisor);
     if (row >= BLOCK_M) return;
     const KeyTask t = OF_PREFIX ? saved() : task;
-    Float2 found{{0.0f, 0.0f}};
+    Float2 found{{-NEGATIVE_INFINITY, 0.0f}};
     int64_t of_q = NOWHERE, of_dout = 0;
     if (first + row < t.end_row) {
       const Place at = Block::place(p, t, first + row);
@@ -108,20 +108,21 @@ struct BackwardKeys {
     for (int i = 0; i < BLOCK_M / 16; i++)
       wgmma_rs<T, true>(sum, weights[i], matrix_descriptor(tile + i * 16 * 128, BLOCK_M * 128, 1024), true);
   }
-  FP_DEVICE int first_key_of_warp(const KeyTask& t, int group) {
-    return t.first_key + (KEY_GROUPS == 1 ? 0 : group * 64) + thread_index_again() / 32 % 4 * 16;
-  }
+  // A warp's first key, and the lane's two, counted from the block's.
+  FP_DEVICE int first_place_of_warp(int group) { return (KEY_GROUPS == 1 ? 0 : group * 64) + thread_index_again() / 32 % 4 * 16; }
+  FP_DEVICE int place_of_key(int group, int half) { return Block::key_of_lane(first_place_of_warp(group), half); }
+  FP_DEVICE int first_key_of_warp(const KeyTask& t, int group) { return t.first_key + first_place_of_warp(group); }
 
   FP_DEVICE void consume(const BackwardParams& p, const KeyTask& t, int group) {
     const AttentionCall& c = p.call.forward;
     const int lane = thread_index() % 32, steps = cdiv(t.end_row - t.first_row, BLOCK_M);
     const uint32_t keys = KEY_GROUPS == 1 ? 0 : group * 64 * 128;
-    const bool needs_k = Block::needs_k(p), needs_v = Block::needs_v(p);
+    const bool needs_k = Block::needs_k(p), needs_v = Block::needs_v(p), needs_ds = Block::needs_ds(p);
     const Logits logits = Logits::of(c.scale, c.softcap);
     const float cap = c.softcap * LOG2E;
     bool shown[2];
     FP_UNROLL for (int half = 0; half < 2; half++) shown[half] = Block::is_shown(c, t, Block::key_of_lane(first_key_of_warp(t, group), half));
-    float dk[D / 2], dv[D / 2];
+    float dk[D / 2], dv[D / 2], dbias[2] = {0.0f, 0.0f};
     FP_UNROLL for (int e = 0; e < D / 2; e++) dk[e] = dv[e] = 0.0f;
     FP_NO_UNROLL
     for (int step = KEY_GROUPS == 1 ? group : 0; step < steps; step += COPIES) {
@@ -131,17 +132,20 @@ struct BackwardKeys {
       wgmma_fence();
       multiply(x, shared_base() + K + keys, q_tile(stage));
       wgmma_commit_group();
-      if (needs_k) {
+      if (needs_ds) {
         wgmma_fence();
         multiply(dp, shared_base() + V + keys, dout_tile(stage));
         wgmma_commit_group();
       }
       wgmma_wait_group<0>();
       pin(x);
-      if (needs_k) pin(dp);
+      if (needs_ds) pin(dp);
       FP_UNROLL for (int e = 0; e < BLOCK_M / 2; e++) x[e] = logit(x[e], logits);
       if constexpr (!OF_PREFIX) Block::hide(x, p, t, first_key_of_warp(t, group), t.first_row + step * BLOCK_M, shown);
-      Block::weigh(x, dp, stats(stage), cap, needs_k);
+      float bias[2] = {0.0f, 0.0f};
+      if constexpr (BIASED)
+        FP_UNROLL for (int half = 0; half < 2; half++) bias[half] = ld_shared(shared_base() + BIAS + place_of_key(group, half) * 4);
+      Block::weigh(x, dp, dbias, bias, stats(stage), cap, needs_ds);
       uint32_t weights[BLOCK_M / 16][4], ds[BLOCK_M / 16][4];
       pack_operand<T, BLOCK_M>(weights, x);
       if (needs_k) {
@@ -164,7 +168,7 @@ struct BackwardKeys {
       if (lane == 0) mbarrier_arrive(empty(stage));
     }
     const KeyTask own = OF_PREFIX ? saved() : t;
-    Block::leave(p, own, first_key_of_warp(own, group), KEY_GROUPS == 1 ? group : 0, dk, dv);
+    Block::leave(p, own, first_key_of_warp(own, group), KEY_GROUPS == 1 ? group : 0, dk, dv, dbias);
   }
 
   FP_DEVICE void run(const BackwardParams& p) {
@@ -186,7 +190,9 @@ struct BackwardKeys {
       cp_async_wait_group<0>();
       fence_proxy_async();
     }
-    sync_block();   // barriers, keys and task are there
+    if (BIASED && thread_index() < BLOCK_N)
+      st_shared(shared_base() + BIAS + thread_index() * 4, Block::bias_of_key(c, t, t.first_key + thread_index()));
+    sync_block();   // barriers, keys, bias and task are there
     if (thread_index() < 128) {
       setmaxnreg_dec<24>();
       produce(p, t);

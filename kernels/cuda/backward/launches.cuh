@@ -1,4 +1,4 @@
-// The backward on a stream: up to six launches, of which none is made for what nothing needs.
+// The backward on a stream: up to eight launches, of which none is made for what nothing needs.
 #pragma once
 
 #include <algorithm>
@@ -32,7 +32,8 @@ inline int64_t prefix_tensors(const AttentionCall& c) { return c.packed ? 1 : c.
 // have the same, and leave sums of their own.
 inline PrefixWork prefix_work(const AttentionCall& c, bool hopper) {
   const int tokens = mean_tokens(c);
-  if (hopper) return tokens <= 64 ? PrefixWork{64, 64, 2} : PrefixWork{128, 64, 1};
+  // With a bias, two groups of keys would spill registers.
+  if (hopper) return tokens <= 64 || c.prefix_bias ? PrefixWork{64, 64, 2} : PrefixWork{128, 64, 1};
   return tokens <= 16 ? PrefixWork{16, 64, 4} : tokens <= 64 ? PrefixWork{64, 64, 2} : PrefixWork{128, 32, 1};
 }
 // Tiles of keys, of a packed bank those of all its prefixes, each of which may end in one that is not full, as may the
@@ -41,7 +42,7 @@ inline int64_t prefix_key_tiles(const AttentionCall& c, const PrefixWork& work) 
   const int64_t tiles = cdiv(c.P, work.keys);
   return c.packed ? tiles + c.N + 1 : tiles;
 }
-inline bool needs_prefix(const BackwardCall& call) { return call.forward.P > 0 && (call.dprefix_k || call.dprefix_v); }
+inline bool needs_prefix(const BackwardCall& call) { return call.forward.P > 0 && (call.dprefix_k || call.dprefix_v || call.dprefix_bias); }
 
 // Shares that fill the machine, each at least 64 rows.
 inline int prefix_shares(const AttentionCall& c, const PrefixWork& work, int multiprocessors) {
@@ -53,7 +54,7 @@ inline int prefix_shares(const AttentionCall& c, const PrefixWork& work, int mul
 }
 
 struct BackwardWorkspace {
-  int64_t rows, share_k, share_v, units, first, bytes;
+  int64_t rows, share_k, share_v, share_bias, units, first, bytes;
 };
 inline BackwardWorkspace workspace_of(const BackwardCall& call, int multiprocessors, bool hopper) {
   const AttentionCall& c = call.forward;
@@ -63,10 +64,10 @@ inline BackwardWorkspace workspace_of(const BackwardCall& call, int multiprocess
   const int64_t tokens = shares * prefix_tensors(c) * c.H_kv * c.P * 4;
   const auto padded = [](int64_t bytes) { return cdiv(bytes, 16) * 16; };
   const int64_t k = padded(rows), v = k + padded(call.dprefix_k ? tokens * c.D : 0);
-  const int64_t units = v + padded(call.dprefix_v ? tokens * c.D_v : 0);
+  const int64_t bias = v + padded(call.dprefix_v ? tokens * c.D_v : 0), units = bias + padded(call.dprefix_bias ? tokens : 0);
   const bool bank = needs_prefix(call) && c.prefix_ids.data;
   const int64_t first = units + padded(bank ? int64_t{4} * c.B * (c.ids_by_row ? c.S : 1) : 0);
-  return {0, k, v, units, first, first + padded(bank ? int64_t{4} * (c.N + 1) : 0)};
+  return {0, k, v, bias, units, first, first + padded(bank ? int64_t{4} * (c.N + 1) : 0)};
 }
 
 template <class Kernel>
@@ -75,10 +76,12 @@ const char* launch_tiles(BackwardParams params, int64_t tiles, void* stream) {
   return launch<Kernel>(Kernel::blocks(params), params, stream);
 }
 
-inline const char* add_shares(const BackwardParams& p, const float* from, float* to, int64_t width, void* stream) {
+template <class V>
+const char* add_shares(const BackwardParams& p, const float* from, float* to, int64_t width, void* stream) {
+  using Kernel = AddShares<V>;
   const AttentionCall& c = p.call.forward;
-  const AddShares::Params params{from, to, prefix_tensors(c) * c.H_kv * c.P * width, p.shares * p.work.copies};
-  return to ? launch<AddShares>(AddShares::blocks(params), params, stream) : nullptr;
+  const typename Kernel::Params params{from, to, prefix_tensors(c) * c.H_kv * c.P * width, p.shares * p.work.copies};
+  return to ? launch<Kernel>(Kernel::blocks(params), params, stream) : nullptr;
 }
 
 // Which units read which prefix of a bank.
@@ -102,11 +105,12 @@ struct HopperKernels {
                                              : launch_tiles<BackwardRows<T, D, 64>>(p, tiles, stream);
   }
   static const char* content(const BackwardParams& p, int64_t tiles, void* stream) {
-    return launch_tiles<BackwardKeys<T, D, 2, false>>(p, tiles, stream);
+    return launch_tiles<BackwardKeys<T, D, 2, false, false>>(p, tiles, stream);
   }
+  template <bool BIASED>
   static const char* prefix(const BackwardParams& p, int64_t tiles, void* stream) {
-    return p.work.keys == 64 ? launch_tiles<BackwardKeys<T, D, 1, true>>(p, tiles, stream)
-                             : launch_tiles<BackwardKeys<T, D, 2, true>>(p, tiles, stream);
+    return BIASED || p.work.keys == 64 ? launch_tiles<BackwardKeys<T, D, 1, true, BIASED>>(p, tiles, stream)
+                                       : launch_tiles<BackwardKeys<T, D, 2, true, false>>(p, tiles, stream);
   }
 };
 template <class T, int D>
@@ -116,13 +120,14 @@ struct Sm80Kernels {
                                              : launch_tiles<BackwardRowsSm80<T, D, D == 128 ? 32 : 64>>(p, tiles, stream);
   }
   static const char* content(const BackwardParams& p, int64_t tiles, void* stream) {
-    return launch_tiles<BackwardKeysSm80<T, D, 8, 1, false>>(p, tiles, stream);
+    return launch_tiles<BackwardKeysSm80<T, D, 8, 1, false, false>>(p, tiles, stream);
   }
+  template <bool BIASED>
   static const char* prefix(const BackwardParams& p, int64_t tiles, void* stream) {
     switch (p.work.keys) {
-      case 16: return launch_tiles<BackwardKeysSm80<T, D, 1, 4, true>>(p, tiles, stream);
-      case 64: return launch_tiles<BackwardKeysSm80<T, D, 4, 2, true>>(p, tiles, stream);
-      default: return launch_tiles<BackwardKeysSm80<T, D, 8, 1, true>>(p, tiles, stream);
+      case 16: return launch_tiles<BackwardKeysSm80<T, D, 1, 4, true, BIASED>>(p, tiles, stream);
+      case 64: return launch_tiles<BackwardKeysSm80<T, D, 4, 2, true, BIASED>>(p, tiles, stream);
+      default: return launch_tiles<BackwardKeysSm80<T, D, 8, 1, true, BIASED>>(p, tiles, stream);
     }
   }
 };
@@ -137,9 +142,11 @@ const char* launch_backward(const BackwardParams& params, void* stream) {
   if (!error && (call.dk.data || call.dv.data) && c.T > 0) error = Kernels::content(params, cdiv(c.T, KEYS), stream);
   if (error || !needs_prefix(call)) return error;
   if (params.bank_first) error = list_rows(params, stream);
-  if (!error) error = Kernels::prefix(params, prefix_key_tiles(c, params.work), stream);
-  if (!error) error = add_shares(params, params.share_k, call.dprefix_k, c.D, stream);
-  return error ? error : add_shares(params, params.share_v, call.dprefix_v, c.D_v, stream);
+  const int64_t tiles = prefix_key_tiles(c, params.work);
+  if (!error) error = c.prefix_bias ? Kernels::template prefix<true>(params, tiles, stream) : Kernels::template prefix<false>(params, tiles, stream);
+  if (!error) error = add_shares<Float4>(params, params.share_k, call.dprefix_k, c.D, stream);
+  if (!error) error = add_shares<Float4>(params, params.share_v, call.dprefix_v, c.D_v, stream);
+  return error ? error : add_shares<Float1>(params, params.share_bias, call.dprefix_bias, 1, stream);
 }
 
 inline BackwardParams prepare_backward(const BackwardCall& call, void* workspace, int multiprocessors, bool hopper) {
@@ -153,6 +160,7 @@ inline BackwardParams prepare_backward(const BackwardCall& call, void* workspace
   params.rows = reinterpret_cast<Float2*>(room + at.rows);
   params.share_k = reinterpret_cast<float*>(room + at.share_k);
   params.share_v = reinterpret_cast<float*>(room + at.share_v);
+  params.share_bias = reinterpret_cast<float*>(room + at.share_bias);
   if (needs_prefix(call) && call.forward.prefix_ids.data) {
     params.bank_units = reinterpret_cast<int*>(room + at.units);
     params.bank_first = reinterpret_cast<int*>(room + at.first);

@@ -23,6 +23,7 @@ struct BackwardParams {
   Divisor by_G, by_S;
   Float2* rows;            // [H_kv, B, S * G]: base-2 log-sum-exp, +inf of a row that sees nothing, and delta
   float *share_k, *share_v;   // [shares, N, H_kv, P, D] and D_v: the prefix's gradients of each share of the rows
+  float* share_bias;          // [shares, N, H_kv, P]
   int *bank_units, *bank_first;   // of a bank, as decoding lists them
   PrefixWork work;
   int tiles;               // of rows or of keys, of a sample and key/value head

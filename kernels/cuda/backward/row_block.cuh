@@ -32,18 +32,18 @@ FP_DEVICE void find_rows(Float2 (&row)[2], const BackwardParams& p, const Lane& 
   }
 }
 
-// Of products with q and with do, of which `hide` hides those of keys that a row does not see: dS in dp.
+// Of products with q and with do, to which `hide` adds a bias, and of which it hides those of keys that a row does not see:
+// dS in dp.
 template <int ELEMENTS, class Hide>
 FP_DEVICE void row_gradients(float (&x)[ELEMENTS], float (&dp)[ELEMENTS], const Lane& me, const Float2 (&row)[2], Hide&& hide) {
   const Logits logits = Logits::of(me.c.scale, me.c.softcap);
-  FP_UNROLL for (int e = 0; e < ELEMENTS; e++) x[e] = logit(x[e], logits);
-  hide(x);
   FP_UNROLL
   for (int e = 0; e < ELEMENTS; e++) {
-    const Float2& mine = row[row_of(e)];
-    const float weight = ex2_approx(x[e] - mine.x[0]);
-    dp[e] = through_cap(weight * (dp[e] - mine.x[1]), x[e], me.cap);
+    x[e] = logit(x[e], logits);
+    dp[e] = through_cap(dp[e] - row[row_of(e)].x[1], x[e], me.cap);
   }
+  hide(x);
+  FP_UNROLL for (int e = 0; e < ELEMENTS; e++) dp[e] *= ex2_approx(x[e] - row[row_of(e)].x[0]);
 }
 
 template <class T, int D>

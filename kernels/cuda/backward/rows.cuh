@@ -113,7 +113,7 @@ struct BackwardRows {
     FP_NO_UNROLL
     for (int i = 0; i < prefix_tiles; i++) {
       step<BLOCK_P>(dq, me, row, i, [&](float(&x)[BLOCK_P / 2]) {
-        hide_prefix(x, me, walk.prefix, walk.first, walk.keys, shared_by_all);
+        mask_prefix(x, me, walk.prefix, walk.first, walk.keys, shared_by_all);
       });
       Walk::advance(walk);
     }

@@ -95,7 +95,7 @@ struct BackwardRowsSm80 {
     FP_NO_UNROLL
     while (at.step < at.prefix_tiles)
       step<BLOCK_P>(p, state, at, [&](float(&x)[BLOCK_P / 2], const Lane& me, const Loop& here) {
-        hide_prefix(x, me, here.walk.prefix, here.walk.first, here.walk.keys, shared_by_all);
+        mask_prefix(x, me, here.walk.prefix, here.walk.first, here.walk.keys, shared_by_all);
       });
     FP_NO_UNROLL
     while (at.step < at.tiles)

@@ -151,6 +151,23 @@ struct AttendShare {
     }
   }
 
+  // Adds the bias to a prefix's tile that begins at `first`. By all lanes of a warp together.
+  FP_DEVICE void add_bias(float (&x)[KEYS / 8][4], const AttentionCall& c, const Task& task, int first) {
+    // The thread is asked for again, or calls without a bias would find the addresses, too.
+    const int thread = thread_index_again(), own = first + thread / 32 / WARPS_V % WARPS_N * KEYS + accumulator_column(thread % 32);
+    const int left = task.prefix_keys - own;
+    const float* bias = bias_of_prefix(c, task.prefix, tokens_before(c, task.prefix), task.h_kv) + own;
+    FP_UNROLL
+    for (int j = 0; j < KEYS / 8; j++) {
+      FP_UNROLL
+      for (int e = 0; e < 2; e++) {
+        const float its = j * 8 + e < left ? bias_at(bias, j * 8 + e) : 0.0f;
+        x[j][e] += its;
+        x[j][e + 2] += its;
+      }
+    }
+  }
+
   // Hides keys of the tile that begins at `first`; position: the content position of each of the lane's two rows.
   FP_DEVICE void hide(float (&x)[KEYS / 8][4], const AttentionCall& c, const Task& task, const Warp& warp, bool of_prefix,
                       int first, const int (&position)[2]) {
@@ -235,6 +252,7 @@ struct AttendShare {
       to_logits(x, logits);
       const bool of_prefix = i < prefix_tiles;
       const int first = first_key(i), last = first + BLOCK_N - 1;
+      if (c.prefix_bias && of_prefix) add_bias(x, c, task, first);
       const bool by_row = (c.causal && last > first_position) || (c.window && first <= last_position - c.window);
       if (last >= (of_prefix ? task.prefix_keys : task.high) || (!of_prefix && (c.padding || by_row)))
         hide(x, c, task, warp, of_prefix, first, position);

@@ -80,6 +80,16 @@ FP_DEVICE int64_t prefix_offset(const AttentionCall& c, const Rows& x, int n, in
   return c.packed ? before * x.row : n * x.batch;
 }
 
+// Where the bias of a prefix's tokens begins for a key/value head.
+FP_DEVICE const float* bias_of_prefix(const AttentionCall& c, int n, int before, int h_kv) {
+  return c.prefix_bias + (c.packed ? int64_t{h_kv} * c.P + before : (int64_t{n} * c.H_kv + h_kv) * c.P);
+}
+// A token's, as a base-2 logit. A nan hides the token, too.
+FP_DEVICE float bias_at(const float* bias, int token) {
+  const float natural = ld_global(bias + token);
+  return natural > MASKED_BIAS ? natural * LOG2E : NEGATIVE_INFINITY;
+}
+
 // A row of the call: sample, token, query head.
 struct Place {
   int b, s, h;

@@ -19,10 +19,12 @@ inline TensorBox boxes_of(const Rows& x, int64_t batch, int64_t heads, int64_t k
   return found;
 }
 
-// Keys of a tile of the prefix: no more than the next of these three. Of a packed bank the mean length counts.
+// Keys of a tile of the prefix: no more than the next of these three. Of a packed bank the mean length counts, and with a
+// bias 128 are too many.
 inline int prefix_tile(const AttentionCall& c) {
   const int tokens = c.packed ? cdiv(c.P, larger(c.N, 1)) : c.P;
-  return tokens <= 16 ? 16 : tokens <= 64 ? 64 : 128;
+  static_assert(MOST_BIASED_KEYS == 64);
+  return tokens <= 16 ? 16 : tokens <= 64 || c.prefix_bias ? 64 : 128;
 }
 
 // What the kernel cannot take, or null.

@@ -25,15 +25,20 @@ FP_DEVICE void load_rows(uint32_t tile, const AttentionCall& c, const Divisor& b
   }
 }
 
-// The scale of logits that load_rows leaves to the softmax, base 2.
+// The scale of logits that load_rows leaves to the softmax, base 2. It leaves none where scores are capped or get a bias.
 FP_DEVICE float softmax_scale(const AttentionCall& c) {
-  return c.softcap == 0.0f && c.scale != 0.0f ? fabsf(c.scale) * LOG2E : 1.0f;
+  return c.softcap == 0.0f && c.scale != 0.0f && !c.prefix_bias ? fabsf(c.scale) * LOG2E : 1.0f;
 }
 template <int ELEMENTS>
-FP_DEVICE void cap_logits(float (&x)[ELEMENTS], const Lane& me) {
-  if (me.cap == 0.0f) return;
-  const Logits to{fabsf(me.c.scale) / me.c.softcap, me.cap};   // its sign is in q
-  FP_UNROLL for (int e = 0; e < ELEMENTS; e++) x[e] = logit(x[e], to);
+FP_DEVICE void scale_and_cap(float (&x)[ELEMENTS], const Lane& me) {
+  // The scale's sign is in q.
+  if (me.cap != 0.0f) {
+    const Logits to{fabsf(me.c.scale) / me.c.softcap, me.cap};
+    FP_UNROLL for (int e = 0; e < ELEMENTS; e++) x[e] = logit(x[e], to);
+  } else if (me.c.prefix_bias) {
+    const float scale = fabsf(me.c.scale) * LOG2E;
+    FP_UNROLL for (int e = 0; e < ELEMENTS; e++) x[e] *= scale;
+  }
 }
 
 // A lane's two rows: o goes through shared memory, where the warp's rows of q were, so that whole rows are written side by

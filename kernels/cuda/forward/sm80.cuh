@@ -70,7 +70,7 @@ struct ForwardSm80 {
     FP_UNROLL
     for (int i = 0; i < PARTS; i++) {
       const Lane me = lane_of(p, t, i);
-      cap_logits(x[i], me);
+      scale_and_cap(x[i], me);
       hide(x[i], me);
     }
     cp_async_wait_group<0>();
@@ -113,7 +113,7 @@ struct ForwardSm80 {
     FP_NO_UNROLL
     while (at.step < at.prefix_tiles)
       attend<BLOCK_P>(p, state, at, [&](float(&x)[BLOCK_P / 2], const Lane& me) {
-        hide_prefix(x, me, at.walk.prefix, at.walk.first, at.walk.keys, shared_by_all);
+        mask_prefix(x, me, at.walk.prefix, at.walk.first, at.walk.keys, shared_by_all);
       });
     FP_NO_UNROLL
     while (at.step < at.tiles)

@@ -52,13 +52,13 @@ struct ForwardSm90 {
     Walk walk{};
     if (prefix_tiles) walk = Walk::begin();
     Consumer::template attend<BLOCK_P>(state, me, prefix_tiles, [&](float(&x)[BLOCK_P / 2]) {
-      cap_logits(x, me);
-      hide_prefix(x, me, walk.prefix, walk.first, walk.keys, shared_by_all);
+      scale_and_cap(x, me);
+      mask_prefix(x, me, walk.prefix, walk.first, walk.keys, shared_by_all);
       Walk::advance(walk);
     });
     int first = t.low;
     Consumer::template attend<BLOCK_N>(state, me, cdiv(t.high - t.low, BLOCK_N), [&](float(&x)[BLOCK_N / 2]) {
-      cap_logits(x, me);
+      scale_and_cap(x, me);
       hide_content(x, me, first);
       first += BLOCK_N;
     });

@@ -43,9 +43,31 @@ FP_DEVICE void hide_outside(float (&x)[ELEMENTS], const Lane& me, int first, con
   }
 }
 
-// A tile of prefix n: all of its tokens, for the rows that read it.
+// With a bias a tile of a prefix has so many keys at most: with more, Hopper's forward would spill registers.
+constexpr int MOST_BIASED_KEYS = 64;
+
+// The bias of a tile's tokens, as far as prefix n has any, onto its base-2 logits.
 template <int ELEMENTS>
-FP_DEVICE void hide_prefix(float (&x)[ELEMENTS], const Lane& me, int n, int first, int keys, bool shared_by_all) {
+FP_DEVICE void add_bias(float (&x)[ELEMENTS], const Lane& me, int n, int first, int keys) {
+  const int lane = thread_index_again() % 32;   // or the addresses would be found for calls without a bias, too
+  const int own = first + accumulator_column(lane), left = keys - own;
+  const float* bias = bias_of_prefix(me.c, n, tokens_before(me.c, n), me.t.h_kv) + own;
+  FP_UNROLL
+  for (int j = 0; j < ELEMENTS / 4; j++) {
+    FP_UNROLL
+    for (int e = 0; e < 2; e++) {
+      const float its = j * 8 + e < left ? bias_at(bias, j * 8 + e) : 0.0f;
+      x[4 * j + e] += its;
+      x[4 * j + 2 + e] += its;
+    }
+  }
+}
+
+// A tile of prefix n: all of its tokens with their bias, for the rows that read it. By all lanes of a warp together.
+template <int ELEMENTS>
+FP_DEVICE void mask_prefix(float (&x)[ELEMENTS], const Lane& me, int n, int first, int keys, bool shared_by_all) {
+  if constexpr (2 * ELEMENTS <= MOST_BIASED_KEYS)
+    if (me.c.prefix_bias) add_bias(x, me, n, first, keys);
   if (first + 2 * ELEMENTS <= keys && shared_by_all) return;
   Range seen[2];
   FP_UNROLL for (int half = 0; half < 2; half++) seen[half] = {0, shared_by_all || prefix_of(me, half) == n ? keys - 1 : -1};

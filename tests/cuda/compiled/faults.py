@@ -97,7 +97,8 @@ def _expected(kernel: CompiledKernel) -> list[str]:
         case "BackwardDelta":
             return ["SHFL.BFLY", "LDG.E.128"]
         case "AddShares":
-            return ["LDG.E.128", "STG.E.128"]
+            width = "E.128" if kernel.arguments == ["Float4"] else "E"
+            return [f"LDG.{width}", f"STG.{width}"]
         case "CombineShares":
             return ["SHFL.BFLY", "SHFL.IDX", "LDG.E.128"]
         case "ListBankTiles":

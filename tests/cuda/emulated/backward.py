@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from fastprefix import reference
-from fastprefix.types import INPUTS, AttentionArgs, Needs
+from fastprefix.types import AttentionArgs, Needs
 from tests.cuda.emulated.calls import Call, Rows, kernels
 from tests.cuda.emulated.random_calls import in_fp64
 from tests.emulator.session import Mode, Session
 
-ALL = Needs(True, True, True, True, True)
+ALL = Needs(True, True, True, True, True, prefix_bias=True)
 
 
 class BackwardCall(ctypes.Structure):
@@ -25,7 +25,7 @@ class BackwardCall(ctypes.Structure):
     _fields_ = [
         ("forward", Call),
         *((name, Rows) for name in ("dout", "dq", "dk", "dv")),
-        *((name, ctypes.c_void_p) for name in ("dprefix_k", "dprefix_v")),
+        *((name, ctypes.c_void_p) for name in ("dprefix_k", "dprefix_v", "dprefix_bias")),
     ]
 
 
@@ -40,11 +40,14 @@ class Problem:
         self.o, self.lse = o.to(args.q.dtype), lse.float()
         self.truth = reference.bwd(exact, o, lse, self.do.double(), ALL)
 
-    def assert_right(self, found: Sequence[Tensor], needs: Needs) -> None:
+    def assert_right(self, found: Sequence[Tensor | None], needs: Needs) -> None:
         """Twice the error of the reference in the same dtype; what is not needed is not written."""
         peer = reference.bwd(self.args, self.o, self.lse, self.do, ALL)
         eps, rows = torch.finfo(self.args.q.dtype).eps, self.lse.numel()
-        for name, x, want, other, need in zip(INPUTS, found, self.truth, peer, needs):
+        for name, x, want, other, need in zip(Needs._fields, found, self.truth, peer, needs):
+            if x is None:
+                assert want is None
+                continue
             assert want is not None and other is not None
             if not need or not want.numel():
                 assert x.isnan().all(), f"d{name} was written"
@@ -74,23 +77,21 @@ class Backward:
         multiprocessors: int = 4,
         wgmma_mode: Mode = Mode.LATE,
         capability: int = 90,
-    ) -> list[Tensor]:
-        """The five gradients, nan where they are not needed; those of the prefix in fp32."""
+    ) -> list[Tensor | None]:
+        """The gradients, nan where they are not needed, None of a bias that is not there; the prefix's in fp32."""
         args = problem.args
         (B, H, S, D), T, D_v = args.q.shape, args.k.shape[2], args.v.shape[3]
 
         def empty(heads: int, rows: int, width: int) -> Tensor:
             return args.q.new_full((B, rows, heads, width), float("nan")).transpose(1, 2)
 
-        found = [empty(H, S, D), *(empty(args.k.shape[1], T, width) for width in (D, D_v))]
-        found += [torch.full(x.shape, float("nan")) for x in (args.prefix_k, args.prefix_v)]
+        found: list[Tensor | None] = [empty(H, S, D), *(empty(args.k.shape[1], T, width) for width in (D, D_v))]
+        of_prefix = (args.prefix_k, args.prefix_v, args.bias, args.prefix_bias)
+        found += [None if x is None else torch.full(x.shape, float("nan")) for x in of_prefix]
         call = BackwardCall(Call.of(args, problem.o, problem.lse, None, "fused"), Rows.of(problem.do))
-        for name, x, need in zip(("dq", "dk", "dv"), found, needs):
-            if need and x.numel():
-                setattr(call, name, Rows.of(x))
-        for name, x, need in zip(("dprefix_k", "dprefix_v"), found[3:], needs[3:]):
-            if need and x.numel():
-                setattr(call, name, x.data_ptr())
+        for name, x, need in zip(Needs._fields, found, needs):
+            if need and x is not None and x.numel():
+                setattr(call, f"d{name}", x.data_ptr() if "prefix" in name else Rows.of(x))
         self.session.reset(
             mode=mode, seed=seed, multiprocessors=multiprocessors, wgmma_mode=wgmma_mode, capability=capability
         )

@@ -39,7 +39,7 @@ class Call(ctypes.Structure):
 
     _fields_ = [
         *((name, Rows) for name in ("q", "k", "v", "prefix_k", "prefix_v", "o")),
-        *((name, ctypes.c_void_p) for name in ("lse", "sinks")),
+        *((name, ctypes.c_void_p) for name in ("lse", "sinks", "prefix_bias")),
         *((name, Integers) for name in ("prefix_ids", "prefix_lens", "q_start", "segments")),
         ("padding", ctypes.c_void_p),
         *((name, ctypes.c_int64) for name in ("padding_batch", "padding_key", "start")),
@@ -58,6 +58,8 @@ class Call(ctypes.Structure):
             setattr(call, name, Rows.of(x))
         call.prefix_k, call.prefix_v = Rows.of(args.prefix_k), Rows.of(args.prefix_v)
         call.lse, call.sinks = lse.data_ptr(), None if sinks is None else sinks.data_ptr()
+        if args.prefix_bias is not None and args.prefix_bias.numel():
+            call.prefix_bias = args.prefix_bias.data_ptr()
         call.prefix_ids, call.prefix_lens, call.q_start = (Integers.of(x) for x in (ids, args.prefix_lens, start))
         call.segments = Integers.of(args.segment_ids)
         if padding is not None:

@@ -28,6 +28,7 @@ inline void add_inputs(const AttentionCall& c, bool outputs) {
   add_rows("o", c.o, c.B, c.H, c.S, c.D_v, outputs);
   const int64_t rows = int64_t{c.B} * c.H * c.S;
   emulator::global_memory.add("lse", c.lse, rows * 4, outputs);
+  if (c.prefix_bias) emulator::global_memory.add("prefix_bias", c.prefix_bias, prefixes * c.H_kv * c.P * 4, false);
   if (c.sinks) emulator::global_memory.add("sinks", c.sinks, c.H * 4, false);
   add_integers("prefix_ids", c.prefix_ids, c.B, c.ids_by_row ? c.S : 1);
   add_integers("prefix_lens", c.prefix_lens, c.N, 1);
@@ -56,6 +57,7 @@ inline void add_buffers(const BackwardCall& call, void* workspace, int64_t bytes
   const int64_t tokens = int64_t{c.packed ? 1 : c.N} * c.H_kv * c.P;
   if (call.dprefix_k) emulator::global_memory.add("dprefix_k", call.dprefix_k, tokens * c.D * 4, true);
   if (call.dprefix_v) emulator::global_memory.add("dprefix_v", call.dprefix_v, tokens * c.D_v * 4, true);
+  if (call.dprefix_bias) emulator::global_memory.add("dprefix_bias", call.dprefix_bias, tokens * 4, true);
   add_workspace(workspace, bytes);
 }
 

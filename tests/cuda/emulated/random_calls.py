@@ -30,6 +30,13 @@ class Draw:
         x = torch.randint(low, high + 1, shape, generator=self.generator)
         return x.int() if self.sometimes(0.5) else x
 
+    def prefix_bias(self, *shape: int) -> Tensor:
+        """Moderate or large numbers, some of which hide their tokens."""
+        bias = torch.randn(shape, generator=self.generator) * self.choice([1.0, 100.0])
+        hides = self.choice([0.0, 0.3, 1.0])
+        bias[torch.rand(shape, generator=self.generator) < hides] = self.choice([float("-inf"), -3.4e38, -1.1e37])
+        return bias
+
     def call(
         self, B: int, H_kv: int, G: int, S: int, T: int, P: int, D: int, D_v: int, segments: bool, windows: list[int]
     ) -> AttentionArgs:
@@ -65,6 +72,8 @@ class Draw:
             self.numbers(B, T, H_kv, x).transpose(1, 2) if by_token else self.numbers(B, H_kv, T, x) for x in (D, D_v)
         ]
         prefix = [self.numbers(*lead, H_kv, P, x) for x in (D, D_v)]
+        if sometimes(0.3):
+            options["prefix_bias"] = self.prefix_bias(*lead, H_kv, P)
         return AttentionArgs(self.numbers(B, S, H_kv * G, D).transpose(1, 2), *cache, *prefix, **options)
 
 

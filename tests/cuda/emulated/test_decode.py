@@ -15,6 +15,7 @@ from tests.cuda.emulated.mutants.mutant import Mutant, each
 from tests.cuda.emulated.random_calls import decode_routes, random_decode
 from tests.emulator.build import library
 from tests.support.operator_calls import arguments, make_call
+from tests.support.operator_cases import prefix_bias
 
 pytestmark = pytest.mark.slow
 
@@ -72,6 +73,7 @@ CALLS = {
         prefix_lens=torch.tensor([150, 3, 90]),
         **BF16,
     ),
+    "bias": make_call(B=2, H=4, H_kv=2, S=1, T=70, P=200, prefix_bias=prefix_bias(2, 200, hidden=3), **BF16),
     "large bank": make_call(B=4, H=2, H_kv=2, S=1, T=9, P=16, N=300, prefix_ids=torch.tensor([7, 290, 7, -1]), **BF16),
 }
 

@@ -16,6 +16,7 @@ from tests.cuda.emulated.mutants.sm80_mutants import SM80_FORWARD_MUTANTS
 from tests.cuda.emulated.random_calls import random_forward
 from tests.emulator.build import KERNELS, library
 from tests.support.operator_calls import arguments, make_call
+from tests.support.operator_cases import prefix_bias
 
 pytestmark = pytest.mark.slow
 
@@ -44,6 +45,7 @@ def test_any_call_in_hundreds(seed: int, capability: int) -> None:
 CALLS = {
     "long": make_call(B=1, H=2, H_kv=1, S=100, T=500, P=130, **BF16),
     "packed texts": PACKED_TEXTS,
+    "bias": make_call(B=1, H=4, H_kv=2, S=40, T=60, P=130, prefix_bias=prefix_bias(2, 130, hidden=1), **BF16),
 }
 
 

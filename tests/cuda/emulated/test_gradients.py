@@ -9,12 +9,12 @@ from fastprefix import prefix_attention
 from fastprefix.dispatch import UnsupportedError
 from tests.cuda.emulated.operators import SM80, emulated
 from tests.support.operator_calls import make_call, run
-from tests.support.operator_cases import CASES
+from tests.support.operator_cases import CASES, prefix_bias
 from tests.support.operator_oracle import assert_close, assert_within_rule, eager, truth
 
 pytestmark = pytest.mark.slow
 # A bias and dropout are refused at the forward, and so is a gate's second softmax with either.
-TAKEN = [name for name in CASES if "bias" not in name and "dropout" not in name]
+TAKEN = [name for name, make in CASES.items() if not {"bias", "dropout_p"} & make().options.keys()]
 
 
 # Where a row sees nothing, or there are two softmaxes, the rule has no peer in the same dtype.
@@ -53,6 +53,18 @@ def test_only_what_is_trained() -> None:
     for x, y in zip(found, torch.autograd.grad(want.float().sum(), list(trained.values()))):
         assert x.dtype == torch.float32
         torch.testing.assert_close(x, y, rtol=2e-2, atol=2e-2 * y.abs().max().item())
+
+
+@pytest.mark.parametrize("route", ["fused", SM80])
+@pytest.mark.parametrize("P", [7, 40, 150])
+def test_nothing_but_a_bias_is_trained(P: int, route: str) -> None:
+    call = make_call(S=20, D=64, P=P, dtype=torch.bfloat16, softcap=3.0, prefix_bias=prefix_bias(2, P, hidden=2))
+    call.leaves = {name: x.detach() for name, x in call.leaves.items()}
+    with emulated(route) as here:
+        got = run(call, "cuda")
+        assert not here.session.errors, here.session.errors
+    assert got.keys() == {"o", "lse", "dprefix_bias"} and got["dprefix_bias"].dtype == torch.float32
+    assert_within_rule(got, call)
 
 
 def test_wide_heads_have_none() -> None:

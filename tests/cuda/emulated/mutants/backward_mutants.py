@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from tests.cuda.emulated.mutants.mutant import Mutant
+from tests.cuda.emulated.mutants.prefix_bias_mutants import BACKWARD_BIAS_MUTANTS, without_weight
 
 ROWS, KEYS, BLOCK, LAUNCHES = (f"backward/{name}.cuh" for name in ("rows", "keys", "key_block", "launches"))
 BANK = "decode/bank.cuh"
@@ -146,4 +147,6 @@ BACKWARD_MUTANTS = [
         "bank",
     ),
     Mutant("one share is not added", LAUNCHES, "p.shares * p.work.copies};", "1};", "", "short prefix"),
+    *BACKWARD_BIAS_MUTANTS,
+    without_weight(KEYS),
 ]

@@ -120,4 +120,21 @@ DECODE_MUTANTS = [
         "outside",
         "shares",
     ),
+    Mutant("the bias of another head", ATTEND, "task.prefix), task.h_kv) +", "task.prefix), 0) +", "", "bias"),
+    Mutant(
+        "the last tile has no bias",
+        ATTEND,
+        "if (c.prefix_bias && of_prefix)",
+        "if (c.prefix_bias && last < task.prefix_keys)",
+        "",
+        "bias",
+    ),
+    Mutant(
+        "a bias behind the end is read",
+        ATTEND,
+        "j * 8 + e < left ? bias_at",
+        "true ? bias_at",
+        "outside",
+        "bias",
+    ),
 ]

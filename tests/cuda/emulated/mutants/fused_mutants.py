@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from tests.cuda.emulated.mutants.mutant import Mutant
+from tests.cuda.emulated.mutants.prefix_bias_mutants import FORWARD_BIAS_MUTANTS
 
 NAMES = ("consumer", "producer", "sm90", "segments", "rows")
 CONSUMER, PRODUCER, KERNEL, SEGMENTS, ROWS = (f"forward/{name}.cuh" for name in NAMES)
@@ -175,4 +176,5 @@ FUSED_MUTANTS = [
         "race|nothing wrote|without a barrier between",
         "packed texts",
     ),
+    *FORWARD_BIAS_MUTANTS,
 ]

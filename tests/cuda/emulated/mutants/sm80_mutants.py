@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from tests.cuda.emulated.mutants.mutant import Mutant
+from tests.cuda.emulated.mutants.prefix_bias_mutants import BACKWARD_BIAS_MUTANTS, FORWARD_BIAS_MUTANTS, without_weight
 
 FORWARD, TILES, PRODUCTS = "forward/sm80.cuh", "forward/key_tiles.cuh", "mma_tiles.cuh"
 ROWS, KEYS, BLOCK = (f"backward/{name}.cuh" for name in ("rows_sm80", "keys_sm80", "key_block"))
@@ -40,6 +41,7 @@ SM80_FORWARD_MUTANTS = [
         "long",
     ),
     Mutant("a prefix's tile is not left", TILES, "Walk::advance(at.walk);", ";", "", "long"),
+    *FORWARD_BIAS_MUTANTS,
 ]
 
 SM80_BACKWARD_MUTANTS = [
@@ -97,4 +99,6 @@ SM80_BACKWARD_MUTANTS = [
         "",
         "long",
     ),
+    *BACKWARD_BIAS_MUTANTS,
+    without_weight(KEYS),
 ]
