@@ -93,14 +93,18 @@ class Unmovable(transformers.BertModel):
         return super().forward(input_ids, attention_mask, **kwargs)
 
 
-def test_prompts_need_positions() -> None:
-    """Rows stand behind a prompt; a prefix is beside them wherever they stand."""
+def test_positions_that_cannot_move() -> None:
+    """An encoder counts its own positions from a prompt in front on; what is beside the rows, a prefix, moves none."""
     model = Unmovable(transformers.BertConfig(**ROWS["bert"].options)).eval()
-    error = "model: got Unmovable, whose forward takes no position_ids"
-    with pytest.raises(ValueError, match=error):
+    with pytest.raises(ValueError, match="model: got Unmovable, which does not run on inputs_embeds alone"):
         fastprefix.attach(model, PromptConfig(P))
-    with pytest.raises(ValueError, match=error), fastprefix.shared_prompt(model, [1, 2]):
-        pass
+    ids = torch.randint(3, 99, (2, 7))
+    with torch.no_grad():
+        want = model(torch.cat([torch.tensor([[1, 2]]).expand(2, -1), ids], 1)).last_hidden_state[:, 2:]
+        with fastprefix.shared_prompt(model, [1, 2]):
+            torch.testing.assert_close(model(ids).last_hidden_state, want, rtol=1e-5, atol=1e-5)
+    fastprefix.detach(model)
+    error = "model: got Unmovable, whose forward takes no position_ids"
     peft = pytest.importorskip("peft")
     config = peft.PrefixTuningConfig(task_type="FEATURE_EXTRACTION", num_virtual_tokens=P)
     with pytest.raises(ValueError, match=error):

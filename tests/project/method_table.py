@@ -159,6 +159,7 @@ fastprefix.detach(model)
            "cartridges.md"),
     Method("Deep prompts in an encoder", "P-tuning v2, [Liu et al. 2022](https://arxiv.org/abs/2110.07602)", """
 from transformers import BertConfig, BertForSequenceClassification
+
 bert = BertForSequenceClassification(BertConfig(hidden_size=32, num_attention_heads=2, num_hidden_layers=2)).eval()
 fastprefix.attach(bert, PrefixConfig(16, modules_to_save=["classifier"]))
 bert(input_ids=torch.ones(2, 5, dtype=torch.long), labels=torch.tensor([0, 1])).loss.backward()
@@ -167,6 +168,7 @@ fastprefix.detach(bert)
            "prompts-and-batches.md#encoders-with-a-head"),
     Method("Prompt tuning of an encoder-decoder", "[Lester et al. 2021](https://arxiv.org/abs/2104.08691)", """
 from transformers import T5Config, T5ForConditionalGeneration
+
 t5 = T5ForConditionalGeneration(T5Config(d_model=32, num_layers=2, decoder_start_token_id=0)).eval()
 fastprefix.attach(t5, PromptConfig(20, init=init.normal(0.5)))
 t5(input_ids=torch.ones(2, 5, dtype=torch.long), labels=torch.ones(2, 3, dtype=torch.long)).loss.backward()

@@ -164,9 +164,10 @@ WRONG: dict[str, tuple[str, Change, str]] = {
     "PEFT's tokens huge": ("prompt", peft(num_virtual_tokens=HUGE), rf"{EMBEDDINGS}: got shape \[3, 32\]"),
     "PEFT's tokens -1": ("direct", peft(num_virtual_tokens=-1), f"{CONFIG}: num_virtual_tokens: got -1, expected"),
     "PEFT's frozen": ("frozen", peft(num_frozen_tokens="1"), f"{CONFIG}: num_frozen_tokens: got '1', expected 0"),
-    "submodules": ("direct", peft(num_transformer_submodules=3), f"{CONFIG}: num_transformer_submodules: got 3"),
+    "submodules": ("direct", peft(num_transformer_submodules=4), f"{CONFIG}: num_transformer_submodules: got 4"),
     "submodules a list": ("direct", peft(num_transformer_submodules=[]), f"{CONFIG}: num_transformer_submodules: got"),
     "submodules 2": ("direct", peft(num_transformer_submodules=2), f"{CONFIG}: parts: got .*, expected None"),
+    "submodules 3": ("direct", peft(num_transformer_submodules=3), f"{CONFIG}: parts: got .*, expected None"),
     "another model's layers": ("direct", peft(num_layers=4), f"{CONFIG}: num_layers: got 4, expected 2 of this model"),
     "another model's heads": (
         "direct",

@@ -27,8 +27,12 @@ def check_prompts(facts: ModelFacts) -> None:
     """Raise ValueError unless a soft prompt can stand in front of a model's rows (an encoder-decoder's encoder's)."""
     _check_main_input(facts.model)
     check_images(facts)
-    if not facts.layers.prompted.causal:
-        return  # the prompt runs with the rows, as tokens of theirs
+    if facts.layers.prompted.causal:  # elsewhere the prompt runs with the rows, as tokens of theirs
+        check_rows_behind(facts)
+
+
+def check_rows_behind(facts: ModelFacts) -> None:
+    """Raise ValueError unless a model's rows can stand behind keys and values of their own in every layer."""
     if facts.layers.reuses_modules:
         got = f"{type(facts.model).__name__}, whose layers share an attention module"
         raise fail("model", got, "one module a layer: a prompt has keys of its own in each")

@@ -12,7 +12,7 @@ from fastprefix.hf.adapters.installation import Installation
 from fastprefix.hf.adapters.lookup import find_installation, install, uninstall
 from fastprefix.hf.adapters.verify_calls import attention_calls, verify_calls
 from fastprefix.hf.model import probing, wrappers
-from fastprefix.hf.model.prompt_support import check_prompts
+from fastprefix.hf.model.prompt_support import check_prompts, check_rows_behind
 from fastprefix.hf.peft import checks, classes
 from fastprefix.hf.peft.adapters import PATCHED_PROMPT_TYPES, Adapters, kind
 from fastprefix.hf.storage.peft_format import PREFIX_TYPES
@@ -68,7 +68,10 @@ def patch(peft_model: Any) -> Any:
         )
     installation = install(base)
     try:
-        check_prompts(installation.facts)  # PEFT's behaviour is known for token models alone
+        facts = installation.facts
+        check_prompts(facts)  # PEFT's behaviour is known for token models alone
+        if kinds & set(PREFIX_TYPES) and facts.layers.prompted is facts.layers.main:
+            check_rows_behind(facts)
         if ADAPTION in kinds:
             _patch_adaption(installation, peft_model)
         else:

@@ -92,10 +92,7 @@ def test_a_hook_on_what_holds_the_prefix_runs(hooked: str) -> None:
         for handle in handles:
             handle.remove()
         want = model(ids).logits
-        handles = [
-            m.register_forward_hook(lambda m, args, kv: kv._replace(k=-kv.k) if hooked == "slot" else (-kv[0], kv[1]))
-            for m in modules
-        ]
+        handles = [m.register_forward_hook(lambda m, args, kv: kv._replace(k=-kv.k)) for m in modules]
         hidden = model(ids).logits
         for handle in handles:
             handle.remove()

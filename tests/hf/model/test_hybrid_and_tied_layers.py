@@ -86,15 +86,24 @@ def test_two_calls_in_a_layer_are_refused() -> None:
         fastprefix.attach(model, PrefixConfig(P))
 
 
-@pytest.mark.parametrize(("name", "why"), [("albert", "share an attention module"), ("jamba", "have no attention")])
-def test_a_prompt_needs_keys_of_its_own_in_every_layer(name: str, why: str) -> None:
-    model = ROWS[name].build()
-    with pytest.raises(ValueError, match=f"model: got {ROWS[name].cls}, .*{why}"):
+def test_a_prompt_that_is_shared_needs_keys_of_its_own_in_every_layer() -> None:
+    model = ROWS["jamba"].build()
+    with pytest.raises(ValueError, match=f"model: got {ROWS['jamba'].cls}, .*have no attention"):
         fastprefix.attach(model, PromptConfig(P))
-    error = pytest.raises(ValueError, match=f"model: got {ROWS[name].cls}, .*{why}")
+    error = pytest.raises(ValueError, match=f"model: got {ROWS['jamba'].cls}, .*have no attention")
     with error, fastprefix.shared_prompt(model, [3, 4]):
         pass
     assert find_installation(model) is None
+
+
+def test_a_prompt_of_an_encoder_runs_with_the_rows_and_needs_none() -> None:
+    """ALBERT's one attention module is every layer, and in an encoder nothing is shared."""
+    model, ids = ROWS["albert"].build(), torch.arange(10, 22).view(2, 6)
+    prompt = torch.tensor([[3, 4]]).expand(2, -1)
+    with torch.no_grad():
+        want = model(torch.cat([prompt, ids], 1))[0][:, 2:]
+        with fastprefix.shared_prompt(model, [3, 4]):
+            torch.testing.assert_close(model(ids)[0], want, rtol=1e-5, atol=1e-5)
 
 
 def test_one_module_that_is_every_layer_has_one_prefix() -> None:
