@@ -5,6 +5,7 @@
 #include <torch/csrc/autograd/python_variable.h>
 
 #include <ATen/EmptyTensor.h>
+#include <ATen/record_function.h>
 
 #include <cstdlib>
 #include <cstring>
@@ -22,6 +23,7 @@ using fastprefix::TRAINED;
 
 // o and, where it is asked for, lse.
 PyObject* run_forward(const Inputs& inputs, bool return_lse) {
+  RECORD_FUNCTION("fastprefix::native_forward", c10::ArrayRef<const c10::IValue>{});  // for torch.profiler
   fastprefix::Prepared prepared;
   fastprefix::prepare(inputs, prepared);
   fastprefix::Call& call = prepared.call;

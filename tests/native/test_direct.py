@@ -217,6 +217,13 @@ def test_a_bank_on_another_device_is_not_read() -> None:
     assert attend(bank, prefix_ids=torch.zeros(2, dtype=torch.long, device="meta")) is True
 
 
+def test_the_profiler_sees_it() -> None:
+    x = leaves()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as found:
+        prefix_attention(**x, backend="native")
+    assert [event.count for event in found.key_averages() if event.key == "fastprefix::native_forward"] == [1]
+
+
 def test_wrong_numbers_of_arguments_are_told() -> None:
     with pytest.raises(TypeError, match="attend: got 1 arguments, expected 19"):
         native.attend(1)

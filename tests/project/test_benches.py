@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -138,3 +140,24 @@ def test_every_kernel_is_launched_for_the_sanitizer(capsys: pytest.CaptureFixtur
     assert sanitize.main([]) == 2
     assert sanitize.main(["--smoke"]) == 0, capsys.readouterr().out
     assert "never launched" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_the_cartridge_of_pefts_comparison_starts_from_its_text(
+    fused: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    from benches import metamathqa
+    from tests.support.tiny_models import tiny_model
+
+    folder = tmp_path / metamathqa.experiment(tmp_path, 8, 0.005, fused)
+    assert json.loads((folder / "training_params.json").read_text()) == {"optimizer_kwargs": {"lr": 0.005}}
+    ids = [3, 4, 5]
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda name: lambda text: {"input_ids": ids})
+    model = peft.get_peft_model(tiny_model(), peft.PeftConfig.from_pretrained(folder))
+    model = metamathqa.started(model, 8, fused)
+    rows = torch.tensor([[6, 7, 8, 9]])
+    text = torch.tensor([(ids * 3)[:8]])
+    with torch.no_grad():
+        want = tiny_model()(torch.cat([text, rows], 1)).logits[:, 8:]
+        torch.testing.assert_close(model(input_ids=rows).logits, want, rtol=1e-4, atol=1e-4)
