@@ -48,7 +48,7 @@ def check_rows_behind(facts: ModelFacts) -> None:
 
 def check_place(facts: ModelFacts, place: Place) -> None:
     """Raise ValueError unless a soft prompt can stand at this place in the rows of a model that reads prompts."""
-    if place != "before" and not facts.layers.main.causal:
+    if place != "before" and not facts.layers.prompted.causal:
         got = f"{place!r} in {type(facts.model).__name__}, which reads its text in both directions"
         raise fail("place", got, "'before': only what is generated or read from left to right has text after a prompt")
 

@@ -35,9 +35,9 @@ def check_file(path: Path, holder: str, hint: str = "") -> int:
     return found.st_size
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object; ValueError naming the path where the file does not hold one."""
-    size = check_file(path, "a folder written by fastprefix.save or by PEFT")
+def read_json(path: Path, holder: str = "a folder written by fastprefix.save or by PEFT") -> dict[str, Any]:
+    """Read a JSON object of a ``holder``; ValueError naming the path where the file does not hold one."""
+    size = check_file(path, holder)
     if size > LARGEST_JSON:
         raise fail(str(path), f"{size} bytes", f"a JSON object of at most {LARGEST_JSON}")
     try:

@@ -159,7 +159,7 @@ def from_pretrained(dir: str | os.PathLike[str], *, model_class: Any = None, **o
 
 
 def _read(folder: Path, path: Path, model_class: Any, options: dict[str, Any]) -> Any:
-    index = read_json(path)
+    index = read_json(path, "a folder written by fastprefix.save_pretrained")
     if field(index, "format_version", int, path) != FORMAT_VERSION:
         raise fail(f"{path}: format_version", shown(index["format_version"]), str(FORMAT_VERSION))
     names, active = field(index, "prefixes", list, path), field(index, "active", str, path, None)

@@ -12,6 +12,7 @@ from fastprefix import PromptConfig
 from tests.hf.runtime.inserted_prompts import MARKER, B, S, batch, inserted
 from tests.hf.runtime.test_inserted_prompts import GREEDY
 from tests.model_zoo.architectures import ROWS
+from tests.model_zoo.encoder_decoders import ROWS as ENCODER_DECODERS
 
 
 @pytest.mark.parametrize("place", ["behind", -1, True, 1.0, None])
@@ -23,6 +24,11 @@ def test_a_place_is_before_after_or_an_id(place: Any) -> None:
 def test_a_model_that_reads_in_both_directions() -> None:
     with pytest.raises(ValueError, match="place: got 'after' in BertModel, which reads its text in both directions"):
         fastprefix.attach(ROWS["bert"].build(), PromptConfig(4, place="after"))
+    t5 = ENCODER_DECODERS["t5"].build()
+    with pytest.raises(
+        ValueError, match="place: got 'after' in T5ForConditionalGeneration, which reads its text in both"
+    ):
+        fastprefix.attach(t5, PromptConfig(4, place="after"))
 
 
 def test_rows_without_one_marker() -> None:
