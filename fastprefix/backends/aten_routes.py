@@ -96,8 +96,6 @@ def _epilogue_reasons(args: AttentionArgs) -> list[str]:
         return ["epilogue: head dims that are no multiples of 16 would be read element by element"]
     if 0 in (args.num_prefix_tokens, args.k.shape[2]):
         return ["epilogue: adds a prefix to content"]
-    if args.prefix_bias is not None:
-        return ["epilogue: adds a prefix without a bias"]
     found: list[str] = epilogue().reasons(args)
     return found
 

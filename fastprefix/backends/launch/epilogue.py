@@ -34,6 +34,8 @@ def reasons(args: AttentionArgs) -> list[str]:
         found.append(f"head dim: at most {largest}" + (" in fp32" if narrow else ""))
     if args.dropout_p > 0.0:
         found.append("dropout_p: not in the kernels")
+    if args.prefix_bias is not None:
+        found.append("prefix_bias: not in the kernels")
     if args.packed:
         found.append("prefix_k: a packed bank would have to be spread out, and vendor ops read it as it lies")
     return found

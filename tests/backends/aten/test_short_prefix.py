@@ -122,7 +122,7 @@ def test_which_vendor_on_cuda(
     torch.use_deterministic_algorithms(False)
     monkeypatch.setattr(aten_ops_cuda, "_has_cudnn", lambda: True)
     monkeypatch.setattr(aten_ops_cuda, "prefers_cudnn", lambda device: True)
-    monkeypatch.setattr(aten, "_prefix_bwd", lambda args, *rest: (None, args.prefix_k, args.prefix_v))
+    monkeypatch.setattr(aten, "_prefix_bwd", lambda args, *rest: (None, args.prefix_k, args.prefix_v, None))
     call = make_call(P=16, dtype=dtype, **{"D": 64, **shape})
     leaves = {n: x.detach().to("meta") for n, x in call.leaves.items()}
     args = AttentionArgs(**leaves, **{"scale": 0.125, **call.options})

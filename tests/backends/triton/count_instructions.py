@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from fastprefix._triton.prefix_attn_bwd_dq import add_prefix_dq
-from fastprefix._triton.prefix_attn_fwd import attend_prefix
+from fastprefix._triton.prefix_attn_fwd import attend_prefix_range
 
 from fastprefix.backends.launch import tile_config
 from fastprefix.measure.kernels.gpu_units import GPUS
@@ -26,7 +26,7 @@ from fastprefix.measure.operator.problem import Problem
 RECORDED = Path(__file__).with_name("instructions.json")
 HEAD_DIMS = (64, 128)
 KERNELS = ("fwd", "bwd_dq", "bwd_dkdv", "bwd_dprefix")
-PREFIX_LOOPS = {"fwd": attend_prefix, "bwd_dq": add_prefix_dq}
+PREFIX_LOOPS = {"fwd": attend_prefix_range, "bwd_dq": add_prefix_dq}
 
 
 def compiler() -> str:
