@@ -56,7 +56,7 @@ def train_cartridge(
         config: sizes and training, default ``CartridgeConfig()``.
         conversations: a file of JSON lines to train on in place of self-study, as ``fastprefix train`` takes; for a
             single document.
-        minutes: stop training after this time, counted from the call; the last checkpoint is what is saved.
+        minutes: stop training after this time, counted from the call; the best measured cartridge is what is saved.
         resume: go on with what an interrupted call left in ``output``. The result has the same bits as without the
             interruption.
         say: called with each line of progress.

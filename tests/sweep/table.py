@@ -39,7 +39,8 @@ concatenation; causal decoders also with the keys and values of a text as the pr
 text in front of the content. **soft prompt**: results, loss and gradient against embeddings in front of every row.
 **PEFT prefix** and **PEFT prompt**: the patched model's results, loss and gradients against those of PEFT before. Texts
 come plain, with a mask, padded, and with an image or a sound where the class reads one and its inputs can be made.
-Equal is to a millionth of the largest number.
+Equal is to a millionth of the largest number. Encoder-decoders, T5's encoders and ALBERT take soft prompts, and
+encoder-decoders PEFT's adapters, since this run ([which](peft.md#encoder-decoders)): there "refused" is out of date.
 
 *right* is equal, *refused* raises when attached and says why. *not PEFT's*: PEFT does not take the class or fails
 itself. *no oracle*: concatenation by hand cannot be done in this class, or transformers' own

@@ -52,7 +52,8 @@ def attach(
     Args:
         model: a decoder, encoder or encoder-decoder whose attention goes through transformers' attention interface.
         config: what to train and where to start: a :class:`PrefixConfig` (keys and values in every attention
-            layer), a :class:`PromptConfig` (input embeddings) or a :class:`LlamaAdapterConfig` (gated prompts).
+            layer), a :class:`PromptConfig` (input embeddings), a :class:`LlamaAdapterConfig` (gated prompts) or a
+            :class:`PrefixMemoryConfig` (a matrix for each head).
         name: name of this prefix. Several can be attached; the last one is active (see :func:`set_prefix`).
         weights: called on the new prefix before it is placed in the model, to fill it from elsewhere.
 
@@ -64,7 +65,11 @@ def attach(
             a config field does not fit.
     """
     if not isinstance(config, LayerConfig | PromptConfig):
-        raise fail("config", type(config).__name__, "a fastprefix.PrefixConfig, PromptConfig or LlamaAdapterConfig")
+        raise fail(
+            "config",
+            type(config).__name__,
+            "a fastprefix.PrefixConfig, PromptConfig, LlamaAdapterConfig or PrefixMemoryConfig",
+        )
 
     def make(installation: Installation) -> Prefix | SoftPrompt:
         prefix = build(installation, config)

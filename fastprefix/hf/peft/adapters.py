@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -66,6 +67,11 @@ class Adapters:
         if self.two_stacks and new and config.num_transformer_submodules == 2:
             config.num_transformer_submodules = WITH_CROSS
             self.completed.add(name)
+            warnings.warn(
+                f"fastprefix: adapter {name!r} is taken for a new one: the slots of cross-attention, which PEFT never "
+                "reads, are read and trained. Load one that PEFT has trained into the patched model (load_adapter)",
+                stacklevel=5,
+            )
 
     def restore(self) -> None:
         """Undo :meth:`read_cross_too`."""
