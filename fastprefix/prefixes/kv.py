@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -34,7 +35,7 @@ def concatenate(parts: Sequence[LayerKV]) -> LayerKV:
     return LayerKV(k, v, bias=torch.cat(biases, 1))
 
 
-class PrefixLayer(nn.Module):
+class PrefixLayer(nn.Module, ABC):
     """One layer's prefix; calling it returns what the layer's attention reads.
 
     ``bias``: ``[H_kv, P]``, from which the trained bias starts; None for a prefix without one.
@@ -47,9 +48,9 @@ class PrefixLayer(nn.Module):
         self.gate, self.dropout = gate, dropout
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
 
+    @abstractmethod
     def key_values(self) -> tuple[Tensor, Tensor]:
         """``[H_kv, P, D]`` and ``[H_kv, P, D_v]``."""
-        raise NotImplementedError
 
     def extras(self) -> dict[str, Tensor]:
         """What is saved of the layer by name, besides keys and values that are its parameters or an MLP's output."""

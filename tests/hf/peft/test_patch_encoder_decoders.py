@@ -83,7 +83,8 @@ def test_a_new_prefix_is_read_by_self_and_cross_attention(name: str, padded: str
     model, inputs = tuned(copy.deepcopy(base)), rows(name, padded)
     weight = model.prompt_encoder.default.embedding.weight
     slots = 2 * model.peft_config["default"].num_layers
-    fastprefix.patch(model)
+    with pytest.warns(UserWarning, match="'default' is taken for a new one: the slots of cross-attention"):
+        fastprefix.patch(model)
     output = model(**inputs)
     grad = torch.autograd.grad(output.loss, [weight])[0]
     move_positions(base, P)

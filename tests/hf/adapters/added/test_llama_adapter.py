@@ -15,6 +15,11 @@ import fastprefix
 from fastprefix import LlamaAdapterConfig, init
 from fastprefix.hf.adapters.lookup import require_installation
 from fastprefix.hf.trainer import restore
+from tests.hf.adapters.added.same_results import (
+    assert_checkpointed_step_is_the_same,
+    assert_generation_equals_full_forwards,
+    assert_rows_equal_separate_runs,
+)
 from tests.model_zoo.architectures import ROWS, VOCAB
 from tests.model_zoo.encoder_decoders import ROWS as ENCODER_DECODERS
 from tests.support.concat_oracle import gated, run_added
@@ -167,43 +172,20 @@ def test_rows_read_their_own_adapters_and_gated_prefixes() -> None:
     _, b = attached(P=3, label="b", model=model, gate="linear", num_layers=1)
     c = fastprefix.attach(model, fastprefix.PrefixConfig(4, gate="tanh", init=init.normal(0.5)), "c")
     opened(c)
-    names, want = ["a", "b", "c"], []
-    for row, name in enumerate(names):
-        fastprefix.set_prefix(model, name)
-        want.append(model(input_ids=IDS[row : row + 1])[0])
-    fastprefix.set_prefix(model, None)
-    parameters = [p for prefix in (a, b, c) for p in prefix.parameters()]
-    weight = torch.sin(torch.arange(want[0].numel() * 3, dtype=torch.float64)).view(3, *want[0].shape[1:])
-    grads = torch.autograd.grad(torch.cat(want), parameters, weight)
-    with fastprefix.prefix_batch(model, names):
-        got = model(input_ids=IDS)[0]
-    torch.testing.assert_close(got, torch.cat(want), rtol=1e-9, atol=1e-9)
-    for mine, grad in zip(torch.autograd.grad(got, parameters, weight), grads, strict=True):
-        torch.testing.assert_close(mine, grad, rtol=1e-8, atol=1e-9)
+    assert_rows_equal_separate_runs(model, ["a", "b", "c"], [a, b, c], IDS)
 
 
 def test_generating_with_a_cache_equals_a_full_forward() -> None:
     model, _ = attached()
     mask = torch.ones_like(IDS)
     mask[0, :2] = 0
-    made = model.generate(input_ids=IDS, attention_mask=mask, max_new_tokens=5, do_sample=False, pad_token_id=0)
-    for n in range(5):
-        whole = torch.cat([mask, torch.ones(3, n, dtype=torch.long)], 1)
-        logits = model(input_ids=made[:, : 8 + n], attention_mask=whole).logits
-        assert torch.equal(logits[:, -1].argmax(-1), made[:, 8 + n])
+    assert_generation_equals_full_forwards(model, IDS, mask)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_a_checkpointed_step_is_the_same(reentrant: bool) -> None:
     model, adapter = attached()
-    model.train()
-    model(input_ids=IDS)[0].square().sum().backward()
-    want = [p.grad.clone() for p in adapter.parameters()]
-    adapter.zero_grad()
-    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-    model(input_ids=IDS)[0].square().sum().backward()
-    for parameter, grad in zip(adapter.parameters(), want, strict=True):
-        torch.testing.assert_close(parameter.grad, grad)
+    assert_checkpointed_step_is_the_same(model, adapter, IDS, reentrant)
 
 
 @pytest.mark.slow

@@ -15,6 +15,10 @@ from fastprefix import PrefixMemoryConfig
 from fastprefix.hf.adapters.lookup import require_installation
 from fastprefix.hf.trainer import restore
 from fastprefix.prefixes.memory import add_memory
+from tests.hf.adapters.added.same_results import (
+    assert_checkpointed_step_is_the_same,
+    assert_generation_equals_full_forwards,
+)
 from tests.model_zoo.architectures import ROWS, VOCAB
 from tests.model_zoo.encoder_decoders import ROWS as ENCODER_DECODERS
 from tests.model_zoo.encoder_decoders import batch, cast
@@ -93,11 +97,7 @@ def test_generating_with_a_cache_equals_a_full_forward() -> None:
     model, _ = attached()
     mask = torch.ones_like(IDS)
     mask[0, :2] = 0
-    made = model.generate(input_ids=IDS, attention_mask=mask, max_new_tokens=5, do_sample=False, pad_token_id=0)
-    for n in range(5):
-        whole = torch.cat([mask, torch.ones(3, n, dtype=torch.long)], 1)
-        logits = model(input_ids=made[:, : 8 + n], attention_mask=whole).logits
-        assert torch.equal(logits[:, -1].argmax(-1), made[:, 8 + n])
+    assert_generation_equals_full_forwards(model, IDS, mask)
 
 
 def test_saved_loaded_restored_and_copied(tmp_path: Path) -> None:
@@ -122,14 +122,7 @@ def test_saved_loaded_restored_and_copied(tmp_path: Path) -> None:
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_a_checkpointed_step_is_the_same(reentrant: bool) -> None:
     model, memory = attached()
-    model.train()
-    model(input_ids=IDS)[0].square().sum().backward()
-    want = [p.grad.clone() for p in memory.parameters()]
-    memory.zero_grad()
-    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-    model(input_ids=IDS)[0].square().sum().backward()
-    for parameter, grad in zip(memory.parameters(), want, strict=True):
-        torch.testing.assert_close(parameter.grad, grad)
+    assert_checkpointed_step_is_the_same(model, memory, IDS, reentrant)
 
 
 def test_mixed_batches_and_shared_prompts_are_refused() -> None:
