@@ -30,7 +30,7 @@ def compiled(folder: Path, kernels: Sequence[Path], namespace: str, *defines: st
 
 def inputs() -> tuple[object, ...]:
     q, k, p = (torch.randn(*size).bfloat16() for size in ((2, 4, 1, 64), (2, 2, 9, 64), (2, 5, 64)))
-    return (q, k, k, p, p, None, None, None, None, None, None, 8, True, 0.125, 0, 0.0, 0)
+    return (q, k, k, p, p, *[None] * 7, 8, True, 0.125, 0, 0.0, 0)
 
 
 def assert_loads(path: Path, namespace: str) -> None:
