@@ -190,12 +190,17 @@ struct KeyBlock {
       st_global(reinterpret_cast<Float2*>(to + key * columns + column), exists ? Float2{{left, right}} : Float2{{0.0f, 0.0f}});
     });
   }
-  // Four lanes have sums of the same keys.
-  FP_DEVICE void leave_bias(float* to, float (&dbias)[2], const KeyTask& t, int own) {
+  // Four lanes have sums of the same keys' biases: now each has them all.
+  FP_DEVICE void add_lanes(float (&dbias)[2]) {
     FP_UNROLL
     for (int half = 0; half < 2; half++) {
       dbias[half] += shfl_xor(dbias[half], 1);
       dbias[half] += shfl_xor(dbias[half], 2);
+    }
+  }
+  FP_DEVICE void leave_bias(float* to, const float (&dbias)[2], const KeyTask& t, int own) {
+    FP_UNROLL
+    for (int half = 0; half < 2; half++) {
       const int64_t key = key_of_lane(own, half);
       if (thread_index() % 4 == 0 && key < t.end_key) st_global(to + key, key < t.keys ? dbias[half] : 0.0f);
     }

@@ -168,6 +168,7 @@ struct BackwardKeys {
       if (lane == 0) mbarrier_arrive(empty(stage));
     }
     const KeyTask own = OF_PREFIX ? saved() : t;
+    if constexpr (BIASED) Block::add_lanes(dbias);
     Block::leave(p, own, first_key_of_warp(own, group), KEY_GROUPS == 1 ? group : 0, dk, dv, dbias);
   }
 

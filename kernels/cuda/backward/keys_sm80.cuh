@@ -20,7 +20,8 @@ struct BackwardKeysSm80 {
   using Block = KeyBlock<T, D, BLOCK_M, BLOCK_N, ROW_WARPS, OF_PREFIX, BIASED>;
   static constexpr uint32_t KEYS = BLOCK_N * D * 2, TILE = BLOCK_M * D * 2, STATS = BLOCK_M * sizeof(Float2);
   static constexpr uint32_t K = 0, V = KEYS, Q = 2 * KEYS, DOUT = Q + STAGES * TILE, ROWS = DOUT + STAGES * TILE;
-  static constexpr uint32_t TASK = ROWS + STAGES * STATS, OF_KEYS = TASK + 48, SHARED_BYTES = OF_KEYS + BLOCK_N * 4;
+  static constexpr uint32_t TASK = ROWS + STAGES * STATS, OF_KEYS = TASK + 48, SUMS = OF_KEYS + BLOCK_N * 4;
+  static constexpr uint32_t SHARED_BYTES = SUMS + (BIASED ? ROW_WARPS * BLOCK_N * 4 : 0);
   static_assert(SHARED_BYTES <= 99 * 1024, "what a consumer card's block has");
 
   FP_DEVICE KeyTask task() { return saved_task(shared_base() + TASK); }   // for few registers are left
@@ -29,6 +30,18 @@ struct BackwardKeysSm80 {
   FP_DEVICE uint32_t stats(int step) { return shared_base() + ROWS + step % STAGES * STATS; }
   // Whether padding shows a key of the content, counted from the block's first, or the bias of one of the prefix.
   FP_DEVICE uint32_t of_key(int place) { return shared_base() + OF_KEYS + place * 4; }
+
+  // Where a row warp's gradient of a key's bias is summed: two more registers would spill.
+  FP_DEVICE uint32_t of_sum(int copy, int place) { return shared_base() + SUMS + (copy * BLOCK_N + place) * 4; }
+
+  FP_DEVICE void add_to_sums(float (&dbias)[2], int key_warp, int copy, int lane) {
+    Block::add_lanes(dbias);
+    FP_UNROLL
+    for (int half = 0; half < 2; half++) {
+      const uint32_t sum = of_sum(copy, key_warp * 16 + accumulator_row(lane, half));
+      if (lane % 4 == 0) st_shared(sum, ld_shared(sum) + dbias[half]);
+    }
+  }
 
   FP_DEVICE int first_key_of_warp(const KeyTask& t) { return t.first_key + thread_index_again() / 32 % KEY_WARPS * 16; }
 
@@ -87,10 +100,11 @@ struct BackwardKeysSm80 {
         st_shared(of_key(thread_index()), static_cast<int>(Block::is_shown(c, t, key)));
       else if (BIASED)
         st_shared(of_key(thread_index()), Block::bias_of_key(c, t, key));
+      if (BIASED) FP_UNROLL for (int copy = 0; copy < ROW_WARPS; copy++) st_shared(of_sum(copy, thread_index()), 0.0f);
     }
     sync_block();   // the task is there
     fetch(p, 0, steps);
-    float dk[1][D / 2], dv[1][D / 2], dbias[2] = {0.0f, 0.0f};
+    float dk[1][D / 2], dv[1][D / 2];
     FP_UNROLL for (int e = 0; e < D / 2; e++) dk[0][e] = dv[0][e] = 0.0f;
     FP_NO_UNROLL
     for (int step = 0; step < steps; step++) {
@@ -114,10 +128,11 @@ struct BackwardKeysSm80 {
         const bool shown[2] = {ld_shared_int(of_key(place)) != 0, ld_shared_int(of_key(place + 8)) != 0};
         Block::hide(x[0], p, again, own, again.first_row + step * BLOCK_M, shown);
       }
-      float bias[2] = {0.0f, 0.0f};
+      float bias[2] = {0.0f, 0.0f}, dbias[2] = {0.0f, 0.0f};
       if constexpr (BIASED)
         FP_UNROLL for (int half = 0; half < 2; half++) bias[half] = ld_shared(of_key(key_warp * 16 + accumulator_row(lane, half)));
       Block::weigh(x[0], dp[0], dbias, bias, stats(step) + rows * 8, c.softcap * LOG2E, needs_ds);
+      if constexpr (BIASED) add_to_sums(dbias, key_warp, rows / WARP_ROWS, lane);
       uint32_t weights[1][WARP_ROWS / 16][4];
       if (needs_v) {
         pack_operand<T, WARP_ROWS>(weights[0], x[0]);
@@ -131,6 +146,12 @@ struct BackwardKeysSm80 {
     }
     cp_async_wait_group<0>();
     const KeyTask own = task();
+    float dbias[2] = {0.0f, 0.0f};
+    if constexpr (BIASED) {
+      const int warp = thread_index() / 32, first = warp % KEY_WARPS * 16;
+      sync_warp();
+      FP_UNROLL for (int half = 0; half < 2; half++) dbias[half] = ld_shared(of_sum(warp / KEY_WARPS, Block::key_of_lane(first, half)));
+    }
     Block::leave(p, own, first_key_of_warp(own), thread_index() / 32 / KEY_WARPS, dk[0], dv[0], dbias);
 #else
     trap();

@@ -32,9 +32,9 @@ inline int64_t prefix_tensors(const AttentionCall& c) { return c.packed ? 1 : c.
 // have the same, and leave sums of their own.
 inline PrefixWork prefix_work(const AttentionCall& c, bool hopper) {
   const int tokens = mean_tokens(c);
-  // With a bias, two groups of keys would spill registers.
-  if (hopper) return tokens <= 64 || c.prefix_bias ? PrefixWork{64, 64, 2} : PrefixWork{128, 64, 1};
-  return tokens <= 16 ? PrefixWork{16, 64, 4} : tokens <= 64 ? PrefixWork{64, 64, 2} : PrefixWork{128, 32, 1};
+  if (!hopper && tokens <= 16) return {16, 64, 4};
+  if (tokens <= 64 || c.prefix_bias) return {64, 64, 2};   // with a bias, 128 keys would spill registers
+  return {128, hopper ? 64 : 32, 1};
 }
 // Tiles of keys, of a packed bank those of all its prefixes, each of which may end in one that is not full, as may the
 // tokens behind the last.
@@ -124,11 +124,9 @@ struct Sm80Kernels {
   }
   template <bool BIASED>
   static const char* prefix(const BackwardParams& p, int64_t tiles, void* stream) {
-    switch (p.work.keys) {
-      case 16: return launch_tiles<BackwardKeysSm80<T, D, 1, 4, true, BIASED>>(p, tiles, stream);
-      case 64: return launch_tiles<BackwardKeysSm80<T, D, 4, 2, true, BIASED>>(p, tiles, stream);
-      default: return launch_tiles<BackwardKeysSm80<T, D, 8, 1, true, BIASED>>(p, tiles, stream);
-    }
+    if (p.work.keys == 16) return launch_tiles<BackwardKeysSm80<T, D, 1, 4, true, BIASED>>(p, tiles, stream);
+    return BIASED || p.work.keys == 64 ? launch_tiles<BackwardKeysSm80<T, D, 4, 2, true, BIASED>>(p, tiles, stream)
+                                       : launch_tiles<BackwardKeysSm80<T, D, 8, 1, true, false>>(p, tiles, stream);
   }
 };
 

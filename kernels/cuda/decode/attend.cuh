@@ -29,7 +29,7 @@ struct AttendShare {
   static constexpr bool Q_IN_REGISTERS = WIDTH <= 128;   // wider, its fragments are loaded again for each tile
 
   static constexpr uint32_t TILE = BLOCK_N * WIDTH * 2, K_TILES = BLOCK_M * WIDTH * 2, V_TILES = K_TILES + STAGES * TILE;
-  static constexpr uint32_t SHARED_BYTES = V_TILES + STAGES * TILE;
+  static constexpr uint32_t BIASES = V_TILES + STAGES * TILE, SHARED_BYTES = BIASES + STAGES * BLOCK_N * 4;
   // At the end the warps' states lie where the tiles were. Eight more numbers a row keep rows out of each other's banks.
   static constexpr int STATE_ROW = WIDTH + 8;
   static constexpr uint32_t MAXIMA = WARPS_N * BLOCK_M * STATE_ROW * 4, SUMS = MAXIMA + WARPS_N * BLOCK_M * 4;
@@ -50,6 +50,8 @@ struct AttendShare {
 
   FP_DEVICE uint32_t k_tile(int stage) { return shared_base() + K_TILES + stage * TILE; }
   FP_DEVICE uint32_t v_tile(int stage) { return shared_base() + V_TILES + stage * TILE; }
+
+  FP_DEVICE uint32_t biases(int stage) { return shared_base() + BIASES + stage * BLOCK_N * 4; }
 
   FP_DEVICE void load_rows(const DecodeParams& p, const Task& task) {
     const uint16_t* q = static_cast<const uint16_t*>(p.call.q.data);
@@ -151,17 +153,22 @@ struct AttendShare {
     }
   }
 
-  // Adds the bias to a prefix's tile that begins at `first`. By all lanes of a warp together.
-  FP_DEVICE void add_bias(float (&x)[KEYS / 8][4], const AttentionCall& c, const Task& task, int first) {
-    // The thread is asked for again, or calls without a bias would find the addresses, too.
-    const int thread = thread_index_again(), own = first + thread / 32 / WARPS_V % WARPS_N * KEYS + accumulator_column(thread % 32);
-    const int left = task.prefix_keys - own;
-    const float* bias = bias_of_prefix(c, task.prefix, tokens_before(c, task.prefix), task.h_kv) + own;
+  // The biases of the prefix's tile that begins at `first`, base 2, for all warps: each lane's own reads would take
+  // addresses in registers, of which none is left.
+  FP_DEVICE void load_bias(uint32_t to, const AttentionCall& c, const Task& task, int first) {
+    const int place = thread_index_again();
+    if (place >= BLOCK_N) return;
+    const float* bias = bias_of_prefix(c, task.prefix, tokens_before(c, task.prefix), task.h_kv) + first;
+    st_shared(to + place * 4, first + place < task.prefix_keys ? bias_at(bias, place) : 0.0f);
+  }
+  FP_DEVICE void add_bias(float (&x)[KEYS / 8][4], uint32_t from) {
+    sync_warp();   // keeps this a branch: calls without a bias would issue it as predicated instructions
+    const int thread = thread_index_again(), own = thread / 32 / WARPS_V % WARPS_N * KEYS + accumulator_column(thread % 32);
     FP_UNROLL
     for (int j = 0; j < KEYS / 8; j++) {
       FP_UNROLL
       for (int e = 0; e < 2; e++) {
-        const float its = j * 8 + e < left ? bias_at(bias, j * 8 + e) : 0.0f;
+        const float its = ld_shared(from + (own + j * 8 + e) * 4);
         x[j][e] += its;
         x[j][e + 2] += its;
       }
@@ -212,6 +219,8 @@ struct AttendShare {
       const int stage = i % STAGES, first = first_key(i), end = of_prefix ? prefix.end : content.end;
       load_keys(k_tile(stage), of_prefix ? prefix.k : content.k, of_prefix ? prefix.k_row : content.k_row, first, end, c.D);
       load_keys(v_tile(stage), of_prefix ? prefix.v : content.v, of_prefix ? prefix.v_row : content.v_row, first, end, c.D_v);
+      // Behind the copies, which are on their way while these are read.
+      if (c.prefix_bias && of_prefix) load_bias(biases(stage), c, task, first);
     };
 
     State state;
@@ -252,7 +261,7 @@ struct AttendShare {
       to_logits(x, logits);
       const bool of_prefix = i < prefix_tiles;
       const int first = first_key(i), last = first + BLOCK_N - 1;
-      if (c.prefix_bias && of_prefix) add_bias(x, c, task, first);
+      if (c.prefix_bias && of_prefix) add_bias(x, biases(i % STAGES));
       const bool by_row = (c.causal && last > first_position) || (c.window && first <= last_position - c.window);
       if (last >= (of_prefix ? task.prefix_keys : task.high) || (!of_prefix && (c.padding || by_row)))
         hide(x, c, task, warp, of_prefix, first, position);

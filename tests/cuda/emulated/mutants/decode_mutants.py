@@ -124,17 +124,25 @@ DECODE_MUTANTS = [
     Mutant(
         "the last tile has no bias",
         ATTEND,
-        "if (c.prefix_bias && of_prefix)",
-        "if (c.prefix_bias && last < task.prefix_keys)",
+        "if (c.prefix_bias && of_prefix) add_bias",
+        "if (c.prefix_bias && last < task.prefix_keys) add_bias",
         "",
         "bias",
     ),
     Mutant(
         "a bias behind the end is read",
         ATTEND,
-        "j * 8 + e < left ? bias_at",
+        "first + place < task.prefix_keys ? bias_at",
         "true ? bias_at",
         "outside",
+        "bias",
+    ),
+    Mutant(
+        "a tile is given the bias of the next",
+        ATTEND,
+        "add_bias(x, biases(i % STAGES))",
+        "add_bias(x, biases((i + 1) % STAGES))",
+        "",
         "bias",
     ),
 ]

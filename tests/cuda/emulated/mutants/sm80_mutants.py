@@ -101,4 +101,20 @@ SM80_BACKWARD_MUTANTS = [
     ),
     *BACKWARD_BIAS_MUTANTS,
     without_weight(KEYS),
+    Mutant(
+        "sums of the bias's gradient do not begin at 0",
+        KEYS,
+        "st_shared(of_sum(copy, thread_index()), 0.0f);",
+        ";",
+        "nothing wrote",
+        "bias",
+    ),
+    Mutant(
+        "row warps share the bias's sums",
+        KEYS,
+        "SUMS + (copy * BLOCK_N + place) * 4",
+        "SUMS + place * 4",
+        "race",
+        "bias",
+    ),
 ]
