@@ -15,6 +15,7 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from fastprefix.errors import fail
 from fastprefix.hf.adapters.installation import Installation
 from fastprefix.hf.adapters.lookup import require_installation
+from fastprefix.hf.model import dtensor, wrappers
 from fastprefix.hf.storage import layer_tensors, peft_format, save_load, saved_modules
 from fastprefix.hf.storage.saved_adapter import SavedAdapter
 from fastprefix.hf.storage.validated_files import check_tensors
@@ -37,10 +38,13 @@ class PrefixTrainer(Trainer):
 
     Raises:
         ValueError: no prefix is attached; parameters other than prefixes are trainable and would be missing in the
-            checkpoints; or parameters are sharded (FSDP, DeepSpeed). The plain ``Trainer`` saves all parameters.
+            checkpoints; or parameters are sharded (FSDP, DeepSpeed, tensor parallelism). The plain ``Trainer`` saves
+            all parameters.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        # The first process alone saves, and cannot gather what the others have.
+        dtensor.refuse_tensor_parallel(wrappers.unwrapped(kwargs.get("model", args[0] if args else None)))
         super().__init__(*args, **kwargs)
         installation = require_installation(self.model)
         others = saved_modules.left_out(installation)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fastprefix.errors import fail
+from fastprefix.prefixes.head_shards import whole
 from fastprefix.prefixes.init import Init
 from fastprefix.prefixes.prefix import Prefix
 from fastprefix.prefixes.prompt import SoftPrompt
@@ -109,8 +110,9 @@ def _start(prefix: Any) -> Init:
         if prefix.is_added:
             raise fail("prefixes", f"a {prefix.kind}", "prefixes of keys and values without a gate")
         pairs = prefix.key_values()
+        keys, values = (tuple(whole(x) for x in part) for part in zip(*pairs, strict=True))
         biases = prefix.biases()
-        return Init("kv", keys=tuple(k for k, _ in pairs), values=tuple(v for _, v in pairs), biases=biases)
+        return Init("kv", keys=keys, values=values, biases=None if biases is None else tuple(map(whole, biases)))
     if isinstance(prefix, SoftPrompt):
         return Init("embeddings", embeddings=prefix.without_dropout())
     if isinstance(prefix, Init) and (prefix.keys is not None or prefix.embeddings is not None):

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from fastprefix.prefixes.config import LayerShape, Part
 from fastprefix.prefixes.gate import Gate
+from fastprefix.prefixes.projection import Projection
 from fastprefix.prefixes.token_dropout import TokenDropout
 
 
@@ -41,6 +42,8 @@ class PrefixLayer(nn.Module, ABC):
     ``bias``: ``[H_kv, P]``, from which the trained bias starts; None for a prefix without one.
     """
 
+    placement: Any = None  # in a tensor-parallel model, where the layer's heads are: Shard(0) or Replicate()
+
     def __init__(
         self, gate: Gate | None = None, dropout: TokenDropout | None = None, bias: Tensor | None = None
     ) -> None:
@@ -61,9 +64,23 @@ class PrefixLayer(nn.Module, ABC):
         """Keys, values and bias, without dropped tokens, and the gate if there is one."""
         k, v = self.key_values()
         bias: Tensor | None = self.bias
+        gate = None if self.gate is None else self.gate()
+        mesh = None
+        if self.placement is not None:
+            mesh = getattr(k, "device_mesh", None)
+            k, v = self.own_heads(k), self.own_heads(v)
+            bias = None if bias is None else self.own_heads(bias)
+            gate = None if gate is None else self.own_heads(gate)
         if self.dropout is not None:
-            k, v, bias = self.dropout(k, v, bias)
-        return LayerKV(k, v, gate=None if self.gate is None else self.gate(), bias=bias)
+            k, v, bias = self.dropout(k, v, bias, mesh)
+        return LayerKV(k, v, gate=gate, bias=bias)
+
+    def own_heads(self, x: Tensor) -> Tensor:
+        """The part of ``[H_kv, ...]`` or ``[H, ...]`` whose heads this process has (see head_shards.py)."""
+        if self.placement is None or not hasattr(x, "redistribute"):
+            return x
+        own: Tensor = x.redistribute(placements=[self.placement]).to_local()
+        return own
 
 
 class DirectKV(PrefixLayer):
@@ -95,39 +112,6 @@ class DirectKV(PrefixLayer):
         if not self.num_frozen_tokens:
             return self.k, self.v
         return torch.cat([self.frozen_k, self.k], 1), torch.cat([self.frozen_v, self.v], 1)
-
-
-class Projection(nn.Module):
-    """``x W^T + b``, with the parameters and initialisation of ``nn.Linear``, but not a subclass of it.
-
-    Tools that replace every linear layer of a model (LoRA on ``"all-linear"``, quantisation) leave this class alone.
-    """
-
-    def __init__(self, inputs: int, outputs: int) -> None:
-        super().__init__()
-        self.weight, self.bias = nn.Linear(inputs, outputs).parameters()  # [outputs, inputs], [outputs]
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``[..., outputs]``."""
-        return nn.functional.linear(x, self.weight, self.bias)
-
-    @torch.no_grad()
-    def fit(self, x: Tensor, target: Tensor) -> float:
-        """Set weight and bias by least squares, so that ``x [P, inputs]`` gives ``target [P, outputs]``.
-
-        The fit is exact where the rows of ``x`` are linearly independent.
-
-        Returns:
-            The remaining error, relative to the target (Frobenius norms).
-        """
-        x, target = x.double(), target.double()
-        mean = target.mean(0)
-        # gelsd, for its minimum-norm solution: the smallest singular values of ``x`` may be close to zero.
-        solution = torch.linalg.lstsq(x.cpu(), (target - mean).cpu(), driver="gelsd").solution
-        self.weight.copy_(solution.T)
-        self.bias.copy_(mean)
-        left = nn.functional.linear(x, self.weight.double(), self.bias.double()) - target
-        return float(left.norm() / target.norm().clamp(min=torch.finfo(torch.float32).tiny))
 
 
 class PrefixEncoder(nn.Module):

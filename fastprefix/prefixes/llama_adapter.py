@@ -93,7 +93,9 @@ class AdapterKV(PrefixLayer):
 
     def key_values(self) -> tuple[Tensor, Tensor]:
         """``[H_kv, P, D]`` and ``[H_kv, P, D_v]``."""
-        return self._project[0](self.prompt)
+        prompt: Any = self.prompt
+        # In a tensor-parallel model the projections take a whole prompt and make keys and values of their own heads.
+        return self._project[0](prompt if self.placement is None else prompt.to_local())
 
     def extras(self) -> dict[str, Tensor]:
         """The prompt and the gate."""

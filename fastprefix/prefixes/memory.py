@@ -82,7 +82,8 @@ class MemoryLayer(PrefixLayer):
 
     def forward(self) -> LayerKV:
         """No keys and values, and the memory."""
-        return LayerKV(*self.key_values(), memory=self.memory)
+        k, v = self.key_values()
+        return LayerKV(self.own_heads(k), self.own_heads(v), memory=self.own_heads(self.memory))
 
 
 def add_memory(o: Tensor, q: Tensor, memory: Tensor) -> Tensor:

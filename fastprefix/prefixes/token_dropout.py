@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -21,11 +23,20 @@ class TokenDropout(nn.Module):
         super().__init__()
         self.p, self.num_frozen_tokens = p, num_frozen_tokens
 
-    def forward(self, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Keys ``[H_kv, P, D]``, values ``[H_kv, P, D_v]`` and bias ``[H_kv, P]`` of the tokens that stay."""
+    def forward(
+        self, k: Tensor, v: Tensor, bias: Tensor | None, mesh: Any = None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Keys ``[H_kv, P, D]``, values ``[H_kv, P, D_v]`` and bias ``[H_kv, P]`` of the tokens that stay.
+
+        ``mesh``: the processes that have the other heads of these tokens, which all drop what the first one draws.
+        """
         if not self.training:
             return k, v, bias
-        stays = torch.rand(k.shape[1]) >= self.p
+        drawn = torch.rand(k.shape[1])
+        if mesh is not None:
+            drawn = drawn.to(k.device)
+            torch.distributed.broadcast(drawn, group=mesh.get_group(), group_src=0)
+        stays = drawn >= self.p
         stays[: self.num_frozen_tokens] = True
         places = stays.nonzero()[:, 0].to(k.device)
         return k[:, places], v[:, places], None if bias is None else bias[:, places]

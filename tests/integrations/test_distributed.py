@@ -1,4 +1,4 @@
-"""DDP, FSDP2 and tensor parallelism in two processes: the losses and gradients of one process with the whole batch."""
+"""DDP and FSDP2 in two processes: the losses and gradients of one process with the whole batch."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 import fastprefix
 from fastprefix import PrefixConfig, init
 from tests.support import two_processes
-from tests.support.tiny_models import save_tiny, tiny_model
+from tests.support.tiny_models import tiny_model
 
 P, STEPS, LR = 3, 3, 0.05
 KINDS: dict[str, dict[str, Any]] = {"direct": {"num_frozen_tokens": 1}, "projected": {"prefix_projection": True}}
@@ -215,26 +215,6 @@ def test_fsdp2(tmp_path: Path) -> None:
             assert "LlamaForCausalLM with sharded parameters (" in said[what]
         for what in ("mixed", "shared", "prompt"):
             assert said[what].startswith("model: got one with sharded parameters"), (what, said[what])
-
-
-def tensor_parallel(rank: int, folder: Path) -> dict[str, Any]:
-    from transformers import AutoModelForCausalLM
-    from transformers.distributed import DistributedConfig
-
-    config = DistributedConfig(tp_size=two_processes.WORLD, tp_plan="auto")
-    model = AutoModelForCausalLM.from_pretrained(folder, distributed_config=config)
-    with pytest.raises(ValueError) as raised:
-        fastprefix.attach(model, PrefixConfig(P))
-    return {"error": str(raised.value), "logits": model(batch()).logits.detach()}
-
-
-@pytest.mark.slow
-def test_tensor_parallelism_is_refused(tmp_path: Path) -> None:
-    """Every process has some of the heads there; the model itself still runs."""
-    save_tiny(tmp_path / "base")
-    for each in two_processes.run(tensor_parallel, tmp_path, tmp_path / "base"):
-        assert "tensor parallel models cannot carry a prefix" in each["error"]
-        torch.testing.assert_close(each["logits"], tiny_model()(batch()).logits, rtol=1e-4, atol=1e-5)
 
 
 def sharded_heads(rank: int, folder: Path) -> dict[str, Any]:

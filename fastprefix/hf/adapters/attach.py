@@ -11,7 +11,7 @@ from torch import nn
 
 from fastprefix.errors import fail
 from fastprefix.hf.adapters import placement
-from fastprefix.hf.adapters.build import build
+from fastprefix.hf.adapters.build import build, distribute
 from fastprefix.hf.adapters.installation import Installation
 from fastprefix.hf.adapters.lookup import (
     find_installation,
@@ -102,6 +102,7 @@ def _attach_locked(
         if name in installation.selection.provider.names():
             raise fail("name", repr(name), f"a new one: {sorted(installation.selection.provider.names())} are attached")
         prefix = make(installation)
+        distribute(installation, prefix)
     except BaseException:
         if fresh:
             detach(model)
@@ -174,7 +175,7 @@ def _detach_named(installation: Installation, name: str) -> None:
         raise fail("name", f"{name!r} inside a block of {block}", "the block's end first")
     if name not in provider.names():
         raise fail("name", repr(name), f"None or one of {sorted(provider.names())}")
-    dtensor.refuse(installation.model)
+    dtensor.tensor_parallel_mesh(installation.model)
     if selection.active == name:
         installation.activate(None)
     if name in selection.prefixes:
@@ -200,16 +201,18 @@ def bake(model: Any, name: str = "default") -> Prefix | SoftPrompt:
         ValueError: no prefix of this name is attached, or the model is sharded.
     """
     model = wrappers.unwrapped(model, but=wrappers.ADDING)
-    prefix = _attached(model).selection.named(name)
-    dtensor.refuse(model)
+    installation = _attached(model)
+    prefix = installation.selection.named(name)
+    dtensor.tensor_parallel_mesh(model)
     if isinstance(prefix, Prefix) and prefix.encoder is not None:
         with torch.no_grad():
             keys, values = zip(*prefix.key_values(), strict=True)
         prefix.set_direct(keys, values)
-        placement.place(require_installation(model), name, prefix)
+        distribute(installation, prefix)
+        placement.place(installation, name, prefix)
     elif isinstance(prefix, SoftPrompt) and prefix.encoder is not None:
         prefix.set_direct(prefix.encoder.without_dropout())
-        placement.place(require_installation(model), name, prefix)
+        placement.place(installation, name, prefix)
     return prefix
 
 

@@ -15,6 +15,7 @@ from fastprefix.hf.model import layers as model_layers
 from fastprefix.hf.model.prompt_support import check_images, check_place, check_prompts
 from fastprefix.hf.runtime.pooled_head import reads_each_token
 from fastprefix.prefixes.config import LayerShape, PrefixConfig
+from fastprefix.prefixes.head_shards import HeadShards
 from fastprefix.prefixes.kv import PartEncoders, PrefixEncoder
 from fastprefix.prefixes.llama_adapter import LlamaAdapterConfig
 from fastprefix.prefixes.memory import PrefixMemoryConfig
@@ -50,6 +51,13 @@ def _build(installation: Installation, config: LayerConfig | PromptConfig) -> Pr
     if isinstance(config, PrefixMemoryConfig):
         return memory.fill(installation, empty_prefix(installation, config))
     return build_prefix(installation, config)
+
+
+def distribute(installation: Installation, prefix: Prefix | SoftPrompt) -> None:
+    """In a tensor-parallel model, give each process its part of a whole prefix; every process has to call this."""
+    shards = installation.facts.layers.shards
+    if shards is not None:
+        shards.distribute(prefix)
 
 
 def _warn_of_fit(config: PrefixConfig | PromptConfig, hidden_size: int, error: float) -> None:
@@ -208,6 +216,14 @@ def _start(
                 return encoder_decoder.key_values(installation.model, layers, ids, indices)
             modules = [layers.modules[i] for i in indices]
             # Not the whole model, which would compute the logits of thousands of tokens for nothing.
-            return model_layers.key_values(layers.main.owner, ids, modules)
+            keys, values = model_layers.key_values(layers.main.owner, ids, modules)
+            if layers.shards is None:
+                return keys, values
+            return _gathered(layers.shards, keys, indices), _gathered(layers.shards, values, indices)
     finally:
         installation.activate(active)
+
+
+def _gathered(shards: HeadShards, tensors: Sequence[torch.Tensor], indices: Sequence[int]) -> list[torch.Tensor]:
+    """Keys or values of layers with the heads of all processes."""
+    return [shards.gathered(x, i) for x, i in zip(tensors, indices, strict=True)]

@@ -14,9 +14,9 @@ from fastprefix.hf.attention.config_copies import ConfigCopies
 from fastprefix.hf.attention.masks import requested
 from fastprefix.hf.attention.query_scaling import QueryScaling
 from fastprefix.hf.attention.recording import recording
-from fastprefix.hf.model import causality, default_positions, encoder_decoder, offload, outer_modules
+from fastprefix.hf.model import causality, default_positions, dtensor, encoder_decoder, offload, outer_modules
 from fastprefix.hf.model.facts import ModelFacts, position_table
-from fastprefix.hf.model.layers import find_layers
+from fastprefix.hf.model.layers import find_layers, of_all_processes
 from fastprefix.hf.model.probing import does_not_dispatch
 from fastprefix.hf.model.rope_limits import rope_limits
 from fastprefix.hf.runtime.cache_origin import CacheOrigins
@@ -102,7 +102,13 @@ class Installation:
         try:
             self.configs.switch(on=True)
             is_two_stacks = encoder_decoder.is_encoder_decoder(model)
+            mesh = dtensor.tensor_parallel_mesh(model)
+            if is_two_stacks and mesh is not None:
+                expected = "a model of one stack of layers, or a whole encoder-decoder"
+                raise fail("model", f"a tensor-parallel {type(model).__name__}", expected)
             layers = encoder_decoder.find_layers(model) if is_two_stacks else find_layers(model)
+            if mesh is not None:
+                layers = of_all_processes(model, layers, mesh)
             offload.refuse_offloaded_layers(model, layers.modules)
             self._check_masks(layers)
             outer = outer_modules.find_outer_modules(model, layers.main)
@@ -112,6 +118,7 @@ class Installation:
             tables = tuple(position_table(model, stack, stack is layers.main) for stack in layers.stacks)
         except BaseException as error:
             self._restore_methods()
+            dtensor.refuse_uneven_heads(model)
             if isinstance(error, ValueError) and error.__cause__ is not None and causality.runs(model):
                 raise does_not_dispatch(model, f", or reads masks of another form ({error.__cause__})") from error
             if isinstance(error, Exception) and not isinstance(error, ValueError):

@@ -42,10 +42,11 @@ def get_or_install(model: Any) -> Installation:
     """The Installation of a model, created if there is none.
 
     Raises:
-        ValueError: the model is a patched PEFT model, or it is sharded, so that each device would get another prefix.
+        ValueError: the model is a patched PEFT model, or it is sharded otherwise than by tensor parallelism, so that
+            each device would get another prefix.
     """
     model = wrappers.unwrapped(model)
-    dtensor.refuse(model)
+    dtensor.tensor_parallel_mesh(model)
     installation = find_installation(model)
     if installation is None:
         return install(model)

@@ -15,7 +15,7 @@ from torch import nn
 from fastprefix.errors import fail
 from fastprefix.hf.adapters.modules_per_row import RowModules
 from fastprefix.hf.attention.function import SLOT
-from fastprefix.hf.model import offload
+from fastprefix.hf.model import dtensor, offload
 from fastprefix.hf.model.layers import Layers
 from fastprefix.hf.runtime.forward_context import AdapterSelection, Name
 from fastprefix.hf.runtime.selection import Selection
@@ -90,6 +90,8 @@ class TrainedModules:
             raise fail("modules_to_save", f"{path!r}, which PEFT has put adapters into", "modules of the model's own")
         if any(_is_ours(hook) for m in module.modules() for hook in _hooks(m)):
             raise fail("modules_to_save", f"{path!r}, by which fastprefix moves positions", "other modules")
+        if self.layers.shards is not None and _is_shared(module):
+            raise fail("modules_to_save", f"{path!r}, which tensor parallelism spreads over processes", "whole modules")
         if not is_plain(module):
             raise fail("modules_to_save", f"{path!r}, whose weights are quantised", "modules that can be trained")
         same = [p for p, m in self.model.named_modules(remove_duplicate=False) if m is module]
@@ -200,6 +202,12 @@ def is_pefts(module: nn.Module) -> bool:
 def is_plain(module: nn.Module) -> bool:
     """Whether a module's weights are plain floating-point parameters, not quantised ones."""
     return all(type(p) is nn.Parameter and p.is_floating_point() for p in module.parameters())
+
+
+def _is_shared(module: nn.Module) -> bool:
+    """Whether tensor parallelism has sharded a module, or replaced its forward: a copy would run the original's."""
+    sharded = any(dtensor.is_sharded(p) for p in module.parameters())
+    return sharded or any("forward" in inner.__dict__ for inner in module.modules())
 
 
 def _hooks(module: nn.Module) -> list[Any]:

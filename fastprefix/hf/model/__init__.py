@@ -15,5 +15,7 @@
   that are made anew for every forward cannot be trained (``offload``).
 * FSDP2 gathers a layer's prefix with the layer and the MLP with the root, before our hooks run. What would read other
   layers' shards ahead of them (banks, prompts that run through the layers twice) is refused (``dtensor``), and so is
-  attaching to a sharded model, where every process would draw a prefix of its own.
+  attaching to such a model, where every process would draw a prefix of its own.
+* In a tensor-parallel model (``tp_plan``) a layer calls its attention with this process's heads. Shapes of layers are
+  those of all processes, and ``prefixes/head_shards.py`` gives each process its part of a prefix.
 """

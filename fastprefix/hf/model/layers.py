@@ -17,6 +17,7 @@ from fastprefix.hf.model import offload
 from fastprefix.hf.model.dummy_inputs import dummy_inputs
 from fastprefix.hf.model.probing import does_not_dispatch, first_calls, run, run_part
 from fastprefix.prefixes.config import LayerShape, Part
+from fastprefix.prefixes.head_shards import HeadShards
 
 # Types in transformers' configs of layers without keys and values: they keep a state, or nothing.
 WITHOUT_ATTENTION = ("linear_attention", "mamba", "mamba2", "conv", "recurrent", "moe", "mlp")
@@ -65,6 +66,7 @@ class Layers:
     reuses_modules: bool  # one module serves several layers, which share a prefix (ALBERT, Zamba)
     num_heads: tuple[int, ...]  # each layer's query heads H
     kv_sources: tuple[int, ...]  # the layer whose keys and values each layer reads; an earlier one in Gemma 3n
+    shards: HeadShards | None = None  # of a tensor-parallel model, whose shapes above are those of all processes
 
     @property
     def main(self) -> AttentionStack:
@@ -124,6 +126,41 @@ def _kv_sources(config: Any, types: Sequence[str], count: int) -> tuple[int, ...
     """For each of ``count`` layers, the layer whose keys and values it reads; some models' last layers share them."""
     own = count - (getattr(config, "num_kv_shared_layers", None) or 0)
     return tuple(i if i < own else max(j for j in range(own) if types[j] == types[i]) for i in range(count))
+
+
+def of_all_processes(model: nn.Module, layers: Layers, mesh: Any) -> Layers:
+    """The layers of a tensor-parallel model, with the heads of all processes where each process has some of them.
+
+    Raises:
+        ValueError: a layer's queries are spread over processes and its keys are not, or the other way round.
+    """
+    config: Any = getattr(model.config, "get_text_config", lambda: model.config)()
+    calls = {id(call.module): call for call in run(layers.main.owner, layers.main.dummy_inputs())}
+    shapes, heads, sharded = [], [], []
+    names = ("num_attention_heads", "num_key_value_heads")
+    for i, (module, shape) in enumerate(zip(layers.modules, layers.shapes, strict=True)):
+        q, k = (calls[id(module)].tensors[name] for name in "qk")
+        of_queries, of_keys = (
+            _is_spread(x, getattr(config, n, None), mesh) for x, n in zip((q, k), names, strict=True)
+        )
+        if of_queries != of_keys:
+            which = ("queries", "keys") if of_queries else ("keys", "queries")
+            got = f"{type(model).__name__}, whose tp_plan spreads the {which[0]} of layer {i} and not its {which[1]}"
+            raise fail("model", got, "a plan that spreads both over processes, or neither")
+        times = mesh.size() if of_keys else 1
+        shapes.append(shape._replace(num_kv_heads=shape.num_kv_heads * times))
+        heads.append(layers.num_heads[i] * times)
+        sharded.append(of_keys)
+    return replace(layers, shapes=tuple(shapes), num_heads=tuple(heads), shards=HeadShards(mesh, tuple(sharded)))
+
+
+def _is_spread(x: Tensor, heads: Any, mesh: Any) -> bool:
+    """Whether each process has its own heads in ``[B, heads, S, D]``; all have the same text."""
+    if heads in (x.shape[1], x.shape[1] * mesh.size()):
+        return bool(heads != x.shape[1])
+    found = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(mesh.size())]
+    torch.distributed.all_gather(found, x.contiguous(), group=mesh.get_group())
+    return not all(torch.equal(found[0], other) for other in found)
 
 
 def make_layers(

@@ -11,7 +11,7 @@ from fastprefix.hf.adapters import build
 from fastprefix.hf.adapters.installation import Installation
 from fastprefix.hf.adapters.lookup import find_installation, install, uninstall
 from fastprefix.hf.adapters.verify_calls import attention_calls, verify_calls
-from fastprefix.hf.model import probing, wrappers
+from fastprefix.hf.model import dtensor, probing, wrappers
 from fastprefix.hf.model.prompt_support import check_prompts, check_rows_behind
 from fastprefix.hf.peft import checks, classes
 from fastprefix.hf.peft.adapters import PATCHED_PROMPT_TYPES, Adapters, kind
@@ -66,6 +66,7 @@ def patch(peft_model: Any) -> Any:
         raise fail(
             "peft_model", f"a {type(base).__name__} that something is attached to", "one without; detach it first"
         )
+    dtensor.refuse_tensor_parallel(base)
     installation = install(base)
     try:
         facts = installation.facts

@@ -103,7 +103,8 @@ class PrefixReader:
             raise fail("names", kinds, "in one batch prefixes with gates, or none of them with a gate")
         embeddings = [prefix.prompt() for prefix in resolved if prefix.prompt is not None]
         output = None
-        dtensor.refuse_bank(p for prefix in resolved if prefix.prompt is None for p in prefix.parameters())
+        stored = (p for prefix in resolved if prefix.prompt is None for p in prefix.parameters())
+        dtensor.refuse_bank(stored, self.facts.layers.shards)
         prefilled: Iterator[tuple[KeyValues, Tensor]] = iter([])
         if embeddings:
             result = self.prefill.run(embeddings, module=module, options=options)

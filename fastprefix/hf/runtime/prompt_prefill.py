@@ -48,7 +48,7 @@ class PromptPrefill:
             options: further keyword arguments of that module's forward.
         """
         layers, slots = self.facts.layers, list(self.slots)
-        dtensor.refuse_bank(p for layer in layers.modules for p in layer.parameters())
+        dtensor.refuse_bank((p for layer in layers.modules for p in layer.parameters()), layers.shards)
         lengths = [len(x) for x in prompts]
         # torch.vmap supports stack, but not pad_sequence.
         same = len(set(lengths)) == 1

@@ -13,6 +13,7 @@ import torch
 
 from fastprefix.errors import fail
 from fastprefix.hf.adapters.attach import check_name
+from fastprefix.hf.adapters.build import distribute
 from fastprefix.hf.adapters.installation import Installation
 from fastprefix.hf.adapters.lookup import find_installation, get_or_install, require_not_patched, uninstall
 from fastprefix.hf.runtime.forward_context import Name
@@ -39,6 +40,7 @@ class PrefixRegistry:
         """The prefix of a name, read from disk unless it is in memory; the least recently used ones make room."""
         if name not in self.resident:
             prefix = SavedAdapter(self.paths[name]).build(self.installation)
+            distribute(self.installation, prefix)
             prefix.requires_grad_(False).eval()  # it is no part of the model, whose modes do not reach its dropout
             self.resident[name] = prefix
         self.resident.move_to_end(name)

@@ -73,8 +73,8 @@ def save(model: Any, dir: str | os.PathLike[str], name: str = "default") -> None
 
     Args:
         model: a model with the prefix attached, also inside DataParallel, DistributedDataParallel, ``torch.compile`` or
-            AveragedModel (whose averages are written). If it is sharded (FSDP2), every process has to call this
-            function, and the first process writes.
+            AveragedModel (whose averages are written). If it is sharded (FSDP2, tensor parallelism), every process
+            has to call this function, and the first process writes.
         dir: the folder, created if missing; other files in it stay.
         name: name of the prefix.
 
@@ -90,7 +90,9 @@ def save(model: Any, dir: str | os.PathLike[str], name: str = "default") -> None
     saved_modules.warn_of_left_out(installation, stacklevel=3)
     trained = saved_modules.fields(prefix, modules)  # before gathering, as gathered parameters require no gradient
     with ExitStack() as stack:
-        writes = all([stack.enter_context(gathered(module)) for module in (prefix, *modules.values())])
+        together = installation.facts.layers.shards is not None  # processes that have one prefix between them
+        found = (prefix, *modules.values())
+        writes = all([stack.enter_context(gathered(module, together)) for module in found])
         for parameter, x in (*prefix.state_dict().items(), *saved_modules.tensors(modules).items()):
             check_finite(parameter, x, f"prefix {name!r}")
         if writes:
