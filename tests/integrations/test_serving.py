@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 from starlette.testclient import TestClient
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, ContinuousBatchingConfig
 from transformers.cli.serving.chat_completion import ChatCompletionHandler
 from transformers.cli.serving.completion import CompletionHandler
 from transformers.cli.serving.model_manager import ModelManager
@@ -19,6 +20,7 @@ from transformers.cli.serving.utils import GenerationState
 
 import fastprefix
 from fastprefix import PrefixConfig, init
+from fastprefix.serving.continuous_batching import enable_continuous_batching
 from tests.support.tiny_models import save_tiny, tiny_model, tiny_tokenizer
 
 PROMPT, TOKENS = "the colour of grass is", 6
@@ -27,18 +29,20 @@ PROMPT, TOKENS = "the colour of grass is", 6
 class WithPrefix(ModelManager):
     """A server's models, each with the prefix that was saved for it."""
 
-    def __init__(self, adapter: Path, **options: Any) -> None:
-        self.adapter = adapter
+    def __init__(self, adapter: Path, batching: bool = False, **options: Any) -> None:
+        self.adapter, self.batching = adapter, batching
         super().__init__(**options)
 
     def _load_model(self, *args: Any, **kwargs: Any) -> Any:
         model = super()._load_model(*args, **kwargs)
         fastprefix.load(model, self.adapter)
+        if self.batching:
+            enable_continuous_batching(model)
         return model
 
 
-def client(manager: ModelManager, continuous: bool = False) -> TestClient:
-    state = GenerationState(continuous_batching=continuous)
+def client(manager: ModelManager, continuous: bool = False, state: GenerationState | None = None) -> TestClient:
+    state = GenerationState(continuous_batching=continuous) if state is None else state
     app = build_server(
         manager,
         ChatCompletionHandler(manager, state),
@@ -94,6 +98,23 @@ def test_continuous_batching_says_why_not(folders: tuple[str, Path]) -> None:
     manager = WithPrefix(adapter, device="cpu", model_timeout=-1)
     with client(manager, continuous=True) as server, pytest.raises(ValueError, match="in continuous batching"):
         server.post("/v1/completions", json={"model": name, "prompt": PROMPT, "max_tokens": TOKENS})
+
+
+def test_continuous_batching_serves_the_prefix(folders: tuple[str, Path]) -> None:
+    """Several requests to one engine, completions and streams, once it was enabled."""
+    name, adapter = folders
+    model = AutoModelForCausalLM.from_pretrained(name).eval()
+    fastprefix.load(model, adapter)
+    want = expected(model)
+    manager = WithPrefix(adapter, batching=True, device="cpu", model_timeout=-1)
+    body = {"model": name, "prompt": PROMPT, "max_tokens": TOKENS, "temperature": 0.0}
+    state = GenerationState(continuous_batching=True, cb_config=ContinuousBatchingConfig(num_blocks=32))
+    with client(manager, state=state) as server:
+        answers = [server.post("/v1/completions", json=body) for _ in range(3)]
+        streamed = server.post("/v1/completions", json={**body, "stream": True})
+    assert [answer.json()["choices"][0]["text"] for answer in answers] == [want] * 3
+    lines = [json.loads(line[6:]) for line in streamed.text.splitlines() if line.startswith("data: {")]
+    assert "".join(line["choices"][0]["text"] for line in lines) == want
 
 
 def test_a_folder_of_adapter_files_is_no_model(folders: tuple[str, Path]) -> None:

@@ -36,6 +36,7 @@ LAYERS = (
     ("measure",),
     ("train", "demo"),
     ("cartridges",),
+    ("serving",),
     ("cli",),
 )
 # The same inside folders whose modules stand in rooms; rooms in one line know nothing of each other.

@@ -1,4 +1,7 @@
-"""Refuses continuous batching while a prefix is read, at its entry: errors in its own thread would only be logged."""
+"""Refuses continuous batching while a prefix is read, at its entry: errors in its own thread would only be logged.
+
+``fastprefix.serving.continuous_batching`` puts an entry of its own in place of this one, with which it works.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,8 @@ class ContinuousBatching:
         """Call the model's own method; raises ValueError while a prefix is read."""
         if self.selection.shared is not None or self.selection.current() is not None:
             got = f"{type(self.model).__name__} with a prefix, in continuous batching (generate_batch)"
-            expected = "no active prefix there, as its paged cache cannot run beside one: use generate, or detach"
+            enable = "fastprefix.serving.continuous_batching.enable_continuous_batching"
+            expected = f"{enable}(model) before it, or no active prefix"
             raise fail("model", got, expected)
         self.configs.switch(on=False)  # the method reads the attention implementation before the first forward
         return getattr(type(self.model), _ENTRY)(self.model, *args, **kwargs)
