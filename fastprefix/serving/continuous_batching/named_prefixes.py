@@ -18,17 +18,25 @@ from fastprefix.hf.runtime.exactness import why_not_shareable
 from fastprefix.hf.runtime.forward_context import Name, ResolvedPrefix
 from fastprefix.serving.continuous_batching.paged_prefix import PagedPrefix
 
+Version = tuple[int, int]
+
 
 class _Kept(NamedTuple):
     prefix: PagedPrefix
-    parameters: list[tuple[weakref.ref[Tensor], int]]  # that it was computed from, and their versions
+    parameters: list[tuple[weakref.ref[Tensor], Version]]  # that it was computed from
 
-    def is_of(self, parameters: list[Tensor]) -> bool:
-        """Whether it was computed from these parameters, with the numbers that they have now."""
-        return len(parameters) == len(self.parameters) and all(
-            kept() is p and version == p._version
-            for p, (kept, version) in zip(parameters, self.parameters, strict=True)
-        )
+    def is_of(self, parameters: list[Tensor], dtype: torch.dtype, device: torch.device) -> bool:
+        """Whether it was computed from these parameters, with the numbers that they have now, for such a cache."""
+        mine = self.prefix.keys[0]
+        if len(parameters) != len(self.parameters) or (mine.dtype, mine.device) != (dtype, device):
+            return False
+        pairs = zip(parameters, self.parameters, strict=True)
+        return all(kept() is p and version == _version(p) for p, (kept, version) in pairs)
+
+
+def _version(x: Tensor) -> Version:
+    """A pair that changes when a parameter's numbers are changed, unless they are written through ``.data``."""
+    return x.data_ptr(), 0 if x.is_inference() else x._version
 
 
 class NamedPrefixes:
@@ -61,7 +69,8 @@ class NamedPrefixes:
             parameters = list(resolved.parameters())
             with self.lock:
                 kept = self.kept.get(name)
-                if kept is not None and kept.is_of(parameters):
+                model = self.installation.model
+                if kept is not None and kept.is_of(parameters, model.dtype, model.device):
                     self.kept.move_to_end(name)
                     return kept.prefix
             check_prefix(resolved, name, self.provider, self.installation.facts)
@@ -69,7 +78,7 @@ class NamedPrefixes:
         with self.lock:
             # Prefixes with the same numbers are one, of which requests may hold the older object.
             prefix = self.by_ids.setdefault(prefix.ids, prefix)
-            self.kept[name] = _Kept(prefix, [(weakref.ref(p), p._version) for p in parameters])
+            self.kept[name] = _Kept(prefix, [(weakref.ref(p), _version(p)) for p in parameters])
             self.kept.move_to_end(name)
             while len(self.kept) > self.max_resident:
                 self.kept.popitem(last=False)

@@ -48,6 +48,8 @@ def features(model: Any, folder: Path, seed: int) -> dict[str, Any]:
             found[f"{what}: tokens"] = model.generate(batch(), max_new_tokens=4, do_sample=False)
     with fastprefix.prefix_batch(model, [("direct", "projected"), "direct", None, "projected"]):
         found["behind each other"] = model(batch()).logits.detach()
+    found["votes"] = fastprefix.ensemble(model, ["direct", "projected"], input_ids=batch()).probabilities.detach()
+    assert "projected" in fastprefix.explain(model)
     fastprefix.set_prefix(model, "stored")
     found["stored"] = model(batch()).logits.detach()
     fastprefix.set_prefix(model, "direct")
@@ -125,6 +127,7 @@ def refusals(rank: int, folder: Path) -> dict[str, str]:
     before = model(batch()).logits
     fastprefix.attach(model, PromptConfig(P))
     refused("tokens", lambda: fastprefix.nearest_tokens(model))
+    refused("search", lambda: fastprefix.search_hard_prompt(model, batch(), num_tokens=2, steps=1, candidates=2))
     refused("whole", lambda: fastprefix.save_pretrained(model, folder / "whole"))
     refused("trainer", lambda: PrefixTrainer(model=model, args=arguments(folder)))
     fastprefix.detach(model)
@@ -154,6 +157,7 @@ def test_refusals(tmp_path: Path) -> None:
         "head": "modules_to_save: got 'lm_head', which tensor parallelism spreads over processes",
         "dropout": "encoder_dropout: got 0.5, expected 0.0 in a tensor-parallel model",
         "tokens": "model: got LlamaForCausalLM with sharded parameters (",
+        "search": "model: got LlamaForCausalLM with sharded parameters (",
         "whole": "model: got LlamaForCausalLM with sharded parameters (",
         "trainer": "model: got a tensor-parallel LlamaForCausalLM, expected a whole model on each device",
         "peft": "model: got a tensor-parallel LlamaForCausalLM, expected a whole model on each device",
@@ -163,6 +167,49 @@ def test_refusals(tmp_path: Path) -> None:
         assert each.keys() == expected.keys()
         for what, said in expected.items():
             assert each[what].startswith(said), (what, each[what])
+
+
+def classifier() -> Any:
+    from transformers import LlamaForSequenceClassification
+
+    model = LlamaForSequenceClassification(tiny_model().config)
+    model.model.load_state_dict(tiny_model().model.state_dict())
+    with torch.no_grad():
+        model.score.weight.copy_(
+            torch.linspace(-1.0, 1.0, model.score.weight.numel()).sin().view_as(model.score.weight)
+        )
+    return model.eval()
+
+
+def classified(model: Any, folder: Path, seed: int) -> dict[str, Any]:
+    """A step of a prefix and the head, which is in every process; and both from a file."""
+    config = PrefixConfig(P, init=START, modules_to_save=["score"])
+    prefix = attach(model, config, "default", seed)
+    optimizer = torch.optim.SGD(prefix.parameters(), lr=0.5)
+    model(input_ids=batch(), labels=torch.tensor([0, 1, 1, 0])).loss.backward()
+    found: dict[str, Any] = {"grads": {name: whole(p.grad) for name, p in prefix.named_parameters()}}
+    optimizer.step()
+    found["logits"] = model(batch()).logits.detach()
+    fastprefix.save(model, folder)
+    fastprefix.detach(model)
+    fastprefix.load(model, folder)
+    return {**found, "loaded": model(batch()).logits.detach()}
+
+
+def classified_in_parallel(rank: int, folder: Path) -> dict[str, Any]:
+    model = parallel(folder / "base", auto="AutoModelForSequenceClassification")
+    return classified(model, folder / "two", 1 + rank)
+
+
+@pytest.mark.slow
+def test_a_head_that_the_plan_leaves_whole(tmp_path: Path) -> None:
+    model = classifier()
+    model.save_pretrained(tmp_path / "base")
+    want = classified(model, tmp_path / "one", 1)
+    assert "modules_to_save.score.weight" in want["grads"]
+    for each in two_processes.run(classified_in_parallel, tmp_path, tmp_path):
+        assert_same(each, want, "classifier")
+        torch.testing.assert_close(each["loaded"], each["logits"])
 
 
 def without_attention(rank: int, folder: Path) -> dict[str, Any]:

@@ -51,12 +51,12 @@ def whole(x: Any) -> Tensor:
     return found
 
 
-def parallel(folder: Path, plan: Any = "auto") -> Any:
-    from transformers import AutoModelForCausalLM
+def parallel(folder: Path, plan: Any = "auto", auto: str = "AutoModelForCausalLM") -> Any:
+    import transformers
     from transformers.distributed import DistributedConfig
 
     config = DistributedConfig(tp_size=two_processes.WORLD, tp_plan=plan)
-    return AutoModelForCausalLM.from_pretrained(folder, distributed_config=config).eval()
+    return getattr(transformers, auto).from_pretrained(folder, distributed_config=config).eval()
 
 
 def train(model: Any, prefix: Any, clip: float = 0.05) -> dict[str, Any]:

@@ -136,6 +136,21 @@ def test_a_prefix_that_is_trained_further_is_read_anew() -> None:
     assert tokens_of(after) == want != before
 
 
+def test_a_model_of_another_dtype_gets_pages_of_it() -> None:
+    """Between two engines of one model."""
+    model = with_prefixes()
+    with engine(model) as manager:
+        first = manager.prefixes.get("p40")
+    model.double()
+    texts = prompts(4)
+    with engine(model) as manager:
+        found = tokens_of(manager.generate(texts, ["p40"] * 4))
+        second = manager.prefixes.get("p40")
+    assert (first.keys[0].dtype, second.keys[0].dtype) == (torch.float32, torch.float64)
+    assert not set(first.ids) & set(second.ids)
+    assert found == [alone(model, ids, "p40") for ids in texts]
+
+
 def fastprefix_of(model: Any, name: str) -> Any:
     from fastprefix.hf.adapters.lookup import require_installation
 
