@@ -33,6 +33,7 @@ LAYERS = (
     ("explain",),
     ("assets", "data"),
     ("models",),
+    ("analysis",),
     ("measure",),
     ("train", "demo"),
     ("cartridges",),
@@ -63,6 +64,11 @@ ROOMS = {
         ("ranking",),
     ),
     "measure": (("report_tables",), ("operator",), ("training", "kernels")),
+    "analysis": (
+        ("result",),
+        ("forward",),
+        ("attention", "bias", "mass", "slots"),
+    ),
     "cli": (
         ("options", "quiet_imports"),
         ("bench_kernels", "bench_predict"),

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,17 @@ NAME = "explicit_concat"
 Term = Callable[[Tensor, float], Tensor]  # queries [B, H, S, D] and the scale, to [B, H, S, D_v]
 _prefixes: dict[int, tuple[Tensor, ...]] = {}  # keys, values and, of some, a bias [H_kv, P] on their scores
 _terms: dict[int, Term] = {}
+
+
+class Weights(NamedTuple):
+    """The whole of one layer's attention, as nobody but an oracle holds it."""
+
+    p: Tensor  # [B, H, S, P + T]
+    v: Tensor  # [B, H, P + T, D_v], heads repeated
+    prefix: int  # P
+
+
+_kept: list[list[Weights]] = []
 
 
 def _attention(
@@ -61,6 +72,8 @@ def _attention(
         )
     p = torch.softmax(scores, -1)[..., : value.shape[2]]
     o = p @ value
+    for kept in _kept:
+        kept.append(Weights(p, value, prefix))
     if id(module) in _terms:
         o = o + _terms[id(module)](query, scale)
     return o.transpose(1, 2).contiguous(), None
@@ -88,6 +101,17 @@ def concatenating(
     finally:
         _prefixes.clear()
         _terms.clear()
+
+
+@contextmanager
+def weights() -> Iterator[list[Weights]]:
+    """Every layer's attention matrix in the oracle's forwards inside the block, in order."""
+    found: list[Weights] = []
+    _kept.append(found)
+    try:
+        yield found
+    finally:
+        _kept.pop()
 
 
 def run_added(model: nn.Module, terms: dict[str, Term], **inputs: Any) -> Any:

@@ -1,9 +1,9 @@
-"""Records the arguments with which each layer calls the operator, so that one forward shows a model's layers."""
+"""Shows the arguments with which each layer calls the operator, so that one forward shows a model's layers."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -20,10 +20,10 @@ class AttentionCall(NamedTuple):
 
 
 class _Recorders(threading.local):
-    """The open recordings of this thread, as another thread may run another model."""
+    """The open blocks of this thread, as another thread may run another model."""
 
     def __init__(self) -> None:
-        self.open: list[list[AttentionCall]] = []
+        self.open: list[Callable[[AttentionCall], None]] = []
 
 
 _recorders = _Recorders()
@@ -33,18 +33,25 @@ _recorders = _Recorders()
 def recording() -> Iterator[list[AttentionCall]]:
     """Collect every call of the attention function inside the block, in order."""
     calls: list[AttentionCall] = []
-    _recorders.open.append(calls)
-    try:
+    with observing(calls.append):
         yield calls
+
+
+@contextmanager
+def observing(see: Callable[[AttentionCall], None]) -> Iterator[None]:
+    """Hand every call of the attention function inside the block to ``see``, and keep none."""
+    _recorders.open.append(see)
+    try:
+        yield
     finally:
         _recorders.open.pop()
 
 
 def is_recording() -> bool:
-    """Whether this thread has a recording open; never inside a compiled graph."""
+    """Whether this thread has such a block open; never inside a compiled graph."""
     return bool(_recorders.open) and not torch.compiler.is_compiling()
 
 
 def record(call: AttentionCall) -> None:
-    """Add a call to the innermost open recording of this thread; call only while :func:`is_recording`."""
-    _recorders.open[-1].append(call)
+    """Hand a call to the innermost open block of this thread; call only while :func:`is_recording`."""
+    _recorders.open[-1](call)
