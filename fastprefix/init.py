@@ -2,6 +2,7 @@
 
 from fastprefix.prefixes.arithmetic import average, concat, drop, slice
 from fastprefix.prefixes.init import Init, embeddings, kv, labels, normal, text, token_ids, vocabulary, zero
+from fastprefix.prefixes.priors import exclusion, fitted, interpolation, xavier
 
 __all__ = [
     "Init",
@@ -9,6 +10,9 @@ __all__ = [
     "concat",
     "drop",
     "embeddings",
+    "exclusion",
+    "fitted",
+    "interpolation",
     "kv",
     "labels",
     "normal",
@@ -16,5 +20,6 @@ __all__ = [
     "text",
     "token_ids",
     "vocabulary",
+    "xavier",
     "zero",
 ]

@@ -7,17 +7,25 @@ and ``plot()`` for a figure. None holds an attention matrix ``[B, H, S, P + T]``
 from fastprefix.analysis.attention import RelativeAttention, relative_attention
 from fastprefix.analysis.bias import BiasDecomposition, bias_decomposition
 from fastprefix.analysis.mass import PrefixMass, prefix_mass
+from fastprefix.analysis.priors import PromptPlace, SlotMap, prompt_place, slot_map
 from fastprefix.analysis.slots import SlotGeometry, SlotMass, slot_geometry, slot_mass
+from fastprefix.analysis.trajectories import Activations, activations
 
 __all__ = [
+    "Activations",
     "BiasDecomposition",
     "PrefixMass",
+    "PromptPlace",
     "RelativeAttention",
     "SlotGeometry",
+    "SlotMap",
     "SlotMass",
+    "activations",
     "bias_decomposition",
     "prefix_mass",
+    "prompt_place",
     "relative_attention",
     "slot_geometry",
+    "slot_map",
     "slot_mass",
 ]

@@ -47,7 +47,7 @@ class RelativeAttention(Result):
 
 
 def relative_attention(model: Any, batch: Mapping[str, Any], name: str | None = None) -> RelativeAttention:
-    """Compare attention among content tokens with a prefix and without (Petrov et al. 2024, 2310.19698, section 4).
+    """Compare attention among content tokens with a prefix and without (Petrov et al. 2024, 2310.19698).
 
     In one layer a prefix scales all content weights of a row by ``1 - m``, and their ratios stay (``error``). Layers
     above read other inputs, so that their attention may move (``shift``). Weights are computed some rows at a time. The

@@ -63,7 +63,7 @@ class BiasDecomposition(Result):
 def bias_decomposition(model: Any, batch: Mapping[str, Any], name: str | None = None) -> BiasDecomposition:
     """What a prefix adds to each layer's attention, and how exactly the decomposition holds.
 
-    Attention over prefix and content is ``o = (1 - m) o_c + m o_p`` (Petrov et al. 2024, 2310.19698, equation 7), with
+    Attention over prefix and content is ``o = (1 - m) o_c + m o_p`` (Petrov et al. 2024, 2310.19698), with
     the prefix's mass ``m``, and the outputs ``o_c`` over the content and ``o_p`` over the prefix alone. ``m o_p`` is
     the bias; all rows' biases of a head span at most P dimensions. The three outputs are computed by the operator on
     the layer's own queries, keys and values, so that ``error`` is one of rounding.

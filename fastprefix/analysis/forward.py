@@ -96,7 +96,7 @@ def look(model: Any, batch: Mapping[str, Any], see: Callable[[Layer], None], nam
             not fit.
     """
     installation = checked(model, batch)
-    with _selected(installation, name):
+    with selected(installation, name):
         _refuse(installation, name)
         seen = 0
 
@@ -174,7 +174,8 @@ def _real(batch: Mapping[str, Any], part: str | None, call: AttentionCall) -> Te
 
 
 @contextmanager
-def _selected(installation: Installation, name: str | None) -> Iterator[None]:
+def selected(installation: Installation, name: str | None) -> Iterator[None]:
+    """Let every row inside the block read the prefix of a name; None leaves the selection as it is."""
     if name is None:
         yield
         return

@@ -64,7 +64,7 @@ class PrefixMass(Result):
 
 
 def prefix_mass(model: Any, batch: Mapping[str, Any], name: str | None = None) -> PrefixMass:
-    """The mass on the prefix by layer, head and position (Petrov et al. 2024, 2310.19698, equation 6).
+    """The mass on the prefix by layer, head and position (Petrov et al. 2024, 2310.19698).
 
     It is computed from two log-sum-exps of the operator, ``sigmoid(lse_p - lse_c)``, and so with any backend. A sink
     that a model has counts as content. No attention matrix is held: a layer keeps ``[B, H, S]``.

@@ -169,9 +169,7 @@ def slot_geometry(model: Any, name: str | None = None) -> SlotGeometry:
             "name", name, f"a prefix: none is active, and the model has {sorted(installation.selection.prefixes)}"
         )
     layers = numbers.slots(installation.selection.named(name))
-    cosines, ranks = (
-        [numbers.mean_cosine(x.vectors) for x in layers],
-        [numbers.effective_rank(x.vectors) for x in layers],
-    )
+    cosines = torch.tensor([numbers.mean_cosine(x.vectors) for x in layers], dtype=torch.float64)
+    ranks = torch.tensor([numbers.effective_rank(x.vectors) for x in layers], dtype=torch.float64)
     pairs = tuple(numbers.tied_everywhere(layers))
-    return SlotGeometry(tuple(x.layer for x in layers), *(torch.tensor(x).double() for x in (cosines, ranks)), pairs)
+    return SlotGeometry(tuple(x.layer for x in layers), cosines, ranks, pairs)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 from transformers.trainer import TRAINING_ARGS_NAME
 
 from fastprefix.errors import fail
@@ -19,6 +19,7 @@ from fastprefix.hf.model import dtensor, wrappers
 from fastprefix.hf.storage import layer_tensors, peft_format, save_load, saved_modules
 from fastprefix.hf.storage.saved_adapter import SavedAdapter
 from fastprefix.hf.storage.validated_files import check_tensors
+from fastprefix.prefixes import slots
 from fastprefix.prefixes.config import PrefixConfig
 from fastprefix.prefixes.kv import DirectKV
 from fastprefix.prefixes.prefix import Prefix
@@ -35,6 +36,9 @@ class PrefixTrainer(Trainer):
     ``default`` is saved in the folder itself, and each other prefix in a subfolder of its name. Modules of the
     configuration's ``modules_to_save``, and a classifier's trained head, are saved with the prefix. Resuming is exact:
     weights are loaded into the parameters that the optimizer holds.
+
+    Where the losses are logged, a warning names slots of the active prefix that do no work: those that are equal, that
+    have collapsed to one direction, or that have had no gradient since the last log (see ``fastprefix.analysis``).
 
     Raises:
         ValueError: no prefix is attached; parameters other than prefixes are trainable and would be missing in the
@@ -55,6 +59,7 @@ class PrefixTrainer(Trainer):
             raise fail("model", got, f"{expected} ({_PLAIN})")
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise fail("args", "FSDP or DeepSpeed", f"unsharded parameters ({_PLAIN})")
+        self.add_callback(SlotWarnings(installation))
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         if not self.args.should_save:
@@ -78,6 +83,49 @@ class PrefixTrainer(Trainer):
         if best is None:
             raise RuntimeError("no best checkpoint was saved: save and evaluate at the same steps")
         self._load_from_checkpoint(best)
+
+
+class SlotWarnings(TrainerCallback):
+    """Warns once of each kind of slots that do no work, in the prefix that is trained."""
+
+    def __init__(self, installation: Installation) -> None:
+        self.installation = installation
+        self.silent: set[int] | None = None  # slots without a gradient in all steps since the last log; None: no step
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Look at the numbers that training starts from."""
+        self.silent = None
+        self._tell()
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Look at a step's gradients."""
+        prefix = self._prefix()
+        if prefix is not None:
+            found = set(slots.without_gradient(prefix))
+            self.silent = found if self.silent is None else self.silent & found
+
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Warn of what was found since the last log."""
+        self._tell()
+        self.silent = None
+
+    def _prefix(self) -> Prefix | SoftPrompt | None:
+        active = self.installation.selection.active
+        return None if active is None else self.installation.selection.prefixes.get(active)
+
+    def _tell(self) -> None:
+        prefix, name = self._prefix(), self.installation.selection.active
+        if prefix is None:
+            return
+        found = slots.complaints(prefix)
+        if self.silent:
+            first = ", ".join(map(str, sorted(self.silent)[:5])) + (", ..." if len(self.silent) > 5 else "")
+            found["dead"] = (
+                f"{len(self.silent)} of {prefix.num_virtual_tokens} slots ({first}) have had no gradient since the last"
+                " log: no query attends to them. Start at other numbers, or train fewer slots"
+            )
+        for kind, text in found.items():
+            self.installation.warn(f"slots {kind} {name}", f"fastprefix: prefix {name!r}: {text}")
 
 
 def _folder(installation: Installation, folder: Path, name: str) -> Path:

@@ -127,7 +127,8 @@ class PrefixConfig:
             is_int(self.encoder_hidden_size) and self.encoder_hidden_size > 0
         ):
             raise fail("encoder_hidden_size", repr(self.encoder_hidden_size), "an int of at least 1")
-        of_prompt = isinstance(self.init, Init) and (self.init.embeddings is not None or self.init.labels is not None)
+        own = ("embeddings", "labels", "prior")
+        of_prompt = isinstance(self.init, Init) and any(getattr(self.init, name) is not None for name in own)
         if not isinstance(self.init, Init) or of_prompt:
             got = f"init.{self.init.name} of a soft prompt" if isinstance(self.init, Init) else repr(self.init)
             raise fail("init", got, "what fastprefix.init.normal, text, token_ids or kv return")

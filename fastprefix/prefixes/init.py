@@ -35,6 +35,9 @@ class Init:
     labels: tuple[tuple[int, ...], ...] | None = None  # the token ids of each label
     zero_values: bool = False
     biases: tuple[Tensor, ...] | None = None  # [H_kv, P] of each layer, beside keys and values
+    prior: str | None = None  # a distribution of a soft prompt's embeddings, see priors.py
+    ratio: float = 5.0  # of the prior exclusion
+    nearby: int | None = None  # of the prior interpolation: tokens that it draws from
 
     @property
     def of_tokens(self) -> bool:
@@ -43,8 +46,8 @@ class Init:
 
     @property
     def is_random(self) -> bool:
-        """Whether the initial values are random numbers, neither given nor of tokens."""
-        return not self.of_tokens and self.length is None
+        """Whether the initial values are random numbers, neither given nor of tokens or the vocabulary."""
+        return not self.of_tokens and self.length is None and self.prior is None
 
     @property
     def length(self) -> int | None:

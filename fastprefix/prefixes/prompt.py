@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastprefix.errors import fail
+from fastprefix.prefixes import priors
 from fastprefix.prefixes.config import check_tokens, checked_modules
 from fastprefix.prefixes.init import Init, normal, take_length, vocabulary
 from fastprefix.prefixes.modules import Modules
@@ -45,7 +46,8 @@ class PromptConfig:
             labels, or embeddings).
         init: where training starts: ``fastprefix.init.vocabulary()`` (default), ``.text(text, tokenizer)``,
             ``.token_ids(ids)`` (the model's embeddings of these tokens), ``.labels(labels, tokenizer)`` (those of a
-            task's classes), ``.embeddings(x)`` or ``.normal(std)``. With an ``encoder`` the default is ``.normal()``: a
+            task's classes), ``.embeddings(x)``, ``.normal(std)``, or one of the priors ``.xavier()``, ``.fitted()``,
+            ``.exclusion(ratio)`` and ``.interpolation()``. With an ``encoder`` the default is ``.normal()``: a
             random encoder, whatever its ``std``, as in PEFT. With any other ``init``, least squares fits the encoder's
             last layer, so that its output starts at these embeddings.
         modules_to_save: modules of the model that are trained and saved with the prompt, as in :class:`PrefixConfig`.
@@ -85,7 +87,7 @@ class PromptConfig:
             self.num_virtual_tokens = take_length(self.num_virtual_tokens, self.init)
         check_tokens(self.num_virtual_tokens)
         if not isinstance(self.init, Init) or self.init.keys is not None or self.init.zero_values:
-            expected = "what fastprefix.init.vocabulary, text, token_ids, labels or normal return"
+            expected = "what fastprefix.init.vocabulary, text, token_ids, labels, normal or a prior's function return"
             raise fail("init", repr(self.init.name if isinstance(self.init, Init) else self.init), expected)
         self.modules_to_save = checked_modules(self.modules_to_save)
         if self.place not in ("before", "after") and not (is_int(self.place) and int(self.place) >= 0):
@@ -207,6 +209,13 @@ def start(config: PromptConfig, word_embeddings: nn.Module, vocab_size: int, dim
         found = [word_embeddings(torch.tensor(ids, device=device)).float().mean(0) for ids in groups]
         rest = config.init.tokens(config.num_virtual_tokens - len(found), vocab_size)
         return torch.cat([torch.stack(found), word_embeddings(rest.to(device)).float()])
+    if config.init.prior is not None:
+
+        def embed(ids: Tensor) -> Tensor:
+            return word_embeddings(ids)
+
+        size = min(vocab_size, getattr(word_embeddings, "num_embeddings", vocab_size))
+        return priors.draw(config.init, config.num_virtual_tokens, dim, embed, size, device)
     if config.init.of_tokens:
         ids = config.init.tokens(config.num_virtual_tokens, vocab_size)
         return word_embeddings(ids.to(device)).float()

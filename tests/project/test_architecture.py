@@ -65,9 +65,9 @@ ROOMS = {
     ),
     "measure": (("report_tables",), ("operator",), ("training", "kernels")),
     "analysis": (
-        ("result",),
+        ("result", "projection"),
         ("forward",),
-        ("attention", "bias", "mass", "slots"),
+        ("attention", "bias", "mass", "priors", "slots", "trajectories"),
     ),
     "cli": (
         ("options", "quiet_imports"),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -10,12 +11,14 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from fastprefix.errors import fail
+from fastprefix.hf.adapters.installation import Installation
 from fastprefix.hf.adapters.lookup import require_installation, require_not_patched
 from fastprefix.hf.model import dtensor, offload, probing
 from fastprefix.prefixes.prompt import SoftPrompt
 from fastprefix.validation import is_int
 
 Metric = Literal["cosine", "euclid"]
+Embed = Callable[[Tensor], Tensor]  # token ids to their embeddings
 _CHUNK = 4096  # tokens of the vocabulary at a time
 
 
@@ -52,46 +55,59 @@ def nearest_tokens(
             argument is out of range; the message names the argument.
     """
     installation = require_installation(model)
-    require_not_patched(installation)
-    prompt = installation.selection.named(name)
-    if not isinstance(prompt, SoftPrompt):
-        expected = "a soft prompt: keys and values are not embeddings, to which those of tokens could be near"
-        raise fail("name", f"{name!r}, a prefix of keys and values", expected)
+    prompt = soft_prompt(installation, name)
     if metric not in ("cosine", "euclid"):
         raise fail("metric", repr(metric), "'cosine' or 'euclid'")
     if tokenizer is not None and not hasattr(tokenizer, "decode"):
         raise fail("tokenizer", type(tokenizer).__name__, "a tokenizer with a method decode, or None")
-    dtensor.refuse(installation.model)
-    # The prompt may have been trained with embeddings of its own, and another one with others.
-    with installation.lock.hold(), installation.modules.in_place(prompt.modules_to_save.named()):
-        embeddings = installation.facts.layers.prompted.word_embeddings
-        size = installation.model.config.get_text_config().vocab_size
-        size = min(size, getattr(embeddings, "num_embeddings", size))
+    with vocabulary(installation, prompt) as (embed, size, device):
         if not is_int(k) or not 1 <= k <= size:
             raise fail("k", repr(k), f"an int from 1 to {size}, the size of the vocabulary")
-        device = offload.device(embeddings)
-        with probing.evaluating(embeddings):  # without the noise that some trainers add to embeddings
-            own = prompt.without_dropout().to(device, torch.float32)
-
-            def embed(ids: Tensor) -> Tensor:
-                return embeddings(ids.to(device)).float()
-
-            ids, scores = _nearest(own, embed, size, k, metric)
+        ids, scores = _nearest(prompt.without_dropout().to(device, torch.float32), embed, size, k, metric)
     where = prompt.embedding.device
     texts = None if tokenizer is None else [[tokenizer.decode([i]) for i in row] for row in ids.tolist()]
     return NearestTokens(ids.to(where), scores.to(where), texts)
 
 
-def _nearest(
-    own: Tensor, embed: Callable[[Tensor], Tensor], size: int, k: int, metric: Metric
-) -> tuple[Tensor, Tensor]:
+def soft_prompt(installation: Installation, name: str) -> SoftPrompt:
+    """The soft prompt attached under a name; raises ValueError where there is none, or a prefix of keys and values."""
+    require_not_patched(installation)
+    prompt = installation.selection.named(name)
+    if not isinstance(prompt, SoftPrompt):
+        expected = "a soft prompt: keys and values are not embeddings, to which those of tokens could be near"
+        raise fail("name", f"{name!r}, a prefix of keys and values", expected)
+    return prompt
+
+
+@contextmanager
+def vocabulary(installation: Installation, prompt: SoftPrompt) -> Iterator[tuple[Embed, int, torch.device]]:
+    """Inside the block, the embeddings of token ids as the layers read them, the vocabulary's size, and the device.
+
+    The prompt may have been trained with embeddings of its own, and another one with others.
+    """
+    dtensor.refuse(installation.model)
+    with installation.lock.hold(), installation.modules.in_place(prompt.modules_to_save.named()):
+        embeddings = installation.facts.layers.prompted.word_embeddings
+        size = installation.model.config.get_text_config().vocab_size
+        size = min(size, getattr(embeddings, "num_embeddings", size))
+        device = offload.device(embeddings)
+        with probing.evaluating(embeddings):  # without the noise that some trainers add to embeddings
+
+            def embed(ids: Tensor) -> Tensor:
+                found = embeddings(ids.to(device))
+                return found if found.dtype == torch.float64 else found.float()
+
+            yield embed, size, device
+
+
+def _nearest(own: Tensor, embed: Embed, size: int, k: int, metric: Metric) -> tuple[Tensor, Tensor]:
     """Ids ``[P, k]`` and scores ``[P, k]`` of the tokens nearest to ``own [P, d]``."""
     unit, centre = normalize(own, dim=-1), own.mean(0)
     best = torch.empty(len(own), 0, device=own.device)  # [P, up to k], larger is nearer
     ids = torch.empty(len(own), 0, dtype=torch.long, device=own.device)
     for first in range(0, size, _CHUNK):
         chunk = torch.arange(first, min(first + _CHUNK, size), device=own.device)
-        table = embed(chunk)  # [C, d]
+        table = embed(chunk).float()  # [C, d]
         if metric == "cosine":
             near = unit @ normalize(table, dim=-1).T  # [P, C]
         else:
@@ -103,7 +119,7 @@ def _nearest(
         best, order = best.topk(min(k, best.shape[1]))
         ids = ids.gather(1, order)
     # The squares above cancel where a distance is small; those of the tokens found are computed from differences.
-    found = embed(ids)  # [P, k, d]
+    found = embed(ids).float()  # [P, k, d]
     if metric == "cosine":
         scores = (normalize(found, dim=-1) * unit[:, None]).sum(-1)
     else:
