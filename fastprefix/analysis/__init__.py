@@ -9,11 +9,13 @@ from fastprefix.analysis.bias import BiasDecomposition, bias_decomposition
 from fastprefix.analysis.mass import PrefixMass, prefix_mass
 from fastprefix.analysis.priors import PromptPlace, SlotMap, prompt_place, slot_map
 from fastprefix.analysis.slots import SlotGeometry, SlotMass, slot_geometry, slot_mass
+from fastprefix.analysis.tokens import Nearest, nearest
 from fastprefix.analysis.trajectories import Activations, activations
 
 __all__ = [
     "Activations",
     "BiasDecomposition",
+    "Nearest",
     "PrefixMass",
     "PromptPlace",
     "RelativeAttention",
@@ -22,6 +24,7 @@ __all__ = [
     "SlotMass",
     "activations",
     "bias_decomposition",
+    "nearest",
     "prefix_mass",
     "prompt_place",
     "relative_attention",

@@ -7,22 +7,9 @@ from html import escape
 from pathlib import Path
 
 from fastprefix.cartridges.report import FIRST, HEADINGS, NONE, START, WHOLE, Report
+from fastprefix.machine import html_page
 from fastprefix.machine.files import write_atomically
 
-_STYLE = """
-:root { color-scheme: light dark; --ink: #1c1c1c; --paper: #ffffff; --faint: #8a8a8a; --line: #d8d8d8;
-  --blue: #1f6fb2; }
-@media (prefers-color-scheme: dark) {
-  :root { --ink: #e6e6e6; --paper: #16181b; --faint: #8f959c; --line: #3a3f45; --blue: #6db3ee; } }
-body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); max-width: 46rem;
-  margin: 2rem auto; padding: 0 1rem; }
-table { border-collapse: collapse; width: 100%; } th, td { padding: .3rem .6rem; text-align: right;
-  border-bottom: 1px solid var(--line); } th:first-child, td:first-child { text-align: left; }
-svg { width: 100%; height: auto; } svg text { fill: var(--faint); font-size: 12px; }
-.axis { stroke: var(--line); } .level { stroke: var(--faint); stroke-dasharray: 4 4; }
-.curve { stroke: var(--blue); fill: none; stroke-width: 2; } .point { fill: var(--blue); }
-dt { font-weight: 600; margin-top: .8rem; } pre { white-space: pre-wrap; }
-"""
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM = 720, 320, 56, 36
 
 
@@ -33,21 +20,18 @@ def write_page(path: Path, report: Report) -> None:
 
 def page(report: Report) -> str:
     """The report as HTML."""
-    head = "".join(f"<th>{escape(x)}</th>" for x in HEADINGS)
-    rows = "".join("<tr>" + "".join(f"<td>{escape(x)}</td>" for x in row) + "</tr>" for row in report.rows())
     samples = "".join(
         "<dl>" + "".join(f"<dt>{escape(k)}</dt><dd><pre>{escape(v)}</pre></dd>" for k, v in sample.items()) + "</dl>"
         for sample in report.samples
     )
     counts = f"{sum(report.conversations)} conversations were trained on, and {report.heldout} others measured."
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>Cartridge</title>'
-        f'<meta name="viewport" content="width=device-width"><style>{_STYLE}</style></head><body>'
+    return html_page.page(
+        "Cartridge",
         f"<h1>A cartridge of {report.tokens:,} tokens for {escape(report.model)}</h1>"
         f"<p>{counts} {' '.join(map(escape, report.costs()))}</p>"
-        f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
+        f"{html_page.table(HEADINGS, report.rows())}"
         f"<h2>Held-out loss by step</h2>{curve(report)}"
-        f"<h2>Greedy answers to held-out questions</h2>{samples}</body></html>\n"
+        f"<h2>Greedy answers to held-out questions</h2>{samples}",
     )
 
 

@@ -1,4 +1,4 @@
-"""The command line: ``fastprefix demo | train | cartridge | generate | bench | memory | explain | verify``.
+"""The command line: ``fastprefix demo | train | cartridge | generate | inspect | bench | memory | explain | verify``.
 
 Each command is a module of this folder with two functions: ``add_arguments(parser)`` declares its options, and
 ``run(options)`` runs it and returns the exit status.
@@ -22,6 +22,7 @@ COMMANDS = {
     "train": "Train a prefix or a soft prompt on pairs, chats or texts.",
     "cartridge": "Train a prefix that stands for a document, and measure how well it does.",
     "generate": "Complete a prompt with an adapter.",
+    "inspect": "Write a page about an adapter: attention on it, its slots, what it changes and what it costs.",
     "bench": "Time the operator and its peers in one process.",
     "memory": "Count the bytes that a training step saves for backward.",
     "explain": "Show what a prefix does in a model's layers, and why.",
@@ -91,6 +92,8 @@ def _import_command(name: str) -> Command:
             from fastprefix.cli import cartridge as command
         case "generate":
             from fastprefix.cli import generate as command
+        case "inspect":
+            from fastprefix.cli import inspect as command
         case "bench":
             from fastprefix.cli import bench as command
         case "memory":

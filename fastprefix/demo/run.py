@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import time
 import warnings
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 
 import fastprefix
-from fastprefix import init
+from fastprefix import init, inspection
 from fastprefix.assets.glosses import load_glosses
 from fastprefix.assets.smollm2 import load_smollm2
 from fastprefix.data import encode_pairs
@@ -21,7 +22,7 @@ from fastprefix.measure.report_tables import environment
 
 PROMPT = "A glossary of nouns with one brief definition for each.\n"
 NUM_VIRTUAL_TOKENS = 12
-NUMBERS, PICTURE = "demo.json", "demo.png"
+NUMBERS, PICTURE, PAGE = "demo.json", "demo.png", "inspect.html"
 QUICK_STEPS, QUICK_HELDOUT = 3, 8
 
 
@@ -49,7 +50,7 @@ def run(steps: int = 40, output: str | Path = "fastprefix-demo", quick: bool = F
     plot.plot(folder / PICTURE, results["losses"], results["heldout_loss"], rows)
     results["total_seconds"] = time.perf_counter() - start
     _write(folder, results)
-    print(f"\nall of it in {_minutes(results['total_seconds'])}; in {folder}: adapter/, {NUMBERS}, {PICTURE}")
+    print(f"\nall of it in {_minutes(results['total_seconds'])}; in {folder}: adapter/, {NUMBERS}, {PICTURE}, {PAGE}")
     return 0
 
 
@@ -58,6 +59,8 @@ def _train(model: Any, tokenizer: Any, folder: Path, quick: bool, results: dict[
     examples = heldout[:3]
     config = fastprefix.PrefixConfig(NUM_VIRTUAL_TOKENS, init=init.text(PROMPT, tokenizer))
     prefix = fastprefix.attach(model, config)
+    started = copy.deepcopy(prefix)
+    fastprefix.save(model, folder / "start")
     parameters = list(prefix.parameters())
     trained = sum(p.numel() for p in parameters)
     total = sum(p.numel() for p in model.parameters())
@@ -91,6 +94,25 @@ def _train(model: Any, tokenizer: Any, folder: Path, quick: bool, results: dict[
     print(f"\nadapter of {size / 2**20:.1f} MiB saved; PeftModel.from_pretrained on a fresh model reads it:")
     print(f"largest logit difference {difference:.1e}, below {training.MAX_LOGIT_DIFFERENCE}: the same model")
     _write(folder, results)
+    _inspect(model, tokenizer, folder, started, size, quick)
+
+
+def _inspect(model: Any, tokenizer: Any, folder: Path, started: Any, size: int, quick: bool) -> None:
+    """Write the page that ``fastprefix inspect FOLDER/adapter --start FOLDER/start`` would write."""
+    texts = inspection.encode(inspection.own_samples(), tokenizer, 96, 24)
+    new_tokens = 8 if quick else 32
+    found = inspection.gather(
+        model,
+        tokenizer,
+        texts,
+        adapter="adapter",
+        about="SmolLM2-135M",
+        start=started,
+        max_new_tokens=new_tokens,
+        file_bytes=size,
+    )
+    write_atomically(folder / PAGE, inspection.page(found))
+    print(f"what the prefix does: {folder / PAGE}")
 
 
 def _compare(tokenizer: Any, folder: Path, results: dict[str, Any]) -> list[compare.Row]:

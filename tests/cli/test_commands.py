@@ -18,7 +18,7 @@ from tests.support.tiny_models import tiny_model
 
 pytest.importorskip("transformers")
 
-COMMANDS = ("demo", "train", "generate", "bench", "memory", "explain")
+COMMANDS = ("demo", "train", "generate", "inspect", "bench", "memory", "explain")
 
 
 @pytest.fixture
@@ -176,4 +176,6 @@ def test_the_quick_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert heldout["trained"] < heldout["untrained"] < heldout["without"]
     assert found["peft_max_logit_difference"] < 1e-3
     assert (tmp_path / "demo" / "demo.png").stat().st_size > 10_000
+    page = (tmp_path / "demo" / "inspect.html").read_text()
+    assert page.count('<line class="move"') == 12 and all(x["word"] in page for x in found["generations"])
     assert f"{heldout['trained']:.3f}" in capsys.readouterr().out

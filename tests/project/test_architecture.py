@@ -35,6 +35,7 @@ LAYERS = (
     ("models",),
     ("analysis",),
     ("measure",),
+    ("inspection",),
     ("train", "demo"),
     ("cartridges",),
     ("serving",),
@@ -52,7 +53,10 @@ ROOMS = {
         ("api", "trainer"),
         ("explain",),
     ),
-    "machine": (("device", "files", "process_wide", "processor", "text_table", "timing"), ("device_errors",)),
+    "machine": (
+        ("device", "files", "html_page", "process_wide", "processor", "text_table", "timing"),
+        ("device_errors",),
+    ),
     "verification": (
         ("cells",),
         ("routes", "identity", "child"),
@@ -64,15 +68,16 @@ ROOMS = {
         ("ranking",),
     ),
     "measure": (("report_tables",), ("operator",), ("training", "kernels")),
+    "inspection": (("costs", "drawings", "texts"), ("gather",), ("page",)),
     "analysis": (
         ("result", "projection"),
         ("forward",),
-        ("attention", "bias", "mass", "priors", "slots", "trajectories"),
+        ("attention", "bias", "mass", "priors", "slots", "tokens", "trajectories"),
     ),
     "cli": (
         ("options", "quiet_imports"),
         ("bench_kernels", "bench_predict"),
-        ("bench", "cartridge", "demo", "explain", "generate", "memory", "train", "verify"),
+        ("bench", "cartridge", "demo", "explain", "generate", "inspect", "memory", "train", "verify"),
         ("__main__",),
     ),
 }
