@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -93,9 +93,9 @@ class SlotWarnings(TrainerCallback):
         self.silent: set[int] | None = None  # slots without a gradient in all steps since the last log; None: no step
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Look at the numbers that training starts from."""
+        """Look for equal slots, which stay equal. A random encoder's are close to each other before they train."""
         self.silent = None
-        self._tell()
+        self._tell(("tied",))
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Look at a step's gradients."""
@@ -106,14 +106,14 @@ class SlotWarnings(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Warn of what was found since the last log."""
-        self._tell()
+        self._tell(("tied", "collapsed", "dead"))
         self.silent = None
 
     def _prefix(self) -> Prefix | SoftPrompt | None:
         active = self.installation.selection.active
         return None if active is None else self.installation.selection.prefixes.get(active)
 
-    def _tell(self) -> None:
+    def _tell(self, kinds: Sequence[str]) -> None:
         prefix, name = self._prefix(), self.installation.selection.active
         if prefix is None:
             return
@@ -124,7 +124,7 @@ class SlotWarnings(TrainerCallback):
                 f"{len(self.silent)} of {prefix.num_virtual_tokens} slots ({first}) have had no gradient since the last"
                 " log: no query attends to them. Start at other numbers, or train fewer slots"
             )
-        for kind, text in found.items():
+        for kind, text in ((kind, found[kind]) for kind in kinds if kind in found):
             self.installation.warn(f"slots {kind} {name}", f"fastprefix: prefix {name!r}: {text}")
 
 

@@ -158,6 +158,23 @@ def test_the_trainer_warns_once(options: dict[str, Any], spoil: Any, said: str, 
         raise ValueError(found[0])
 
 
+def test_a_random_encoder_is_no_fault_before_it_trains(tmp_path: Path) -> None:
+    """Its outputs are close to each other; of equal slots it is told at once."""
+    from fastprefix.hf.adapters.lookup import require_installation
+    from fastprefix.hf.trainer import SlotWarnings
+
+    model, prefix = prefixed(PrefixConfig(**CONFIG))
+    with torch.no_grad():
+        collapsed(prefix)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        SlotWarnings(require_installation(model)).on_train_begin(None, None, None)
+    with torch.no_grad():
+        tie(prefix)
+    with pytest.warns(UserWarning, match="slots 1 and 3 are equal"):
+        SlotWarnings(require_installation(model)).on_train_begin(None, None, None)
+
+
 def test_the_trainer_is_silent_of_a_good_prefix(tmp_path: Path) -> None:
     assert trained(PrefixConfig(**CONFIG), lambda prefix: None, tmp_path) == []
 
