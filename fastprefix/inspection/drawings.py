@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 
+import torch
 from torch import Tensor
 
 from fastprefix.analysis import SlotMap
@@ -30,8 +31,13 @@ def coloured(tokens: Sequence[str], strengths: Sequence[float]) -> str:
 
 
 def slot_map(found: SlotMap, names: Sequence[str]) -> str:
-    """The points around as dots, a ring where a slot started, a line, and a disc where the slot is."""
-    points = [x for x in (found.around, found.end, found.start) if x is not None]
+    """The points around as dots, a ring where a slot started, a line, and a disc where the slot is.
+
+    A text's first token is often far from all others. The frame is around the slots and the middle 90% of the dots, and
+    a note counts the dots outside of it.
+    """
+    ends = found.around.quantile(torch.tensor([0.05, 0.95], dtype=found.around.dtype), dim=0)  # [2, 2]
+    points = [x for x in (ends, found.end, found.start) if x is not None]
     low = [min(float(x[:, axis].min()) for x in points) for axis in (0, 1)]
     high = [max(float(x[:, axis].max()) for x in points) for axis in (0, 1)]
     spans = [max(b - a, 1e-30) for a, b in zip(low, high, strict=True)]
@@ -41,9 +47,12 @@ def slot_map(found: SlotMap, names: Sequence[str]) -> str:
         x, y = ((float(point[axis]) - low[axis]) / spans[axis] for axis in (0, 1))
         return _EDGE + x * (_SIDE - 2 * _EDGE), tall - _EDGE - y * (tall - 2 * _EDGE)
 
-    drawn = []
+    drawn, outside = [], 0
     for point in found.around:
         x, y = place(point)
+        if not (0.0 < x < _SIDE and 0.0 < y < tall):
+            outside += 1
+            continue
         drawn.append(f'<circle class="around" cx="{x:.1f}" cy="{y:.1f}" r="2"/>')
     for i, point in enumerate(found.end):
         x, y = place(point)
@@ -56,7 +65,8 @@ def slot_map(found: SlotMap, names: Sequence[str]) -> str:
         )
         if len(found.end) <= 32:
             drawn.append(f'<text class="name" x="{x + 6:.1f}" y="{y + 4:.1f}">{i}</text>')
+    note = f'<p class="note">{outside} of {len(found.around)} dots are outside of the frame.</p>' if outside else ""
     return (
         f'<svg viewBox="0 0 {_SIDE:.0f} {tall:.0f}" role="img" aria-label="slots in two dimensions">'
-        f'<rect class="frame" x="1" y="1" width="{_SIDE - 2:.0f}" height="{tall - 2:.0f}"/>{"".join(drawn)}</svg>'
+        f'<rect class="frame" x="1" y="1" width="{_SIDE - 2:.0f}" height="{tall - 2:.0f}"/>{"".join(drawn)}</svg>{note}'
     )

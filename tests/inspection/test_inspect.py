@@ -22,6 +22,7 @@ from fastprefix import (
     init,
     inspection,
 )
+from fastprefix.inspection import drawings
 from fastprefix.machine import html_page
 from fastprefix.models import complete
 from tests.support.tiny_models import save_tiny, tiny_model, tiny_tokenizer
@@ -200,6 +201,18 @@ def test_a_heat_map_has_a_cell_for_each_number() -> None:
     hints = re.findall(r"slot (\d+ to \d+): ([^<]+)<", wide)
     assert len(hints) == 143 and hints[1] == ("7 to 13", "10") and hints[-1] == ("994 to 999", "996")
     assert html_page.heat_map([[0.0]], "it", "layer", "head", most=0.0).count('class="cell"') == 1
+
+
+def test_a_map_is_not_squeezed_by_one_point() -> None:
+    around = torch.rand(40, 2, dtype=torch.float64)
+    around[3] = 1e6
+    end = torch.rand(3, 2, dtype=torch.float64)
+    found = analysis.SlotMap("embeddings", around, None, end, None, torch.ones(2))
+    drawn = drawings.slot_map(found, ["a", "b", "<c>"])
+    inside = drawn.count('class="around"')
+    assert 36 <= inside < 40 and f"{40 - inside} of 40 dots are outside of the frame" in drawn and "&lt;c&gt;" in drawn
+    places = [float(x) for x in re.findall(r'class="point" cx="([\d.]+)"', drawn)]
+    assert max(places) - min(places) > 30.0 and all(0.0 < x < 640.0 for x in places)
 
 
 WRONG = [
