@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from fastprefix.prefixes.config import LayerShape, Part
+from fastprefix.prefixes.encoders.projection import Projection
 from fastprefix.prefixes.gate import Gate
-from fastprefix.prefixes.projection import Projection
 from fastprefix.prefixes.token_dropout import TokenDropout
 
 

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from fastprefix.errors import fail
 from fastprefix.prefixes import priors
 from fastprefix.prefixes.config import check_tokens, checked_modules
+from fastprefix.prefixes.encoders.prompt_encoder import ENCODER_KINDS, EncoderKind, PromptEncoder
 from fastprefix.prefixes.init import Init, normal, take_length, vocabulary
 from fastprefix.prefixes.modules import Modules
-from fastprefix.prefixes.prompt_encoder import ENCODER_KINDS, EncoderKind, PromptEncoder
 from fastprefix.validation import is_int
 
 Place = Literal["before", "after"] | int  # of a soft prompt in a row's text; an int is the id of a marker token

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastprefix.hf.model.facts import ModelFacts
-from fastprefix.prefixes.prompt_encoder import BidirectionalLSTM
+from fastprefix.prefixes.encoders.prompt_encoder import BidirectionalLSTM
 
 
 def why_not_shareable(facts: ModelFacts, tokens: int, kwargs: dict[str, Any], embedded: bool = True) -> str | None:

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from fastprefix.prefixes.projection import Projection
+from fastprefix.prefixes.encoders.projection import Projection
 
 EncoderKind = Literal["mlp", "lstm"]
 ENCODER_KINDS: tuple[EncoderKind, ...] = ("mlp", "lstm")

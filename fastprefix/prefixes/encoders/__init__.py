@@ -1,0 +1,1 @@
+"""Networks that compute a prefix or a soft prompt from parameters of their own while it is trained."""
