@@ -1,4 +1,4 @@
-"""The command line: ``fastprefix demo | train | cartridge | generate | inspect | bench | memory | explain | verify``.
+"""The command line: ``fastprefix demo``, ``train`` and the other commands of the table below.
 
 Each command is a module of this folder with two functions: ``add_arguments(parser)`` declares its options, and
 ``run(options)`` runs it and returns the exit status.
@@ -23,6 +23,7 @@ COMMANDS = {
     "cartridge": "Train a prefix that stands for a document, and measure how well it does.",
     "generate": "Complete a prompt with an adapter.",
     "inspect": "Write a page about an adapter: attention on it, its slots, what it changes and what it costs.",
+    "serve": "Serve a model and a folder of adapters with vLLM.",
     "bench": "Time the operator and its peers in one process.",
     "memory": "Count the bytes that a training step saves for backward.",
     "explain": "Show what a prefix does in a model's layers, and why.",
@@ -94,6 +95,8 @@ def _import_command(name: str) -> Command:
             from fastprefix.cli import generate as command
         case "inspect":
             from fastprefix.cli import inspect as command
+        case "serve":
+            from fastprefix.cli import serve as command
         case "bench":
             from fastprefix.cli import bench as command
         case "memory":

@@ -77,7 +77,7 @@ ROOMS = {
     "cli": (
         ("options", "quiet_imports"),
         ("bench_kernels", "bench_predict"),
-        ("bench", "cartridge", "demo", "explain", "generate", "inspect", "memory", "train", "verify"),
+        ("bench", "cartridge", "demo", "explain", "generate", "inspect", "memory", "serve", "train", "verify"),
         ("__main__",),
     ),
 }
