@@ -22,8 +22,9 @@ import psutil
 import torch
 
 import fastprefix
-from fastprefix import PrefixConfig, init
 from fastprefix.assets.smollm2 import load_smollm2, smollm2_dir
+from fastprefix.hf.storage.peft_format import pack
+from fastprefix.hf.storage.validated_files import write_json, write_tensors
 from tests.serving.engine.server import Server
 
 WORDS = [
@@ -54,9 +55,17 @@ class SmolLM2(Server):
         self.loaded = set()
         self.texts = {f"p{i}": self.text(i, tokens) for i in range(prefixes)}
         for name, ids in self.texts.items():
-            fastprefix.attach(self.model, PrefixConfig(tokens, init=init.token_ids(ids)))
-            fastprefix.save(self.model, self.adapters / name)
-            fastprefix.detach(self.model)
+            with torch.no_grad():
+                cache = self.model(input_ids=torch.tensor([ids]), use_cache=True).past_key_values
+            keys, values = ([getattr(layer, part)[0] for layer in cache.layers] for part in ("keys", "values"))
+            self.write(name, pack(keys, values))
+
+    def write(self, name: str, embeddings: torch.Tensor) -> None:
+        """An adapter as PEFT saves one, ``[P, 2*L*H_kv*D]``."""
+        folder, tokens = self.adapters / name, len(embeddings)
+        folder.mkdir(parents=True)
+        write_tensors({"prompt_embeddings": embeddings}, str(folder / "adapter_model.safetensors"))
+        write_json({"peft_type": "PREFIX_TUNING", "num_virtual_tokens": tokens}, str(folder / "adapter_config.json"))
 
     def text(self, seed: int, tokens: int) -> list[int]:
         """Some tokens of a text of sentences."""
@@ -66,20 +75,11 @@ class SmolLM2(Server):
 
     def many(self, number: int) -> list[str]:
         """More adapters, with numbers of their own."""
-        from fastprefix.hf.storage.validated_files import write_json, write_tensors
-
         config = self.model.config
-        heads, dim, layers = config.num_key_value_heads, config.head_dim, config.num_hidden_layers
+        size = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
         names = [f"many{i}" for i in range(number)]
         for i, name in enumerate(names):
-            (self.adapters / name).mkdir(parents=True)
-            numbers = torch.Generator().manual_seed(i)
-            x = torch.randn(16, 2 * layers * heads * dim, generator=numbers) * 0.1
-            write_tensors({"prompt_embeddings": x}, str(self.adapters / name / "adapter_model.safetensors"))
-            write_json(
-                {"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 16},
-                str(self.adapters / name / "adapter_config.json"),
-            )
+            self.write(name, torch.randn(16, size, generator=torch.Generator().manual_seed(i)) * 0.1)
         return names
 
     def resident(self) -> float:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import random
 import shutil
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import openai
@@ -85,6 +89,8 @@ def test_the_longest_text_is_shorter_by_the_prefix(server: Server) -> None:
     body = {"model": "p4", "prompt": [7] * (LENGTH - tokens - 5), "temperature": 0, "ignore_eos": True}
     status, found = server.post("/v1/completions", {**body, "max_tokens": 6})
     assert status == 400 and f"expected at most 5, as max_model_len is {LENGTH}" in found["error"]["message"]
+    _, streamed = server.post("/v1/completions", {**body, "max_tokens": 6, "stream": True})
+    assert "expected at most 5, as max_model_len" in str(streamed)
     status, found = server.post("/v1/completions", {**body, "max_tokens": 5})
     assert status == 200 and found["usage"]["completion_tokens"] == 5
     status, found = server.post("/v1/completions", {**body, "prompt": [7] * (LENGTH - tokens), "max_tokens": 1})
@@ -156,6 +162,15 @@ def test_adapters_that_cannot_be_served_are_a_400_with_the_reason(server: Server
         assert str(server.adapters) not in found["error"]["message"]
         shutil.rmtree(server.adapters / name)
     assert server.complete("p0", PROMPT) == server.attached("p0", PROMPT)
+
+
+def test_the_example_client_asks_every_prefix(server: Server) -> None:
+    script = Path(__file__).parents[3] / "examples" / "serve_client.py"
+    environment = {**os.environ, "OPENAI_BASE_URL": f"http://127.0.0.1:{server.port}/v1"}
+    done = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True, check=True)
+    lines = done.stdout.splitlines()
+    assert {line.split(":")[0] for line in lines[:-1]} == {*server.names, "soft", "base"}
+    assert lines[-1].startswith("p0, in a chat:")
 
 
 def test_five_hundred_malformed_requests_leave_it_serving(server: Server) -> None:
