@@ -26,23 +26,24 @@ def tiny_tokenizer() -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=raw, **names)
 
 
+SIZES: dict[str, Any] = {
+    "vocab_size": 32,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "initializer_range": 0.15,
+}
+
+
 def tiny_model() -> Any:
     """Always the same numbers; the random state is left as it was."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    config = LlamaConfig(
-        vocab_size=32,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-        initializer_range=0.15,
-    )
+    config = LlamaConfig(num_attention_heads=4, num_key_value_heads=2, **SIZES)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return LlamaForCausalLM(config).eval()
@@ -59,20 +60,7 @@ def tiny_qwen3() -> Any:
     """A Qwen3, which norms the queries and keys of each head; always the same numbers."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
-    config = Qwen3Config(
-        vocab_size=32,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        head_dim=8,
-        max_position_embeddings=64,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-        initializer_range=0.15,
-    )
+    config = Qwen3Config(num_attention_heads=8, num_key_value_heads=4, head_dim=8, **SIZES)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return Qwen3ForCausalLM(config).eval()
