@@ -19,7 +19,7 @@ from fastprefix.errors import fail
 from fastprefix.functional import prefix_attention
 from fastprefix.hf.adapters.attached_prefixes import AttachedPrefixes
 from fastprefix.hf.adapters.installation import Installation
-from fastprefix.hf.adapters.lookup import require_installation
+from fastprefix.hf.adapters.lookup import require_installation, require_not_patched
 from fastprefix.hf.adapters.prefix_batch import prefix_batch
 from fastprefix.hf.attention.recording import AttentionCall, observing
 from fastprefix.hf.model import probing
@@ -202,6 +202,21 @@ def _refuse(installation: Installation, name: str | None) -> None:
 def _inside(installation: Installation, name: str | None) -> ValueError:
     got = f"{_named(installation, name)}, a soft prompt that runs inside every row"
     return fail("name", got, "a prefix, or a soft prompt that is computed once (place='before' in a causal model)")
+
+
+def named_prefix(model: Any, name: str | None) -> tuple[Installation, str, Any]:
+    """The installation of a model that is not patched, and the prefix of a name, or the active one.
+
+    Raises:
+        ValueError: the model has no such prefix, or it is a patched PEFT model.
+    """
+    installation = require_installation(model)
+    require_not_patched(installation)
+    name = installation.selection.active if name is None else name
+    if name is None:
+        known = sorted(map(str, installation.selection.prefixes))
+        raise fail("name", name, f"a prefix: none is active (fastprefix.set_prefix), and the model has {known}")
+    return installation, name, installation.selection.named(name)
 
 
 def _named(installation: Installation, name: str | None) -> str:

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastprefix.analysis.forward import Layer, look
+from fastprefix.analysis.forward import Layer, look, named_prefix
 from fastprefix.analysis.projection import pca
 from fastprefix.analysis.result import Result, figure
 from fastprefix.errors import fail
 from fastprefix.hf.adapters.installation import Installation
-from fastprefix.hf.adapters.lookup import require_installation, require_not_patched
+from fastprefix.hf.adapters.lookup import require_installation
 from fastprefix.hf.adapters.nearest_tokens import nearest_tokens, soft_prompt, vocabulary
 from fastprefix.prefixes.prefix import Prefix
 from fastprefix.prefixes.priors import fit_gaussian
@@ -152,12 +152,7 @@ def slot_map(model: Any, batch: Mapping[str, Any] | None = None, name: str | Non
     Raises:
         ValueError: the model has no such prefix, a batch is missing or does not fit, or ``start`` is of another shape.
     """
-    installation = require_installation(model)
-    require_not_patched(installation)
-    name = installation.selection.active if name is None else name
-    if name is None:
-        raise fail("name", name, "a prefix: none is active (fastprefix.set_prefix)")
-    prefix = installation.selection.named(name)
+    installation, name, prefix = named_prefix(model, name)
     labels: tuple[int, ...] | None
     if isinstance(prefix, SoftPrompt):
         around, labels = _of_vocabulary(installation, prefix)

@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastprefix.analysis.forward import Layer, look
+from fastprefix.analysis.forward import Layer, look, named_prefix
 from fastprefix.analysis.result import Result, figure, heat_map, plain
 from fastprefix.errors import fail
-from fastprefix.hf.adapters.lookup import require_installation, require_not_patched
 from fastprefix.prefixes import slots as numbers
 from fastprefix.types import MASKED_BIAS
 
@@ -161,14 +160,8 @@ def slot_geometry(model: Any, name: str | None = None) -> SlotGeometry:
     Raises:
         ValueError: the model has no such prefix, or is a patched PEFT model.
     """
-    installation = require_installation(model)
-    require_not_patched(installation)
-    name = installation.selection.active if name is None else name
-    if name is None:
-        raise fail(
-            "name", name, f"a prefix: none is active, and the model has {sorted(installation.selection.prefixes)}"
-        )
-    layers = numbers.slots(installation.selection.named(name))
+    _, _, prefix = named_prefix(model, name)
+    layers = numbers.slots(prefix)
     cosines = torch.tensor([numbers.mean_cosine(x.vectors) for x in layers], dtype=torch.float64)
     ranks = torch.tensor([numbers.effective_rank(x.vectors) for x in layers], dtype=torch.float64)
     pairs = tuple(numbers.tied_everywhere(layers))

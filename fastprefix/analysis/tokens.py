@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from fastprefix.analysis.forward import Layer, run_bare
+from fastprefix.analysis.forward import Layer, named_prefix, run_bare
 from fastprefix.analysis.result import Result, figure
 from fastprefix.errors import fail
 from fastprefix.hf.adapters.installation import Installation
-from fastprefix.hf.adapters.lookup import require_installation, require_not_patched
 from fastprefix.hf.adapters.nearest_tokens import nearest_tokens
 from fastprefix.prefixes.prefix import Prefix
 from fastprefix.prefixes.prompt import SoftPrompt
@@ -70,12 +69,7 @@ def nearest(model: Any, name: str | None = None, k: int = 5, tokenizer: Any = No
         ValueError: the model has no such prefix, reads no token ids, is an encoder-decoder with a prefix, or ``k`` is
             out of range.
     """
-    installation = require_installation(model)
-    require_not_patched(installation)
-    name = installation.selection.active if name is None else name
-    if name is None:
-        raise fail("name", name, "a prefix: none is active (fastprefix.set_prefix)")
-    prefix = installation.selection.named(name)
+    installation, name, prefix = named_prefix(model, name)
     if isinstance(prefix, SoftPrompt):
         found = nearest_tokens(model, name, k, tokenizer=tokenizer)
         ids, cosine = found.ids.cpu(), found.scores.cpu()
