@@ -1,0 +1,1 @@
+"""The experiments, one a file; each file has one ``EXPERIMENT``."""

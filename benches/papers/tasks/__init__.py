@@ -1,0 +1,1 @@
+"""What experiments share: data of tasks, small models and their training."""
