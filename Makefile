@@ -3,6 +3,7 @@ PYTEST_ARGS ?=
 PEFT_ARGS ?=
 SWEEP_ARGS ?=
 SERVE_ARGS ?=
+PAPERS_ARGS ?=
 SANITIZE_ARGS ?= tests/native
 VENV := .venv
 BIN := $(VENV)/bin
@@ -11,7 +12,7 @@ STAMP := $(VENV)/.native
 PIP := $(BIN)/python -m pip install -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-quick test-peft test-serve sweep lint bench native sanitize clean
+.PHONY: help demo test test-quick test-peft test-serve sweep lint bench papers native sanitize clean
 
 help:
 	@echo "make demo       train a prefix on a real model (fastprefix demo)"
@@ -24,6 +25,7 @@ help:
 	@echo "make native     build the compiled extension, or fail (FASTPREFIX_SANITIZE=address,undefined for debugging)"
 	@echo "make sanitize   its tests under AddressSanitizer and UndefinedBehaviorSanitizer (SANITIZE_ARGS='-k name')"
 	@echo "make bench      microbenchmarks (PYTEST_ARGS as above)"
+	@echo "make papers     what papers claim of prefixes, run: docs/papers.md (PAPERS_ARGS='--check' or '--only NAME')"
 	@echo "make docs       the documentation as a site in build/docs, which fails on a warning"
 	@echo "make clean      remove .venv and what tools leave behind"
 	@echo "PYTHON=python3.12 make ... chooses the interpreter of a new .venv"
@@ -104,6 +106,9 @@ sweep: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/pytest benches --benchmark-only $(PYTEST_ARGS)
+
+papers: $(STAMP)
+	$(BIN)/python -m benches.papers $(PAPERS_ARGS)
 
 # NO_MKDOCS_2_WARNING: an advertisement of another tool's, printed by every build.
 .PHONY: docs
