@@ -114,10 +114,15 @@ def look(model: Any, batch: Mapping[str, Any], see: Callable[[Layer], None], nam
 def checked(model: Any, batch: Any) -> Installation:
     """The installation of a model; raises ValueError for a model without one, or a batch that is none."""
     installation = require_installation(model)
+    check_batch(batch)
+    return installation
+
+
+def check_batch(batch: Any) -> None:
+    """Raise ValueError for a batch that is none."""
     if not isinstance(batch, Mapping) or not any(isinstance(x, Tensor) for x in batch.values()):
         got = f"keys {sorted(map(str, batch))}" if isinstance(batch, Mapping) else type(batch).__name__
         raise fail("batch", got, "a mapping of tensors, the arguments of the model's forward, as a tokenizer returns")
-    return installation
 
 
 def run(installation: Installation, batch: Mapping[str, Any], see: Callable[[Layer], None], **options: Any) -> Any:
@@ -135,9 +140,15 @@ def run(installation: Installation, batch: Mapping[str, Any], see: Callable[[Lay
             real = _real(batch, part, call)
             see(Layer(names.get(id(call.module), "?"), part, call.tensors, call.options, real))
 
+    with installation.lock.hold(), observing(record):
+        return forward(model, batch, **options)
+
+
+def forward(model: Any, batch: Mapping[str, Any], **options: Any) -> Any:
+    """Run a model in eval mode, without a cache where it has one."""
     if "use_cache" in inspect.signature(model.forward).parameters:
         options.setdefault("use_cache", False)
-    with installation.lock.hold(), probing.evaluating(model), observing(record):
+    with probing.evaluating(model):
         return model(**{**batch, **options})
 
 

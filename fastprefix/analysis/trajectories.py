@@ -9,10 +9,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from fastprefix.analysis.forward import checked, run, selected
+from fastprefix.analysis.forward import check_batch, checked, forward, run, selected
 from fastprefix.analysis.projection import pca, silhouette, two_groups
 from fastprefix.analysis.result import Result, figure
 from fastprefix.errors import fail
+from fastprefix.hf.adapters.lookup import find_installation
 
 At = Literal["last", "mean"]
 
@@ -102,13 +103,18 @@ def activations(
 
 def _states(model: Any, batch: Mapping[str, Any], name: str | None, at: At) -> Tensor:
     """``[L + 1, B, d]`` in fp64 on the CPU."""
-    installation = checked(model, batch)
-    decodes = bool(getattr(installation.model.config, "is_encoder_decoder", False))
-    with selected(installation, name):
-        output = run(installation, batch, lambda layer: None, output_hidden_states=True)
+    if name is None and find_installation(model) is None:
+        check_batch(batch)
+        output = forward(model, batch, output_hidden_states=True)
+    else:
+        installation = checked(model, batch)
+        with selected(installation, name):
+            output = run(installation, batch, lambda layer: None, output_hidden_states=True)
+        model = installation.model
+    decodes = bool(getattr(model.config, "is_encoder_decoder", False))
     states = output.decoder_hidden_states if decodes else output.hidden_states
     if not states:
-        got = f"{type(installation.model).__name__}, which returns no hidden states"
+        got = f"{type(model).__name__}, which returns no hidden states"
         raise fail("model", got, "a model that does, with output_hidden_states=True")
     mask = batch.get("decoder_attention_mask" if decodes else "attention_mask")
     shape = states[0].shape[:2]

@@ -290,6 +290,13 @@ def test_activations_of_a_bare_selection_and_wrong_calls() -> None:
     without = analysis.activations(model, {"a": batch})
     assert not torch.allclose(with_prefix.points, without.points)
     torch.testing.assert_close(analysis.activations(model, {"a": batch}, "default").points, with_prefix.points)
+    fastprefix.detach(model)
+    model.train()
+    torch.testing.assert_close(analysis.activations(model, {"a": batch}).points, without.points)
+    assert model.training
+    with pytest.raises(ValueError, match="model: got LlamaForCausalLM without a prefix"):
+        analysis.activations(model, {"a": batch}, "default")
+    model, _ = attached("llama_gqa")
     for wrong, said in (
         ({"batches": {}}, r"batches: got {}, expected a mapping of tasks' names"),
         ({"batches": {"a": 3}}, "batch: got int, expected a mapping of tensors"),
