@@ -93,8 +93,8 @@ def _rows(at: str, case: str) -> tuple[Row, Row]:
     )
 
 
-def _apart(at: str) -> Callable[[Values], bool]:
-    return lambda x: all(min(x[f"{at}_{c}_alone"]) == 1 and min(x[f"{at}_{c}_ratio"]) > 1 for c in CASES)
+def _apart(at: str, case: str) -> Callable[[Values], bool]:
+    return lambda x: min(x[f"{at}_{case}_alone"]) == 1 and min(x[f"{at}_{case}_ratio"]) > 1
 
 
 EXPERIMENT = Experiment(
@@ -112,13 +112,20 @@ EXPERIMENT = Experiment(
     rows=tuple(row for at in PLACES for case in CASES for row in _rows(at, case)),
     statements=(
         Statement(
-            "By their last tokens, tasks of language are in one cluster and arithmetic is in another.", _apart("last")
+            "By their last tokens, tasks of language are in one cluster and arithmetic is in another.",
+            _apart("last", "bare"),
         ),
-        Statement("By the means of all their tokens they are so too.", _apart("mean")),
+        Statement("With a prefix in front they are so too.", _apart("last", "prefix")),
+        Statement("By the means of all tokens, without a prefix, they are so too.", _apart("mean", "bare")),
+        Statement(
+            "Arithmetic is further from the tasks of language than these are from one another, in all four cases.",
+            lambda x: all(min(x[f"{at}_{case}_ratio"]) > 1 for at in PLACES for case in CASES),
+        ),
     ),
     differs=(
-        "By the means of all tokens the two groups are short prompts, glosses with arithmetic, and long ones: the "
-        "form of a prompt weighs more than its task."
+        "Arithmetic is only a little further away than tasks of language are from one another, so that the split "
+        "into two groups often is another one: by the means of all tokens it is short prompts, glosses with "
+        "arithmetic, and long ones."
     ),
     against=(
         "The last tokens differ too: a sum ends in a sign, a gloss in a colon. Four tasks of ten prompts are few, "
