@@ -13,7 +13,7 @@ from benches.papers.experiment import Experiment, Outcome, Row, Statement, mean
 from fastprefix import PrefixConfig, init
 from fastprefix.assets.glosses import load_glosses
 
-LENGTH, HARD_TOKENS, PREFIXES, STEPS, RATE = 10, 250, 12, 45, 0.2
+LENGTH, HARD_TOKENS, PREFIXES, STEPS, RATE = 10, 200, 8, 40, 0.2
 
 
 def run(seed: int, full: bool) -> Outcome:

@@ -151,8 +151,8 @@ def draw(outcomes: Sequence[Outcome]) -> Any:
     axes.bar_label(bars, fmt="%.0f", padding=3)
     axes.set_xscale("log")
     axes.set_xlim(0.5, 500)
-    axes.set_xlabel(f"different texts of {LENGTH} characters that were written, of {SENTENCES} that were asked for")
-    axes.set_title("One position in front of a transformer with weights by hand")
+    axes.set_xlabel(f"different texts of {LENGTH} characters written, of {SENTENCES} asked for")
+    axes.set_title("One position in front of a transformer by hand", fontsize=11)
     axes.spines[["top", "right"]].set_visible(False)
     return drawn
 

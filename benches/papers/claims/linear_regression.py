@@ -94,7 +94,7 @@ def draw(outcomes: Sequence[Outcome]) -> Any:
     for key, label in (("zero", "from 0"), ("constant", "from 0, plus a constant"), ("start", "from the new mean")):
         height = mean({key: [x.measured[f"moved_descent_{key}"] for x in outcomes]}, key)
         axes.axhline(height, color="#606060", linestyle="--", linewidth=1)
-        axes.text(3.05, height, f"descent {label}", va="center", fontsize=8, color="#404040")
+        axes.text(4.35, height, f"descent {label}", va="bottom", ha="right", fontsize=8, color="#404040")
     axes.set_xticks(range(4), ["no prefix", *(f"P = {tokens}" for tokens in LENGTHS)])
     axes.set(xlim=(-0.2, 4.4), ylabel="mean squared error", title="tasks around another mean, the model frozen")
     axes.legend(frameon=False, loc="lower left")
