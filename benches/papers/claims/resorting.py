@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from benches.papers.experiment import Experiment, Outcome, Row, Statement, mean, values_of
+from benches.papers.experiment import Experiment, Outcome, Row, Statement, Values, mean, values_of
 from benches.papers.tasks.drawing import BLUE, GREEN, ORANGE, curve
 from benches.papers.tasks.sequence_tasks import FULL, SMALL
 from benches.papers.tasks.small_transformer import (
@@ -108,12 +108,12 @@ def draw(outcomes: Sequence[Outcome]) -> Any:
     axes.set_xscale("log", base=2)
     axes.set_xticks(LENGTHS, [str(x) for x in LENGTHS])
     axes.set(xlabel="length P of the prefix, rank of LoRA", ylabel="sorted downwards, % exact", ylim=(-4, 104))
-    axes.legend(loc="center right")
+    axes.legend(loc="upper right", bbox_to_anchor=(1.0, 0.92))
     made.suptitle("A model that sorts upwards is tuned to sort downwards: attention in one input, and exact match")
     return made
 
 
-def _far(values: Any) -> bool:
+def _far(values: Values) -> bool:
     long = mean(values, "prefix 8") + mean(values, "prefix 16")
     short = mean(values, "prefix 2") + mean(values, "prefix 4")
     return long > short + 10 and short > 2 * mean(values, "prefix 1") + 5
