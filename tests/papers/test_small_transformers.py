@@ -101,6 +101,7 @@ def test_an_experiment_runs(claim: Any, full: bool, monkeypatch: pytest.MonkeyPa
     setting = claim.SETTINGS[full]
     short = dataclasses.replace(setting, steps=dict.fromkeys(setting.steps, 1), tests=16)
     monkeypatch.setitem(claim.SETTINGS, full, short)
+    monkeypatch.setattr(claim, "ROWS", 4)
     experiment = claim.EXPERIMENT
     outcome = experiment.run(0, full)
     assert outcome.measured.keys() >= {row.key for row in experiment.rows}
