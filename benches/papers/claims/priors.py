@@ -73,7 +73,7 @@ def _embeddings(prompt: Any) -> Tensor:
 
 
 def _at_home(name: str, end: Tensor, starts: dict[str, Tensor]) -> float:
-    """The share of a trained prompt's tokens whose nearest one, of all priors' starting tokens, is of their own prior."""
+    """The share of a trained prompt's tokens whose nearest starting token, of all priors', is of their own prior."""
     nearest = torch.stack([torch.cdist(end, start).amin(1) for start in starts.values()]).argmin(0)
     return (nearest == list(starts).index(name)).double().mean().item()
 
