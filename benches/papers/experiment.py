@@ -18,7 +18,7 @@ Values = Mapping[str, Sequence[float]]  # of each row, one number a seed
 class Outcome:
     """What one run with one seed found."""
 
-    measured: dict[str, float]  # by the key of a row
+    measured: dict[str, float]  # by the key of a row; more than the rows is kept, and not printed
     drawn: dict[str, Any] = field(default_factory=dict)  # what else the picture needs; plain data for JSON
 
 
@@ -58,7 +58,7 @@ class Experiment:
     draw: Callable[[Sequence[Outcome]], Any]  # a ``matplotlib.figure.Figure`` of all seeds
     seeds: tuple[int, ...] = (0, 1, 2)
     minutes: float = 1.0  # of one core for one seed, about; the longest are started first
-    full: str = ""  # what ``--full`` runs instead, and what it needs; without it there is no such size
+    full: str = ""  # what ``--full`` runs instead, and what that needs; empty where there is no such size
 
 
 def values_of(outcomes: Sequence[Outcome]) -> dict[str, list[float]]:

@@ -92,7 +92,7 @@ def _section(x: Experiment, found: Found) -> str:
     if x.full:
         kept = path_of(x.name, full=True)
         state = f"results in `{kept.relative_to(ROOT)}`" if kept.is_file() else "not run here"
-        parts.append(_paragraph(f"**`--full`** runs {x.full} ({state})."))
+        parts.append(_paragraph(f"**`--full`** ({state}): {x.full.removesuffix('.')}."))
     return "\n\n".join(parts)
 
 

@@ -100,7 +100,7 @@ def draw(outcomes: Sequence[Outcome]) -> Any:
 COMPOSED, COUNTED = NEW
 EXPERIMENT = Experiment(
     name="combining",
-    claim="small transformers",
+    claim="c",
     title="A prefix combines what the model knows, and does not teach it a new task",
     papers="[Petrov et al. 2024](https://arxiv.org/abs/2310.19698), experiments 3 and 4",
     setting="A GPT-2 of two layers with four heads, 64 wide, is trained from nothing on four tasks at once (upwards, "

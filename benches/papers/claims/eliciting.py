@@ -58,7 +58,7 @@ def draw(outcomes: Sequence[Outcome]) -> Any:
 
 EXPERIMENT = Experiment(
     name="eliciting",
-    claim="small transformers",
+    claim="c",
     title="A prefix elicits a task that the model has learned",
     papers="[Petrov et al. 2024](https://arxiv.org/abs/2310.19698), experiment 2",
     setting="A GPT-2 of one layer with four heads, without the LayerNorm in front of attention, is trained from "

@@ -161,7 +161,7 @@ def _equal_loss(values: Values, name: str) -> bool:
 
 EXPERIMENT = Experiment(
     name="extrapolation",
-    claim="small transformers",
+    claim="e",
     title="What a prefix makes of prompts outside of the language a^n b^n",
     papers="[Reizinger et al. 2024](https://arxiv.org/abs/2405.01964)",
     setting="A GPT-2 of 3 layers, 16 wide, with 4 heads learns the texts a^n b^n of 2 to 32 letters by maximum "

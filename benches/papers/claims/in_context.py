@@ -9,7 +9,7 @@ import torch
 
 import fastprefix
 from benches.papers.experiment import Experiment, Outcome, Row, Statement, mean
-from benches.papers.tasks.glosses import Batch, heldout_batches, heldout_loss, training_batches
+from benches.papers.tasks.glosses import Batch, heldout_batches, heldout_loss, measured_at, training_batches
 from fastprefix import PrefixConfig, init
 from fastprefix.assets.glosses import load_glosses
 from fastprefix.data import encode_pairs
@@ -45,7 +45,7 @@ def compare(model: Any, tokenizer: Any, held_out: list[Batch], seed: int, steps:
         "random": PrefixConfig(SLOTS, init=init.normal(0.02)),
     }
     measured = {"tokens": float(tokens), "zero_shot": heldout_loss(model, held_out)}
-    drawn: dict[str, Any] = {"steps": list(range(0, steps + 1, EVERY))}
+    drawn: dict[str, Any] = {"steps": measured_at(steps, EVERY)}
     for name, config in starts.items():
         torch.manual_seed(seed)
         fastprefix.attach(model, config)
@@ -80,7 +80,7 @@ def _train(model: Any, tokenizer: Any, held_out: list[Batch], seed: int, steps: 
         model(**batch, use_cache=False).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        if step % EVERY == 0 or step == steps:
+        if step in measured_at(steps, EVERY):
             losses.append(heldout_loss(model, held_out))
     return losses
 

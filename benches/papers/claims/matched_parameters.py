@@ -9,7 +9,7 @@ import torch
 
 import fastprefix
 from benches.papers.experiment import Experiment, Outcome, Row, Statement, mean
-from benches.papers.tasks.glosses import Batch, heldout_batches, heldout_loss, training_batches
+from benches.papers.tasks.glosses import Batch, heldout_batches, heldout_loss, measured_at, training_batches
 from fastprefix import PrefixConfig, PromptConfig, init
 from fastprefix.measure.training.saved_bytes import SavedBytes
 
@@ -31,7 +31,7 @@ def run(seed: int, full: bool) -> Outcome:
 
 def compare(load: Callable[[], tuple[Any, Any]], seed: int, steps: int, held_out: int) -> Outcome:
     """Train each method on the same batches in the same order."""
-    measured, drawn = dict[str, float](), dict[str, Any]({"steps": list(range(0, steps + 1, EVERY))})
+    measured, drawn = dict[str, float](), dict[str, Any]({"steps": measured_at(steps, EVERY)})
     for name in METHODS:
         model, tokenizer = load()
         batches = heldout_batches(tokenizer, held_out)
@@ -71,7 +71,7 @@ def _train(model: Any, optimizer: Any, training: list[Batch], held_out: list[Bat
         model(**batch, use_cache=False).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        if step % EVERY == 0 or step == len(training):
+        if step in measured_at(len(training), EVERY):
             losses.append(heldout_loss(model, held_out))
     return losses
 

@@ -122,7 +122,7 @@ def _far(values: Values) -> bool:
 PERCENT = "{:.1f}"
 EXPERIMENT = Experiment(
     name="resorting",
-    claim="small transformers",
+    claim="c",
     title="A prefix of one token cannot turn a sort around",
     papers="[Petrov et al. 2024](https://arxiv.org/abs/2310.19698), experiment 1; "
     "[Petrov et al. 2024b](https://arxiv.org/abs/2402.14753)",

@@ -29,6 +29,11 @@ def heldout_batches(tokenizer: Any, limit: int, rows: int = 16) -> list[Batch]:
     return [encode_pairs(pairs[first : first + rows], tokenizer) for first in range(0, len(pairs), rows)]
 
 
+def measured_at(steps: int, every: int) -> list[int]:
+    """In front of the first step, after every ``every`` steps and after the last."""
+    return [step for step in range(steps + 1) if step % every == 0 or step == steps]
+
+
 @torch.no_grad()
 def heldout_loss(model: Any, batches: list[Batch]) -> float:
     """The mean loss of a completion token in nats, the end of the text included."""
