@@ -53,8 +53,8 @@ def write(found: Found) -> None:
 
 
 def _rounded(x: Any) -> Any:
-    """Floats with seven digits, which is what fp32 has; points of a picture need no more."""
-    if isinstance(x, float):
+    """Fractions with seven digits, which is what fp32 has; points of a picture need no more."""
+    if isinstance(x, float) and not x.is_integer():
         return float(f"{x:.7g}")
     if isinstance(x, dict):
         return {key: _rounded(value) for key, value in x.items()}

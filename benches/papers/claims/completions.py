@@ -144,5 +144,5 @@ EXPERIMENT = Experiment(
     ),
     draw=draw,
     minutes=2.0,
-    full="all 49,152 tokens and 500 prefixes, which takes about an hour of a core for a seed",
+    full="all 49,152 tokens and 500 prefixes; how long that takes was not measured",
 )

@@ -231,5 +231,5 @@ EXPERIMENT = Experiment(
     draw=draw,
     minutes=1.9,
     full="Trains the paper's model, 10 wide with 5 heads and 5 layers on texts of up to 256 letters with dropout 0.1, "
-    "for 30,000 steps, and whatever tunes it for 10,000 each: a day of a processor for a seed, or hours of a GPU.",
+    "for 30,000 steps, and whatever tunes it for 10,000 each; how long that takes was not measured.",
 )

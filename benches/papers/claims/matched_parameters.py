@@ -146,10 +146,32 @@ EXPERIMENT = Experiment(
             "Prompt, prefix and LoRA have the same number of parameters.",
             lambda x: len({*x["prompt_numbers"], *x["prefix_numbers"], *x["lora_numbers"]}) == 1,
         ),
+        Statement(
+            "A prefix reaches the loss of LoRA with as many parameters, to 0.15 nats in every seed.",
+            lambda x: all(abs(a - b) < 0.15 for a, b in zip(x["prefix_loss"], x["lora_loss"], strict=True)),
+        ),
+        Statement(
+            "A prefix does at least as well as full tuning (Li and Liang).",
+            lambda x: mean(x, "prefix_loss") <= mean(x, "whole_loss"),
+        ),
+        Statement(
+            "A prefix saves the least for the backward pass, and full tuning's optimizer has over 900 times its state.",
+            lambda x: (
+                mean(x, "prefix_saved") < min(mean(x, f"{name}_saved") for name in ("prompt", "lora", "whole"))
+                and mean(x, "whole_state") > 900 * mean(x, "prefix_state")
+            ),
+        ),
     ),
-    differs="",
-    against="",
+    differs=(
+        "In the paper a prefix is ahead of full tuning; here it is a little behind, in another task, another "
+        "measure and after very few steps."
+    ),
+    against=(
+        f"{STEPS} steps at one rate each say which method learns the form of a gloss fast, not which is best in the "
+        "end. The prefix starts from a sentence about the task, and is ahead before the first step. A prompt with "
+        "as many numbers as a prefix is longer than the texts, and costs time and memory accordingly."
+    ),
     draw=draw,
     minutes=2.0,
-    full=f"{FULL_STEPS} steps and all {FULL_HELD_OUT} held-out pairs, about an hour of a core for a seed",
+    full=f"{FULL_STEPS} steps and all {FULL_HELD_OUT} held-out pairs; how long that takes was not measured",
 )

@@ -184,5 +184,5 @@ EXPERIMENT = Experiment(
     draw=draw,
     minutes=1.1,
     full="Trains the paper's size, 96 wide with dropout 0.1 on 10 digits of 0 to 7, for 20,000 steps, and each prefix "
-    "for 40,000: hours of a processor for a seed, or a GPU's time.",
+    "for 40,000; how long that takes was not measured.",
 )
