@@ -95,10 +95,10 @@ def draw(outcomes: Sequence[Outcome]) -> Any:
         for outcome in outcomes:
             label = f"prefix from {STARTS[name]}" if outcome is outcomes[0] else None
             axes.plot(outcome.drawn["steps"], outcome.drawn[name], "o-", color=colour, markersize=4, label=label)
-    for key, label in (("zero_shot", "no examples"), ("own_start", "examples as text")):
+    for key, label, side in (("zero_shot", "no examples", "bottom"), ("own_start", "examples as text", "top")):
         height = mean({key: [x.measured[key] for x in outcomes]}, key)
         axes.axhline(height, color="#606060", linestyle="--", linewidth=1)
-        axes.annotate(label, (1, height), xycoords=("axes fraction", "data"), va="bottom", ha="right", fontsize=8)
+        axes.annotate(label, (1, height), xycoords=("axes fraction", "data"), va=side, ha="right", fontsize=8)
     axes.set(xlabel="step", ylabel="held-out loss of a token (nats)", title="glosses of nouns, SmolLM2-135M")
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)

@@ -116,7 +116,7 @@ def _rows(name: str, published: str) -> tuple[Row, ...]:
     return (
         Row(f"{name}_numbers", f"{words}: trained parameters", "", "{:,.0f}"),
         Row(f"{name}_loss", f"{words}: held-out loss of a token (nats)", published, "{:.3f}", 0.1),
-        Row(f"{name}_saved", f"{words}: saved for the backward pass (MiB)", "", "{:.1f}", 1.0),
+        Row(f"{name}_saved", f"{words}: saved for the backward pass of 16 rows (MiB)", "", "{:.1f}", 1.0),
         Row(f"{name}_state", f"{words}: the optimizer's state (MiB)", "", "{:.1f}", 0.1),
     )
 
