@@ -8,8 +8,9 @@ import time
 
 from benches.papers.agreement import disagreements
 from benches.papers.collection import experiments
+from benches.papers.experiment import Experiment
 from benches.papers.page import PAGE, draw, write_page
-from benches.papers.runner import ROOT, path_of, read, run
+from benches.papers.runner import ROOT, path_of, read, run, write
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -38,9 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
     return _check(chosen, options) if options.check else _keep(chosen, options)
 
 
-def _keep(chosen: list, options: argparse.Namespace) -> int:
-    from benches.papers.runner import write
-
+def _keep(chosen: list[Experiment], options: argparse.Namespace) -> int:
     began = time.monotonic()
     by_name = {x.name: x for x in chosen}
     for found in run(chosen, options.full, options.processes):
@@ -56,7 +55,7 @@ def _keep(chosen: list, options: argparse.Namespace) -> int:
     return 0
 
 
-def _check(chosen: list, options: argparse.Namespace) -> int:
+def _check(chosen: list[Experiment], options: argparse.Namespace) -> int:
     if missing := [x.name for x in chosen if not path_of(x.name, options.full).is_file()]:
         print(f"no kept results of {', '.join(missing)}: run without --check first", file=sys.stderr)
         return 1

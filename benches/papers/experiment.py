@@ -18,7 +18,7 @@ Values = Mapping[str, Sequence[float]]  # of each row, one number a seed
 class Outcome:
     """What one run with one seed found."""
 
-    measured: dict[str, float]  # by the key of a row; more than the rows is kept, and not printed
+    measured: dict[str, float]  # by the key of a row
     drawn: dict[str, Any] = field(default_factory=dict)  # what else the picture needs; plain data for JSON
 
 

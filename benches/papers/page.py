@@ -37,12 +37,12 @@ def page() -> str:
     if not kept:
         raise FileNotFoundError(f"no results in {path_of('*').parent.relative_to(ROOT)}: python -m benches.papers")
     minutes = sum(sum(found.seconds) for _, found in kept) / 60
-    where = kept[0][1].environment
+    where = dict.fromkeys(f"{x.environment['device']}, torch {x.environment['torch']}" for _, x in kept)
     intro = [
         "This page is generated: `python -m benches.papers` (or `make papers`) runs the experiments, and writes the "
         "results, the pictures and this page. `python -m benches.papers --check` runs them again and says whether "
         "the numbers still agree. Each verdict is computed from the numbers above it.",
-        f"Measured on {where['device']}, torch {where['torch']}, one thread a run and two runs side by side: "
+        f"Measured on {' and on '.join(where)}, one thread a run and two runs side by side: "
         f"{minutes:.0f} minutes of a core for all. Sizes are those of a CPU. What is published was measured on "
         "larger models, and stands beside ours for its direction, unless the setting is said to be the same.",
         "Learning rates, numbers of steps and some bounds in the statements were chosen by looking at these seeds, so "

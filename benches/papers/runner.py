@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import os
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
@@ -70,7 +69,6 @@ def run(chosen: Sequence[Experiment], full: bool, processes: int) -> Iterator[Fo
     waiting = sorted(((x, seed) for x in chosen for seed in x.seeds), key=lambda work: -work[0].minutes)
     done: dict[str, dict[int, tuple[Outcome, float]]] = {x.name: {} for x in chosen}
     machine = environment("cpu")
-    os.environ["OMP_NUM_THREADS"] = "1"  # for the processes, which are started by the next line
     with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
         futures = {pool.submit(_one, x.name, seed, full): (x, seed) for x, seed in waiting}
         for future in as_completed(futures):
@@ -99,6 +97,6 @@ def _one(name: str, seed: int, full: bool) -> tuple[Outcome, float]:
     began = time.process_time()
     outcome = experiment.run(seed, full)
     expected = {row.key for row in experiment.rows}
-    if missing := sorted(expected - set(outcome.measured)):
-        raise ValueError(f"nothing was measured for the rows {missing}")
+    if differing := sorted(expected ^ set(outcome.measured)):
+        raise ValueError(f"only one of the rows and what was measured has {', '.join(differing)}")
     return outcome, time.process_time() - began

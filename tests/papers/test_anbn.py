@@ -11,6 +11,7 @@ import torch
 from benches.papers.claims import extrapolation
 from benches.papers.tasks import anbn
 from fastprefix.data import IGNORE_INDEX
+from tests.papers.checks import check
 
 
 def test_how_many_prompts_there_are() -> None:
@@ -63,9 +64,4 @@ def test_the_experiment_runs(full: bool, monkeypatch: pytest.MonkeyPatch) -> Non
     inside, outside = anbn.prompts()
     monkeypatch.setattr(anbn, "prompts", lambda: (inside, outside[::8]))
     monkeypatch.setitem(extrapolation.SETTINGS, full, dataclasses.replace(setting, size=size, base=1, tune=1))
-    experiment = extrapolation.EXPERIMENT
-    outcome = experiment.run(0, full)
-    assert outcome.measured.keys() >= {row.key for row in experiment.rows}
-    values = {key: [value] for key, value in outcome.measured.items()}
-    assert all(isinstance(statement.holds(values), bool) for statement in experiment.statements)
-    assert experiment.draw([outcome, outcome]).axes
+    check(extrapolation.EXPERIMENT, extrapolation.run(0, full))

@@ -16,19 +16,10 @@ from benches.papers.claims import (
     parameter_counts,
     priors,
 )
-from benches.papers.experiment import Experiment, Outcome, values_of
 from benches.papers.tasks.glosses import heldout_batches, heldout_loss, measured_at, training_batches
 from benches.papers.tasks.prompts import of_tasks
+from tests.papers.checks import check
 from tests.support.tiny_models import tiny_model, tiny_tokenizer
-
-
-def check(experiment: Experiment, outcome: Outcome) -> dict[str, float]:
-    """All rows are measured, in numbers; statements are judged, and the picture is drawn of two seeds."""
-    assert set(outcome.measured) == {row.key for row in experiment.rows}
-    assert all(value == value for value in outcome.measured.values())
-    assert {type(s.holds(values_of([outcome, outcome]))) for s in experiment.statements} == {bool}
-    experiment.draw([outcome, outcome]).canvas.draw()
-    return outcome.measured
 
 
 def unchanged(model: Any) -> bool:

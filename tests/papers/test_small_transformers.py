@@ -21,6 +21,7 @@ from benches.papers.tasks.small_transformer import (
     with_lora,
 )
 from fastprefix import analysis
+from tests.papers.checks import check
 
 HAND = torch.tensor([[3, 0, 3, 1, 3, 0]])
 
@@ -102,9 +103,4 @@ def test_an_experiment_runs(claim: Any, full: bool, monkeypatch: pytest.MonkeyPa
     short = dataclasses.replace(setting, steps=dict.fromkeys(setting.steps, 1), tests=16)
     monkeypatch.setitem(claim.SETTINGS, full, short)
     monkeypatch.setattr(claim, "ROWS", 4)
-    experiment = claim.EXPERIMENT
-    outcome = experiment.run(0, full)
-    assert outcome.measured.keys() >= {row.key for row in experiment.rows}
-    values = {key: [value] for key, value in outcome.measured.items()}
-    assert all(isinstance(statement.holds(values), bool) for statement in experiment.statements)
-    assert experiment.draw([outcome, outcome]).axes
+    check(claim.EXPERIMENT, claim.run(0, full))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import fastprefix
-from benches.papers.experiment import Experiment, Outcome, Row, Statement, mean
+from benches.papers.experiment import Experiment, Outcome, Row, Statement, mean, values_of
 from fastprefix import PrefixConfig, init
 from fastprefix.assets.glosses import load_glosses
 
@@ -92,7 +92,7 @@ def draw(outcomes: Sequence[Outcome]) -> Any:
         "soft": "prefixes:\ndifferent texts",
         "exact": "prefixes:\nas asked for",
     }
-    heights = [mean({key: [x.measured[key] for x in outcomes]}, key) for key in names]
+    heights = [mean(values_of(outcomes), key) for key in names]
     bars = reached.bar(list(names.values()), heights, color=("#8a8a8a", "#2b83ba", "#d9772b"))
     reached.bar_label(bars, fmt="%.0f%%")
     reached.set(ylim=(0, 112), ylabel="%", title=f"greedy completions of {LENGTH} tokens")

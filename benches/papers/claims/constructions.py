@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benches.papers.experiment import Experiment, Outcome, Row, Statement, mean
+from benches.papers.experiment import Experiment, Outcome, Row, Statement, mean, values_of
 from fastprefix import prefix_attention
 
 PRINTABLE = [chr(code) for code in range(32, 126)]  # 94 characters
@@ -146,7 +146,7 @@ def draw(outcomes: Sequence[Outcome]) -> Any:
     drawn = figure(7, 3)
     axes = drawn.subplots()
     names = ("any of the 94 hard tokens", "one virtual token, chosen freely")
-    counts = (max(x.measured["hard"] for x in outcomes), SENTENCES * mean_share(outcomes))
+    counts = (max(x.measured["hard"] for x in outcomes), SENTENCES * mean(values_of(outcomes), "sentences") / 100)
     bars = axes.barh(names, counts, color=("#8a8a8a", "#2b83ba"))
     axes.bar_label(bars, fmt="%.0f", padding=3)
     axes.set_xscale("log")
@@ -155,11 +155,6 @@ def draw(outcomes: Sequence[Outcome]) -> Any:
     axes.set_title("One position in front of a transformer by hand", fontsize=11)
     axes.spines[["top", "right"]].set_visible(False)
     return drawn
-
-
-def mean_share(outcomes: Sequence[Outcome]) -> float:
-    """The share of sentences that were written as asked for, over all seeds."""
-    return mean({"sentences": [x.measured["sentences"] for x in outcomes]}, "sentences") / 100
 
 
 EXPERIMENT = Experiment(

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 import fastprefix
-from benches.papers.experiment import Experiment, Outcome, Row, Statement, mean
+from benches.papers.experiment import Experiment, Outcome, Row, Statement, mean, values_of
 from benches.papers.tasks.glosses import Batch, heldout_batches, heldout_loss, measured_at, training_batches
 from fastprefix import PrefixConfig, init
 from fastprefix.assets.glosses import load_glosses
@@ -96,7 +96,7 @@ def draw(outcomes: Sequence[Outcome]) -> Any:
             label = f"prefix from {STARTS[name]}" if outcome is outcomes[0] else None
             axes.plot(outcome.drawn["steps"], outcome.drawn[name], "o-", color=colour, markersize=4, label=label)
     for key, label, side in (("zero_shot", "no examples", "bottom"), ("own_start", "examples as text", "top")):
-        height = mean({key: [x.measured[key] for x in outcomes]}, key)
+        height = mean(values_of(outcomes), key)
         axes.axhline(height, color="#606060", linestyle="--", linewidth=1)
         axes.annotate(label, (1, height), xycoords=("axes fraction", "data"), va=side, ha="right", fontsize=8)
     axes.set(xlabel="step", ylabel="held-out loss of a token (nats)", title="glosses of nouns, SmolLM2-135M")

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benches.papers.experiment import Experiment, Outcome, Row, Statement, mean
+from benches.papers.experiment import Experiment, Outcome, Row, Statement, mean, values_of
 from benches.papers.tasks.regression import (
     DIM,
     PAIRS,
@@ -92,7 +92,7 @@ def draw(outcomes: Sequence[Outcome]) -> Any:
             heights = [outcome.measured[f"moved_{name}"], *(outcome.measured[f"{name}_p{n}"] for n in LENGTHS)]
             axes.plot(range(4), heights, "o-", color=colour, label=label if outcome is outcomes[0] else None)
     for key, label in (("zero", "from 0"), ("constant", "from 0, plus a constant"), ("start", "from the new mean")):
-        height = mean({key: [x.measured[f"moved_descent_{key}"] for x in outcomes]}, key)
+        height = mean(values_of(outcomes), f"moved_descent_{key}")
         axes.axhline(height, color="#606060", linestyle="--", linewidth=1)
         axes.text(4.35, height, f"descent {label}", va="bottom", ha="right", fontsize=8, color="#404040")
     axes.set_xticks(range(4), ["no prefix", *(f"P = {tokens}" for tokens in LENGTHS)])

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 import fastprefix
-from benches.papers.experiment import Experiment, Outcome, Row, Statement, mean
+from benches.papers.experiment import Experiment, Outcome, Row, Statement, mean, values_of
 from benches.papers.tasks.glosses import Batch, heldout_batches, heldout_loss, measured_at, training_batches
 from fastprefix import PrefixConfig, PromptConfig, init
 from fastprefix.measure.training.saved_bytes import SavedBytes
@@ -100,7 +100,7 @@ def draw(outcomes: Sequence[Outcome]) -> Any:
     losses.set(xlabel="step", title="held-out loss of a token (nats)")
     losses.legend(frameon=False)
     for place, (key, style) in enumerate({"saved": {}, "state": {"hatch": "///", "alpha": 0.6}}.items()):
-        heights = [mean({"x": [x.measured[f"{name}_{key}"] for x in outcomes]}, "x") for name in METHODS]
+        heights = [mean(values_of(outcomes), f"{name}_{key}") for name in METHODS]
         at = [i + 0.4 * place for i in range(len(METHODS))]
         bars = memory.bar(at, heights, 0.38, color=list(colours.values()), **style)
         memory.bar_label(bars, fmt="%.0f", fontsize=8)

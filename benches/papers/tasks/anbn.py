@@ -11,8 +11,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2LMHeadModel
 
+from benches.papers.tasks.small_transformer import gpt2
 from fastprefix.data import IGNORE_INDEX
 
 A, B, START, END = range(4)
@@ -34,24 +35,9 @@ class Size:
 
 
 def build(size: Size, seed: int) -> GPT2LMHeadModel:
-    """A GPT-2 with learned positions."""
-    torch.manual_seed(seed)
-    config = GPT2Config(
-        vocab_size=4,
-        n_positions=size.letters + 2,
-        n_embd=size.width,
-        n_layer=size.layers,
-        n_head=size.heads,
-        n_inner=size.inner,
-        activation_function="gelu_pytorch_tanh",
-        resid_pdrop=size.dropout,
-        embd_pdrop=size.dropout,
-        attn_pdrop=size.dropout,
-        tie_word_embeddings=False,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-    return GPT2LMHeadModel(config)
+    """A GPT-2 of this size, whose vocabulary is two letters, a start and an end."""
+    sizes = {"n_embd": size.width, "n_layer": size.layers, "n_head": size.heads, "n_inner": size.inner}
+    return gpt2(seed, 4, size.letters + 2, size.dropout, **sizes)
 
 
 def prompts() -> tuple[Tensor, Tensor]:

@@ -45,25 +45,29 @@ class Setting:
     tests: int  # inputs
 
 
-def build(shape: Shape, sequences: Sequences, seed: int) -> GPT2LMHeadModel:
-    """A GPT-2 with weights N(0, 0.02), those into the residual divided by sqrt(2L), as the paper's models have them."""
+def gpt2(seed: int, vocabulary: int, positions: int, dropout: float, **sizes: int) -> GPT2LMHeadModel:
+    """A new GPT-2 with learned positions and an output map of its own."""
     torch.manual_seed(seed)
     config = GPT2Config(
-        vocab_size=sequences.vocabulary,
-        n_positions=2 * sequences.length,
-        n_embd=shape.width,
-        n_layer=shape.layers,
-        n_head=shape.heads,
+        vocab_size=vocabulary,
+        n_positions=positions,
         # The same function as "gelu_new", in one kernel.
         activation_function="gelu_pytorch_tanh",
-        resid_pdrop=shape.dropout,
-        embd_pdrop=shape.dropout,
-        attn_pdrop=shape.dropout,
+        resid_pdrop=dropout,
+        embd_pdrop=dropout,
+        attn_pdrop=dropout,
         tie_word_embeddings=False,
         bos_token_id=None,
         eos_token_id=None,
+        **sizes,
     )
-    model = GPT2LMHeadModel(config)
+    return GPT2LMHeadModel(config)
+
+
+def build(shape: Shape, sequences: Sequences, seed: int) -> GPT2LMHeadModel:
+    """A GPT-2 with weights N(0, 0.02), those into the residual divided by sqrt(2L), as the paper's models have them."""
+    sizes = {"n_embd": shape.width, "n_layer": shape.layers, "n_head": shape.heads}
+    model = gpt2(seed, sequences.vocabulary, 2 * sequences.length, shape.dropout, **sizes)
     if not shape.normed:
         for block in model.transformer.h:
             block.ln_1 = nn.Identity()
