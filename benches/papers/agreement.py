@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 
 from benches.papers.experiment import Experiment, mean, values_of
-from benches.papers.runner import Found
+from benches.papers.runner import Found, rounded
 
 
 def disagreements(experiment: Experiment, kept: Found, later: Found) -> list[str]:
     """A sentence for each row and each statement in which two runs differ; none if they agree."""
-    before, after = values_of(kept.outcomes), values_of(later.outcomes)
+    # What is kept was rounded, so the later run is compared as it would be kept.
+    before, after = values_of(kept.outcomes), rounded(values_of(later.outcomes))
     said = []
     for row in experiment.rows:
         if row.key not in before or row.key not in after:

@@ -48,16 +48,16 @@ def write(found: Found) -> None:
     """Keep results."""
     path = path_of(found.name, found.full)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, json.dumps(_rounded(asdict(found)), separators=(",", ":")) + "\n")
+    write_atomically(path, json.dumps(rounded(asdict(found)), separators=(",", ":")) + "\n")
 
 
-def _rounded(x: Any) -> Any:
+def rounded(x: Any) -> Any:
     """Fractions with seven digits, which is what fp32 has; points of a picture need no more."""
     if isinstance(x, float) and not x.is_integer():
         return float(f"{x:.7g}")
     if isinstance(x, dict):
-        return {key: _rounded(value) for key, value in x.items()}
-    return [_rounded(value) for value in x] if isinstance(x, list | tuple) else x
+        return {key: rounded(value) for key, value in x.items()}
+    return [rounded(value) for value in x] if isinstance(x, list | tuple) else x
 
 
 def run(chosen: Sequence[Experiment], full: bool, processes: int) -> Iterator[Found]:
