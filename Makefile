@@ -39,7 +39,10 @@ $(INSTALLED): pyproject.toml constraints.txt Makefile
 	@touch $@
 
 # Compiles what changed. Where that is impossible it says why, the package works without, and the next make tries again.
-$(STAMP): $(INSTALLED) setup.py $(wildcard csrc/* csrc/*/*.cpp csrc/*/*.h kernels/cuda/*)
+# It also compiles what is no longer there: an install without the extension, as below for vLLM, removes it from the checkout.
+.PHONY: removed
+$(STAMP): $(INSTALLED) setup.py $(wildcard csrc/* csrc/*/*.cpp csrc/*/*.h kernels/cuda/*) \
+		$(if $(wildcard fastprefix/_C.*.so),,removed)
 	$(BIN)/python setup.py --quiet build_ext --inplace
 	@test -f fastprefix/_C_absent.txt || touch $@
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from fastprefix.cli.options import check_file, check_output, positive_number, whole_number
 
@@ -20,6 +21,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     files.add_argument("--eval-data", metavar="FILE", help="held-out lines of the same kind")
     files.add_argument("--output", required=True, metavar="DIR", help="of checkpoints and, at the end, the adapter")
+    files.add_argument(
+        "--save-start", metavar="DIR", help="keep the adapter as it is before training, for fastprefix inspect --start"
+    )
     prefix = parser.add_argument_group("prefix")
     prefix.add_argument(
         "--method",
@@ -79,6 +83,10 @@ def run(options: argparse.Namespace) -> int:
     if options.init is not None and options.init_text is not None:
         raise ValueError("--init and --init-text: expected one of the two")
     check_output("--output", options.output)
+    if options.save_start is not None:
+        check_output("--save-start", options.save_start)
+        if Path(options.save_start).resolve() == Path(options.output).resolve():
+            raise ValueError(f"--save-start: got {options.save_start}, expected another folder than --output")
     check_file("--data", options.data)
     if options.eval_data is not None:
         check_file("--eval-data", options.eval_data)

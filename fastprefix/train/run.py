@@ -14,6 +14,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 import fastprefix
 from fastprefix.data import Data, Row, collator
+from fastprefix.hf.storage.peft_format import CONFIG
 from fastprefix.hf.trainer import PrefixTrainer
 from fastprefix.models import Found, load_model, load_tokenizer
 from fastprefix.train import plot, sample
@@ -35,6 +36,8 @@ def run_training(options: argparse.Namespace, found: Found, data: Data, heldout:
     prefix = _attach(model, initialization.config, options)
     if options.gradient_checkpointing:
         checkpoint_layers(model)
+    if options.save_start is not None and checkpoint is None:
+        fastprefix.save(model, options.save_start)
     print(initialization.about if checkpoint is None else f"going on from {checkpoint}")
     trained = sum(p.numel() for p in prefix.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
@@ -70,6 +73,9 @@ def _checkpoint(options: argparse.Namespace) -> str | None:
         return None
     if last is None:
         raise ValueError(f"--resume: no checkpoint in {output}")
+    if options.save_start is not None and not Path(options.save_start, CONFIG).is_file():
+        expected = "expected the adapter that the interrupted run wrote there, or no --save-start with --resume"
+        raise ValueError(f"--save-start: no {CONFIG} in {options.save_start}, {expected}")
     return last
 
 

@@ -124,6 +124,27 @@ def test_a_soft_prompt_resumes_exactly(folder: Path) -> None:
     assert saved(folder / "part").shape == (4, 32)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["prefix", "prompt"])
+def test_the_start_is_kept_beside_the_end(method: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--method", method, "--num-virtual-tokens", "4", "--save-start", str(folder / "start")]
+    assert train(folder, *options, "--max-steps", "2", "--save-steps", "1") == 0
+    start, end = saved(folder / "start"), saved(folder / "out")
+    assert start.shape == end.shape and not torch.equal(start, end)
+    if method == "prefix":
+        torch.testing.assert_close(start[:, :3], key_of([1, 4, 5]), rtol=0, atol=1e-6)
+    page = ["inspect", str(folder / "out"), "--model", str(folder / "model"), "--start", str(folder / "start")]
+    assert cli.main([*page, "--output", str(folder / "page.html")]) == 0
+
+    # Whoever goes on keeps the first run's start: what the prefix is attached with now may be another.
+    more = [*options, "--resume", "--init", "random", "--max-steps"]
+    assert train(folder, *more, "3") == 0 and torch.equal(saved(folder / "start"), start)
+    (folder / "start" / "adapter_config.json").unlink()
+    capsys.readouterr()
+    assert train(folder, *more, "4") == cli.USER_ERROR
+    assert "--save-start: no adapter_config.json in " in capsys.readouterr().err
+
+
 def test_another_method_cannot_resume(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert train(folder, "--max-steps", "4", "--save-steps", "2", "--num-virtual-tokens", "4") == 0
     capsys.readouterr()
@@ -144,6 +165,11 @@ def test_without_matplotlib_there_is_no_plot(
 WRONG: dict[str, tuple[list[str], str]] = {
     "output is a file": (["--output", "data.jsonl"], "--output: data.jsonl is a file, expected a folder"),
     "output below a file": (["--output", "data.jsonl/a/b"], "--output: data.jsonl is a file, expected a folder"),
+    "start is a file": (["--save-start", "data.jsonl"], "--save-start: data.jsonl is a file, expected a folder"),
+    "start is output": (
+        ["--output", "new", "--save-start", "./new"],
+        "--save-start: got ./new, expected another folder than --output",
+    ),
     "no data": (["--data", "nowhere.jsonl"], "--data: no file nowhere.jsonl"),
     "data is a folder": (["--data", "model"], "--data: model is a folder, expected a file"),
     "no held-out data": (["--eval-data", "nowhere.jsonl"], "--eval-data: no file nowhere.jsonl"),
