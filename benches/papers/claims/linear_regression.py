@@ -161,5 +161,5 @@ EXPERIMENT = Experiment(
         "of language."
     ),
     draw=draw,
-    minutes=1.0,
+    minutes=0.8,
 )

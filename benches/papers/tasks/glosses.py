@@ -23,9 +23,9 @@ def training_batches(tokenizer: Any, steps: int, rows: int, seed: int) -> Iterat
         yield encode_pairs([pairs[i] for i in chosen], tokenizer)
 
 
-def heldout_batches(tokenizer: Any, limit: int, rows: int = 16) -> list[Batch]:
-    """The first ``limit`` held-out pairs, at most 200, in batches of ``rows``."""
-    pairs = load_glosses("heldout", limit)
+def heldout_batches(tokenizer: Any, limit: int, rows: int = 4) -> list[Batch]:
+    """The first ``limit`` held-out pairs, at most 200, in batches of ``rows`` that are about equally long."""
+    pairs = sorted(load_glosses("heldout", limit), key=lambda pair: len(pair["prompt"] + pair["completion"]))
     return [encode_pairs(pairs[first : first + rows], tokenizer) for first in range(0, len(pairs), rows)]
 
 
