@@ -168,7 +168,7 @@ EXPERIMENT = Experiment(
     ),
     against=(
         f"{STEPS} steps at one rate each say which method learns the form of a gloss fast, not which is best in the "
-        "end. The prefix starts from words about the task, and is ahead before the first step. A prompt with "
+        "end. The prefix starts from words about the task, which alone do not lower the loss. A prompt with "
         "as many numbers as a prefix is longer than the texts, and costs time and memory accordingly."
     ),
     draw=draw,
