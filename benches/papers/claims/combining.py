@@ -158,10 +158,10 @@ EXPERIMENT = Experiment(
     differs="How often a prefix combines the two tasks depends on the seed here; LoRA of as many numbers does it "
     "nearly always. Of the histograms a prefix gets as many right as one output for all inputs would, which is more "
     "than in the paper, as there are fewer digits. LoRA needs rank 4 here.",
-    against="Fine-tuning, which is stopped after half as many steps as LoRA, has not learned the histogram in one of the "
-    "seeds, so that steps matter as much as what is trained. A prefix of 32 tokens is trained for a few hundred steps, and LoRA and prefixes at one learning rate "
-    "each, so that a longer training might yet teach it more. The models are small: what is new to one may be a "
-    "combination of what a larger one knows.",
+    against="Fine-tuning, which is stopped after half as many steps as LoRA, has not learned the histogram in one of "
+    "the seeds, so that steps matter as much as what is trained. A prefix of 32 tokens is trained for a few "
+    "hundred steps, and LoRA and prefixes at one learning rate each, so that a longer training might yet teach"
+    " it more. The models are small: what is new to one may be a combination of what a larger one knows.",
     draw=draw,
     minutes=1.6,
     full="Trains the paper's size, 4 layers 256 wide with dropout 0.1 on 10 digits of 0 to 7, for 40,000 steps, and "
