@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import pytest
 import torch
 from tokenizers import processors
 
+import fastprefix
 from benches.papers.claims import (
     clusters,
     completions,
@@ -16,8 +18,17 @@ from benches.papers.claims import (
     parameter_counts,
     priors,
 )
-from benches.papers.tasks.glosses import heldout_batches, heldout_loss, measured_at, training_batches
+from benches.papers.tasks import glosses
+from benches.papers.tasks.glosses import (
+    completion_loss,
+    heldout_batches,
+    heldout_loss,
+    measured_at,
+    training_batches,
+)
 from benches.papers.tasks.prompts import of_tasks
+from fastprefix import PrefixConfig, PromptConfig
+from fastprefix.assets.glosses import load_glosses
 from tests.papers.checks import check
 from tests.support.tiny_models import tiny_model, tiny_tokenizer
 
@@ -35,6 +46,29 @@ def test_glosses_are_drawn_by_their_seed_and_weighted_by_their_tokens() -> None:
     assert [len(x["labels"]) for x in split] == [3, 3, 1]
     assert measured_at(5, 2) == [0, 2, 4, 5] and measured_at(4, 2) == [0, 2, 4]
     assert heldout_loss(model, whole) == pytest.approx(heldout_loss(model, split), rel=1e-5)
+
+
+def test_the_loss_of_completions_is_the_models() -> None:
+    tokenizer, model = tiny_tokenizer(), tiny_model()
+    batches = list(training_batches(tokenizer, 3, 4, 0))
+    for attached in (None, PromptConfig(3), PrefixConfig(3)):
+        if attached is not None:
+            fastprefix.attach(model, attached, type(attached).__name__)
+        for batch in batches:
+            own = model(**batch, use_cache=False).loss
+            assert completion_loss(model, batch).item() == pytest.approx(own.item(), rel=1e-5)
+
+
+def test_glosses_are_all_drawn_before_one_is_drawn_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(glosses, "encode_pairs", lambda pairs, tokenizer: pairs)
+    rounds = list(training_batches(None, 500, 4, 0))
+    assert [len(batch) for batch in rounds] == [4] * 500
+    texts = Counter(pair["prompt"] + pair["completion"] for batch in rounds for pair in batch)
+    twice = Counter(pair["prompt"] + pair["completion"] for pair in load_glosses("train") * 2)
+    assert texts == twice
+    assert [sorted(len(pair["completion"]) for pair in batch) for batch in rounds[:9]] != sorted(
+        sorted(len(pair["completion"]) for pair in batch) for batch in rounds[:9]
+    )  # a step's length says nothing of the next one's
 
 
 def test_prompts_of_tasks() -> None:

@@ -35,7 +35,7 @@ def run(seed: int, full: bool) -> Outcome:
         measured[f"{name}_lowest_shift"] = shift[0]
         measured[f"{name}_highest_shift"] = shift[-1]
         drawn[name] = {"shift": shift, "explained": [layer.mean().item() for layer in bias.explained()]}
-        fastprefix.detach(model)
+    fastprefix.detach(model)
     return Outcome(measured, drawn)
 
 

@@ -9,7 +9,14 @@ import torch
 
 import fastprefix
 from benches.papers.experiment import Experiment, Outcome, Row, Statement, mean, values_of
-from benches.papers.tasks.glosses import Batch, heldout_batches, heldout_loss, measured_at, training_batches
+from benches.papers.tasks.glosses import (
+    Batch,
+    completion_loss,
+    heldout_batches,
+    heldout_loss,
+    measured_at,
+    training_batches,
+)
 from fastprefix import PrefixConfig, init
 from fastprefix.assets.glosses import load_glosses
 from fastprefix.data import encode_pairs
@@ -48,12 +55,12 @@ def compare(model: Any, tokenizer: Any, held_out: list[Batch], seed: int, steps:
     drawn: dict[str, Any] = {"steps": measured_at(steps, EVERY)}
     for name, config in starts.items():
         torch.manual_seed(seed)
-        fastprefix.attach(model, config)
+        prefix = fastprefix.attach(model, config, name)
         if name == "own":
-            measured["text_difference"] = _difference_from_text(model, tokenizer, text)
-        drawn[name] = _train(model, tokenizer, held_out, seed, steps)
+            measured["text_difference"] = _difference_from_text(model, tokenizer, text, name)
+        drawn[name] = _train(model, prefix, tokenizer, held_out, seed, steps)
         measured[f"{name}_start"], measured[f"{name}_trained"] = drawn[name][0], drawn[name][-1]
-        fastprefix.detach(model)
+    fastprefix.detach(model)
     return Outcome(measured, drawn)
 
 
@@ -61,23 +68,23 @@ def _prompts(tokenizer: Any, seed: int) -> torch.Tensor:
     return next(training_batches(tokenizer, 1, 16, seed + 1000))["input_ids"]
 
 
-def _difference_from_text(model: Any, tokenizer: Any, text: str) -> float:
+def _difference_from_text(model: Any, tokenizer: Any, text: str, name: str) -> float:
     """How far the loss with the attached prefix is from that of the bare model with the examples as text, in nats."""
     pairs = load_glosses("heldout", AS_TEXT)
     with_prefix = heldout_loss(model, [encode_pairs(pairs, tokenizer)])
     as_text = encode_pairs([{**pair, "prompt": text + pair["prompt"]} for pair in pairs], tokenizer)
     fastprefix.set_prefix(model, None)
     difference = abs(heldout_loss(model, [as_text]) - with_prefix)
-    fastprefix.set_prefix(model, "default")
+    fastprefix.set_prefix(model, name)
     return difference
 
 
-def _train(model: Any, tokenizer: Any, held_out: list[Batch], seed: int, steps: int) -> list[float]:
+def _train(model: Any, prefix: Any, tokenizer: Any, held_out: list[Batch], seed: int, steps: int) -> list[float]:
     """The held-out loss before, during and after training, every EVERY steps."""
     losses = [heldout_loss(model, held_out)]
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=RATE)
+    optimizer = torch.optim.AdamW(prefix.parameters(), lr=RATE)
     for step, batch in enumerate(training_batches(tokenizer, steps, ROWS, seed), 1):
-        model(**batch, use_cache=False).loss.backward()
+        completion_loss(model, batch).backward()
         optimizer.step()
         optimizer.zero_grad()
         if step in measured_at(steps, EVERY):

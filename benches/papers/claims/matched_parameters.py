@@ -9,7 +9,14 @@ import torch
 
 import fastprefix
 from benches.papers.experiment import Experiment, Outcome, Row, Statement, mean, values_of
-from benches.papers.tasks.glosses import Batch, heldout_batches, heldout_loss, measured_at, training_batches
+from benches.papers.tasks.glosses import (
+    Batch,
+    completion_loss,
+    heldout_batches,
+    heldout_loss,
+    measured_at,
+    training_batches,
+)
 from fastprefix import PrefixConfig, PromptConfig, init
 from fastprefix.measure.training.saved_bytes import SavedBytes
 
@@ -40,7 +47,7 @@ def compare(load: Callable[[], tuple[Any, Any]], seed: int, steps: int, held_out
         torch.manual_seed(seed)
         model = prepare(name, model, tokenizer)
         trained = [p for p in model.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(trained, lr=RATES[name])
+        optimizer = torch.optim.AdamW(trained, lr=RATES[name], fused=True)
         curve = _train(model, optimizer, list(training_batches(tokenizer, steps, ROWS, seed)), batches)
         state = [x for found in optimizer.state.values() for x in found.values() if torch.is_tensor(x) and x.dim()]
         measured[f"{name}_numbers"] = float(sum(p.numel() for p in trained))
@@ -68,7 +75,7 @@ def _train(model: Any, optimizer: Any, training: list[Batch], held_out: list[Bat
     """The held-out loss in front of the first step and after every EVERY steps."""
     losses = [heldout_loss(model, held_out)]
     for step, batch in enumerate(training, 1):
-        model(**batch, use_cache=False).loss.backward()
+        completion_loss(model, batch).backward()
         optimizer.step()
         optimizer.zero_grad()
         if step in measured_at(len(training), EVERY):

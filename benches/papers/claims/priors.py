@@ -12,7 +12,7 @@ from torch import Tensor
 
 import fastprefix
 from benches.papers.experiment import Experiment, Outcome, Row, Statement, Values, mean
-from benches.papers.tasks.glosses import heldout_batches, heldout_loss, training_batches
+from benches.papers.tasks.glosses import completion_loss, heldout_batches, heldout_loss, training_batches
 from fastprefix import PromptConfig, analysis, init
 from fastprefix.analysis.projection import pca
 
@@ -42,17 +42,17 @@ def compare(model: Any, tokenizer: Any, seed: int, steps: int, held_out: int) ->
     starts, ends = dict[str, Tensor](), dict[str, Tensor]()
     for name, (_, prior) in PRIORS.items():
         torch.manual_seed(seed)
-        prompt = fastprefix.attach(model, PromptConfig(TOKENS, init=prior))
+        prompt = fastprefix.attach(model, PromptConfig(TOKENS, init=prior), name)
         start, starts[name] = copy.deepcopy(prompt), _embeddings(prompt)
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=RATE, weight_decay=0.0)
+        optimizer = torch.optim.AdamW(prompt.parameters(), lr=RATE, weight_decay=0.0)
         curves[name] = []
         for batch in training_batches(tokenizer, steps, ROWS, seed):
-            loss = model(**batch, use_cache=False).loss
+            loss = completion_loss(model, batch)
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
             curves[name].append(round(loss.item(), 4))
-        place = analysis.prompt_place(model, "default", start)
+        place = analysis.prompt_place(model, name, start)
         assert place.displacement is not None and place.start_mahalanobis is not None
         ends[name] = _embeddings(prompt)
         measured[f"{name}_loss"] = heldout_loss(model, batches)
@@ -61,7 +61,7 @@ def compare(model: Any, tokenizer: Any, seed: int, steps: int, held_out: int) ->
         measured[f"{name}_moved"] = place.displacement.mean().item()
         measured[f"{name}_nearest"] = place.cosine.mean().item()
         measured[f"{name}_alike"] = place.mean_cosine
-        fastprefix.detach(model)
+    fastprefix.detach(model)
     measured["apart"] = min(torch.cdist(ends[a], ends[b]).mean().item() for a, b in combinations(PRIORS, 2))
     measured["home"] = 100 * sum(_at_home(name, ends[name], starts) for name in PRIORS) / len(PRIORS)
     return Outcome(measured, {"curves": curves, **_points(model, starts, ends)})

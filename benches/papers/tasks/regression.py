@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from fastprefix import prefix_attention
 
 DIM, PAIRS = 10, 10
+TASKS = 256  # of a step
 Prefix = tuple[Tensor, Tensor]
 Predict = Callable[[Tensor, Tensor], Tensor]  # of x [B, N + 1, DIM] and y [B, N], the last x's y: [B]
 
@@ -98,10 +99,10 @@ def fit(
     predict: Predict, trained: Sequence[Tensor], steps: int, rate: float, generator: torch.Generator, mean: Tensor
 ) -> None:
     """Train with Adam on new tasks in every step, the rate falling along a cosine."""
-    optimizer = torch.optim.Adam(trained, lr=rate)
+    optimizer = torch.optim.Adam(trained, lr=rate, fused=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for _ in range(steps):
-        x, y = draw_tasks(512, generator, mean)
+        x, y = draw_tasks(TASKS, generator, mean)
         optimizer.zero_grad()
         (predict(x, y[:, :-1]) - y[:, -1]).square().mean().backward()
         nn.utils.clip_grad_norm_(trained, 1.0)
