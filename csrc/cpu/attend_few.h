@@ -10,11 +10,25 @@ constexpr int FEW = 8;
 template <int R>
 constexpr int TOGETHER = L == 16 ? (R <= 4 ? 4 : 2) : (R <= 3 ? 4 : R <= 6 ? 2 : 1);
 
+// Keys or values of a tile, which are read where they are.
+struct Rows {
+  const char* at;
+  int64_t row;   // bytes from one to the next
+  int64_t more;  // how many there are from here on, those of further tiles included
+};
+
+// Ask for bytes first..first + bytes - 1 of the row a tile behind row i, while row i is computed with: a processor has
+// few requests of memory under way at once, so that it would wait if a whole tile were asked for.
+FASTPREFIX_INLINE void ask_for_next(const Rows& x, int64_t i, int64_t first, int64_t bytes) {
+  if (i + KEYS >= x.more) return;
+  const char* next = x.at + (i + KEYS) * x.row + first;
+  for (int64_t c = 0; c < bytes; c += 64) __builtin_prefetch(next + c, 0, 2);
+}
+
 // Products of all rows with keys first..first + 3 of a tile, of which the last is `last`; each row's four products lie
 // in one vector, each in L / 4 lanes whose sum it is.
 template <int R, Type T>
-FASTPREFIX_INLINE void four_keys(int64_t D, const float* q, const char* k, int64_t k_row, int64_t first, int64_t last,
-                                 vf* found) {
+FASTPREFIX_INLINE void four_keys(int64_t D, const float* q, const Rows& k, int64_t first, int64_t last, vf* found) {
   constexpr int A = TOGETHER<R>;
   vf products[4][R];
 #pragma GCC unroll 4
@@ -23,7 +37,8 @@ FASTPREFIX_INLINE void four_keys(int64_t D, const float* q, const char* k, int64
 #pragma GCC unroll 4
     for (int a = 0; a < A; a++) {
       const int64_t key = first + half + a < last ? first + half + a : last;
-      row[a] = k + key * k_row * size_of(T);
+      row[a] = k.at + key * k.row;
+      ask_for_next(k, key, 0, D * size_of(T));
     }
     vf sums[A][R];
 #pragma GCC unroll 4
@@ -52,11 +67,11 @@ FASTPREFIX_INLINE void four_keys(int64_t D, const float* q, const char* k, int64
 }
 
 template <int R, Type T>
-static void few_scores(int64_t D, const float* q, const char* k, int64_t k_row, int64_t count, float* scores) {
+static void few_scores(int64_t D, const float* q, const Rows& k, int64_t count, float* scores) {
   for (int64_t c = 0; c < count; c += L) {
     vf parts[L / 4][R];
 #pragma GCC unroll 4
-    for (int u = 0; u < L / 4; u++) four_keys<R, T>(D, q, k, k_row, c + 4 * u, count - 1, parts[u]);
+    for (int u = 0; u < L / 4; u++) four_keys<R, T>(D, q, k, c + 4 * u, count - 1, parts[u]);
 #pragma GCC unroll 8
     for (int h = 0; h < R; h++) {
       vf found = parts[0][h];
@@ -70,8 +85,8 @@ static void few_scores(int64_t D, const float* q, const char* k, int64_t k_row, 
 
 // o[h][e...] += sum over keys of weights[h][key] * v[key][e...], for W vectors of values.
 template <int R, int W, Type T>
-FASTPREFIX_INLINE void few_values_block(int64_t E, int64_t e, const float* weights, const char* v, int64_t v_row,
-                                        int64_t count, float* o) {
+FASTPREFIX_INLINE void few_values_block(int64_t E, int64_t e, const float* weights, const Rows& v, int64_t count,
+                                        float* o) {
   vf sums[R][W];
 #pragma GCC unroll 8
   for (int h = 0; h < R; h++)
@@ -80,7 +95,8 @@ FASTPREFIX_INLINE void few_values_block(int64_t E, int64_t e, const float* weigh
   for (int64_t i = 0; i < count; i++) {
     vf y[W];
 #pragma GCC unroll 4
-    for (int j = 0; j < W; j++) y[j] = read_vector<T>(v + i * v_row * size_of(T), e + j * L);
+    for (int j = 0; j < W; j++) y[j] = read_vector<T>(v.at + i * v.row, e + j * L);
+    ask_for_next(v, i, e * size_of(T), W * L * size_of(T));
 #pragma GCC unroll 8
     for (int h = 0; h < R; h++) {
       const vf x = splat(weights[h * KEYS + i]);
@@ -95,11 +111,11 @@ FASTPREFIX_INLINE void few_values_block(int64_t E, int64_t e, const float* weigh
 }
 
 template <int R, Type T>
-static void few_values(int64_t E, const float* weights, const char* v, int64_t v_row, int64_t count, float* o) {
+static void few_values(int64_t E, const float* weights, const Rows& v, int64_t count, float* o) {
   constexpr int W = TOGETHER<R>;
   int64_t e = 0;
-  for (; e + W * L <= E; e += W * L) few_values_block<R, W, T>(E, e, weights, v, v_row, count, o);
-  for (; e < E; e += L) few_values_block<R, 1, T>(E, e, weights, v, v_row, count, o);
+  for (; e + W * L <= E; e += W * L) few_values_block<R, W, T>(E, e, weights, v, count, o);
+  for (; e < E; e += L) few_values_block<R, 1, T>(E, e, weights, v, count, o);
 }
 
 // The running softmax of few rows.
@@ -110,9 +126,9 @@ struct FewState {
 
 template <int R, Type T>
 static void few_tile(const Shape& shape, const RowBlock& rows, const KeyRange& range, const Bounds& bounds, int64_t t,
-                     int64_t count, const char* k, const char* v, int64_t k_row, int64_t v_row, FewState& state) {
+                     int64_t count, const Rows& k, const Rows& v, FewState& state) {
   float* scores = state.scores;
-  few_scores<R, T>(shape.D, state.q, k, k_row, count, scores);
+  few_scores<R, T>(shape.D, state.q, k, count, scores);
   if (shape.softcap > 0.f) cap_scores(shape.softcap, scores, R, KEYS, (count + L - 1) / L * L, nullptr);
   hide<1, KEYS>(shape, rows, range, bounds, t, count, scores);
   const int64_t padded = (count + L - 1) / L * L;
@@ -136,7 +152,7 @@ static void few_tile(const Shape& shape, const RowBlock& rows, const KeyRange& r
     }
     state.l[h] += sum(total);
   }
-  few_values<R, T>(shape.E, scores, v, v_row, count, state.o);
+  few_values<R, T>(shape.E, scores, v, count, state.o);
 }
 
 template <int R, Type T>
@@ -144,15 +160,17 @@ static void few_keys(const Shape& shape, const RowBlock& rows, const KeyRange& r
   const Bounds bounds = common_bounds(rows);
   for (int64_t t = range.first; t < range.last; t += KEYS) {
     const int64_t count = range.last - t < KEYS ? range.last - t : KEYS;
-    prefetch_tile(shape, range, t + KEYS);
     if (range.type == shape.type && !has_padding(shape, range, t, count)) {
-      const char* k = static_cast<const char*>(range.k) + t * range.k_row * size_of(T);
-      const char* v = static_cast<const char*>(range.v) + t * range.v_row * size_of(T);
-      few_tile<R, T>(shape, rows, range, bounds, t, count, k, v, range.k_row, range.v_row, state);
+      const int64_t k_row = range.k_row * size_of(T), v_row = range.v_row * size_of(T), more = range.last - t;
+      const Rows k{static_cast<const char*>(range.k) + t * k_row, k_row, more};
+      const Rows v{static_cast<const char*>(range.v) + t * v_row, v_row, more};
+      few_tile<R, T>(shape, rows, range, bounds, t, count, k, v, state);
     } else {
+      prefetch_tile(shape, range, t + KEYS);
       const Tile y = tile(shape, range, t, count, state.copy);
-      const char *k = reinterpret_cast<const char*>(y.k), *v = reinterpret_cast<const char*>(y.v);
-      few_tile<R, Type::F32>(shape, rows, range, bounds, t, count, k, v, y.k_row, y.v_row, state);
+      const Rows k{reinterpret_cast<const char*>(y.k), y.k_row * size_of(Type::F32), count};
+      const Rows v{reinterpret_cast<const char*>(y.v), y.v_row * size_of(Type::F32), count};
+      few_tile<R, Type::F32>(shape, rows, range, bounds, t, count, k, v, state);
     }
   }
 }
