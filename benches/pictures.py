@@ -23,7 +23,8 @@ GREY = "#808080"
 def machine(found: dict[str, Any]) -> str:
     """Where and when it was measured, in a line."""
     place = found["environment"]
-    return f"{place['device']}, {found['threads']} threads, torch {place['torch']}, fp32, {place['date'][:10]}"
+    device = place["device"] + (f" ({found['instructions']})" if "instructions" in found else "")
+    return f"{device}, {found['threads']} threads, torch {place['torch']}, fp32, {place['date'][:10]}"
 
 
 def series(found: dict[str, Any]) -> dict[str, dict[str, dict[int, float]]]:

@@ -2,7 +2,8 @@
 
 ``python -m benches.readme`` writes the tables and the picture of them (:mod:`benches.pictures`) from
 ``benches/results/cpu/readme.json``. ``python -m benches.readme --measure`` measures first, on a quiet CPU; it takes
-some minutes and needs SmolLM2-135M. Every figure is a ratio or a count of bytes from one process.
+some minutes and needs SmolLM2-135M. ``--measure operator --processor NAME`` keeps the operator's rows of a further
+processor beside them. Every figure is a ratio or a count of bytes from one process.
 """
 
 from __future__ import annotations
@@ -52,6 +53,7 @@ _OPERATOR: tuple[tuple[Mode, Problem], ...] = (
     ("decode", Problem.decode(1, 9, 3, 16, 16, 64)),
     ("decode", Problem.decode(1, 9, 3, 16, 128, 64)),
     ("decode", Problem.decode(1, 9, 3, 16, 2048, 64)),
+    ("decode", Problem.decode(1, 32, 8, 512, 2048, 128)),
 )
 
 
@@ -60,6 +62,7 @@ def take(parts: Sequence[str], repeats: int) -> dict[str, Any]:
     found: dict[str, Any] = {}
     if set(parts) - set(COUNTED):
         found.update(environment=environment("cpu"), threads=torch.get_num_threads())
+        found["instructions"] = torch.backends.cpu.get_cpu_capability()
     if "operator" in parts:
         found["operator"] = _operator(repeats)
     if "step" in parts:
@@ -172,8 +175,7 @@ def summary(found: dict[str, Any]) -> str:
     )
 
 
-def section(found: dict[str, Any]) -> str:
-    """Everything that was measured, for ``docs/benchmarks.md``."""
+def _operator_table(found: dict[str, Any]) -> str:
     rows = []
     for row in found["operator"]:
         what = _MODES[row["mode"]]
@@ -185,6 +187,12 @@ def section(found: dict[str, Any]) -> str:
                     f"{median:.2f}x ({low:.2f} to {high:.2f})",
                 )
             )
+    return markdown_table(("call", "other way", "other / fastprefix"), rows)
+
+
+def section(found: dict[str, Any], others: Sequence[dict[str, Any]] = ()) -> str:
+    """Everything that was measured, for ``docs/benchmarks.md``; ``others``: the operator's rows of other processors."""
+    further = [line for other in others for line in ("", f"On {machine(other)}:", "", _operator_table(other))]
     steps = []
     for row in found["step"]:
         (p, *_), (f, *_) = row["peft_over_ours"], row["ours_over_frozen"]
@@ -201,7 +209,8 @@ def section(found: dict[str, Any]) -> str:
             "",
             "Time of the other way divided by the time of `prefix_attention`. Below 1 the other way is faster.",
             "",
-            markdown_table(("call", "other way", "other / fastprefix"), rows),
+            _operator_table(found),
+            *further,
             "",
             "### A training step",
             "",
@@ -246,9 +255,10 @@ def fill(text: str, made: str, begin: str = BEGIN) -> str:
 def pages() -> dict[Path, str]:
     """The pages with measured parts, as they ought to be from the results on disk."""
     found = json.loads(RESULTS.read_text())
+    others = [json.loads(path.read_text()) for path in sorted(RESULTS.parent.glob("operator-*.json"))]
     return {
         README: fill(README.read_text(), summary(found)),
-        BENCHMARKS: fill(BENCHMARKS.read_text(), section(found)),
+        BENCHMARKS: fill(BENCHMARKS.read_text(), section(found, others)),
     }
 
 
@@ -259,12 +269,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--measure", nargs="*", metavar="PART", choices=PARTS, help="measure first; default all parts")
     parser.add_argument("--repeats", type=int, default=25, help="rounds of an operator's row; of PEFT's up to 7")
+    parser.add_argument("--processor", metavar="NAME", help="keep the operator's rows as those of a further processor")
     args = parser.parse_args()
+    if args.processor is not None and args.measure != ["operator"]:
+        parser.error("--processor keeps the operator's rows: it goes with --measure operator")
     if args.measure is not None:
-        RESULTS.parent.mkdir(parents=True, exist_ok=True)
-        before = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+        results = RESULTS if args.processor is None else RESULTS.with_name(f"operator-{args.processor}.json")
+        results.parent.mkdir(parents=True, exist_ok=True)
+        before = json.loads(results.read_text()) if results.exists() else {}
         found = {**before, **take(args.measure or PARTS, args.repeats)}
-        write_atomically(RESULTS, json.dumps(found, indent=1) + "\n")
+        write_atomically(results, json.dumps(found, indent=1) + "\n")
     for path, text in pages().items():
         path.write_text(text)
     pictures.write()

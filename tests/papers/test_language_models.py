@@ -27,7 +27,7 @@ from benches.papers.tasks.glosses import (
     training_batches,
 )
 from benches.papers.tasks.prompts import of_tasks
-from fastprefix import PrefixConfig, PromptConfig
+from fastprefix import PromptConfig
 from fastprefix.assets.glosses import load_glosses
 from tests.papers.checks import check
 from tests.support.tiny_models import tiny_model, tiny_tokenizer
@@ -51,12 +51,17 @@ def test_glosses_are_drawn_by_their_seed_and_weighted_by_their_tokens() -> None:
 def test_the_loss_of_completions_is_the_models() -> None:
     tokenizer, model = tiny_tokenizer(), tiny_model()
     batches = list(training_batches(tokenizer, 3, 4, 0))
-    for attached in (None, PromptConfig(3), PrefixConfig(3)):
+    owns = []
+    for attached in (None, PromptConfig(3), PromptConfig(5)):
         if attached is not None:
-            fastprefix.attach(model, attached, type(attached).__name__)
-        for batch in batches:
-            own = model(**batch, use_cache=False).loss
-            assert completion_loss(model, batch).item() == pytest.approx(own.item(), rel=1e-5)
+            fastprefix.attach(model, attached, f"prompt_{attached.num_virtual_tokens}")
+        own = [model(**batch, use_cache=False).loss.item() for batch in batches]
+        assert [completion_loss(model, batch).item() for batch in batches] == pytest.approx(own, rel=1e-5)
+        owns.append(own)
+    assert len({tuple(own) for own in owns}) == 3
+    for batch, alone in zip(batches, zip(owns[2], owns[1], strict=True), strict=True):
+        together = completion_loss(model, batch, ["prompt_5", "prompt_3"])
+        assert together.tolist() == pytest.approx(alone, rel=1e-5)
 
 
 def test_glosses_are_all_drawn_before_one_is_drawn_again(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -113,5 +113,5 @@ EXPERIMENT = Experiment(
         "picture say. What cannot happen in one layer can therefore happen in the next."
     ),
     draw=draw,
-    minutes=0.5,
+    minutes=0.3,
 )

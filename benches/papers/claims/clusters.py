@@ -132,5 +132,5 @@ EXPERIMENT = Experiment(
         "and in a space of 576 dimensions something can always be told apart."
     ),
     draw=draw,
-    minutes=0.4,
+    minutes=0.45,
 )

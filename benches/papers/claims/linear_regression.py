@@ -161,5 +161,5 @@ EXPERIMENT = Experiment(
         "of language."
     ),
     draw=draw,
-    minutes=0.8,
+    minutes=0.45,
 )

@@ -20,7 +20,7 @@ from benches.papers.tasks.glosses import (
 from fastprefix import PrefixConfig, PromptConfig, init
 from fastprefix.measure.training.saved_bytes import SavedBytes
 
-STEPS, ROWS, HELD_OUT, EVERY = 8, 2, 8, 4
+STEPS, ROWS, HELD_OUT, EVERY = 6, 2, 8, 3
 FULL_STEPS, FULL_HELD_OUT = 400, 200
 TEXT = "Definitions of nouns\n"  # 4 tokens
 PROMPT_TOKENS, RANK = 80, 1
@@ -123,7 +123,7 @@ def _rows(name: str, published: str) -> tuple[Row, ...]:
     return (
         Row(f"{name}_numbers", f"{words}: trained parameters", "", "{:,.0f}"),
         Row(f"{name}_loss", f"{words}: held-out loss of a token (nats)", published, "{:.3f}", 0.1),
-        Row(f"{name}_saved", f"{words}: saved for the backward pass of 4 rows (MiB)", "", "{:.1f}", 1.0),
+        Row(f"{name}_saved", f"{words}: saved for the backward pass of {HELD_OUT} rows (MiB)", "", "{:.1f}", 1.0),
         Row(f"{name}_state", f"{words}: the optimizer's state (MiB)", "", "{:.1f}", 0.1),
     )
 
@@ -154,8 +154,8 @@ EXPERIMENT = Experiment(
             lambda x: len({*x["prompt_numbers"], *x["prefix_numbers"], *x["lora_numbers"]}) == 1,
         ),
         Statement(
-            "A prefix reaches the loss of LoRA with as many parameters, to 0.15 nats in every seed.",
-            lambda x: all(abs(a - b) < 0.15 for a, b in zip(x["prefix_loss"], x["lora_loss"], strict=True)),
+            "A prefix reaches the loss of LoRA with as many parameters: in no seed is it 0.15 nats behind.",
+            lambda x: all(a < b + 0.15 for a, b in zip(x["prefix_loss"], x["lora_loss"], strict=True)),
         ),
         Statement(
             "A prefix does at least as well as full tuning (Li and Liang).",
@@ -179,6 +179,6 @@ EXPERIMENT = Experiment(
         "as many numbers as a prefix is longer than the texts, and costs time and memory accordingly."
     ),
     draw=draw,
-    minutes=1.5,
+    minutes=1.2,
     full=f"{FULL_STEPS} steps and all {FULL_HELD_OUT} held-out pairs; how long that takes was not measured",
 )

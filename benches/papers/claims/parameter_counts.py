@@ -122,5 +122,5 @@ EXPERIMENT = Experiment(
     ),
     draw=draw,
     seeds=(0,),
-    minutes=0.3,
+    minutes=0.35,
 )

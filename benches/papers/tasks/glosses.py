@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+import fastprefix
 from fastprefix.assets.glosses import load_glosses
 from fastprefix.data import IGNORE_INDEX, encode_pairs
 
@@ -30,7 +32,7 @@ def training_batches(tokenizer: Any, steps: int, rows: int, seed: int) -> Iterat
         yield encode_pairs(batches[place], tokenizer)
 
 
-def heldout_batches(tokenizer: Any, limit: int, rows: int = 4) -> list[Batch]:
+def heldout_batches(tokenizer: Any, limit: int, rows: int = 8) -> list[Batch]:
     """The first ``limit`` held-out pairs, at most 200, in batches of ``rows`` that are about equally long."""
     return [encode_pairs(batch, tokenizer) for batch in _alike(load_glosses("heldout", limit), rows)]
 
@@ -41,16 +43,25 @@ def _alike(pairs: list[Pair], rows: int) -> list[list[Pair]]:
     return [pairs[first : first + rows] for first in range(0, len(pairs), rows)]
 
 
-def completion_loss(model: Any, batch: Batch) -> Tensor:
-    """The mean loss of a completion token in nats: ``model(**batch).loss``, without logits for the prompts' tokens.
+def completion_loss(model: Any, batch: Batch, prefixes: Sequence[str] = ()) -> Tensor:
+    """The mean loss of a completion token in nats, which is ``model(**batch).loss``.
 
-    They are a fifth of what SmolLM2 computes. Logits begin where the shortest prompt ends.
+    Logits, a fifth of what SmolLM2 computes for a token, begin where the shortest prompt ends. With ``prefixes``, names
+    of attached ones, it is the loss of each, ``[n]``: one forward reads the batch once for each of them.
     """
     labels = batch["labels"]
     first = int((labels != IGNORE_INDEX).any(0).nonzero()[0])
-    read = {name: x for name, x in batch.items() if name != "labels"}
-    logits = model(**read, use_cache=False, logits_to_keep=labels.shape[1] - first + 1).logits
-    return cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, first:].flatten(), ignore_index=IGNORE_INDEX)
+    copies = max(1, len(prefixes))
+    read = {name: x.repeat(copies, 1) for name, x in batch.items() if name != "labels"}
+    rows = [name for name in prefixes for _ in labels]
+    with fastprefix.prefix_batch(model, rows) if rows else nullcontext():
+        # Indices copy the hidden states. A number would slice them, and a slice is multiplied row by row.
+        logits = model(**read, use_cache=False, logits_to_keep=torch.arange(first - 1, labels.shape[1])).logits
+    wanted = labels[:, first:].flatten()
+    losses = [
+        cross_entropy(part[:, :-1].flatten(0, 1), wanted, ignore_index=IGNORE_INDEX) for part in logits.chunk(copies)
+    ]
+    return torch.stack(losses) if prefixes else losses[0]
 
 
 def measured_at(steps: int, every: int) -> list[int]:
@@ -59,11 +70,14 @@ def measured_at(steps: int, every: int) -> list[int]:
 
 
 @torch.no_grad()
+def heldout_losses(model: Any, batches: list[Batch], prefixes: Sequence[str] = ()) -> list[float]:
+    """The mean loss of a completion token in nats, the end of the text included, of each of these prefixes."""
+    tokens = [int((batch["labels"] != IGNORE_INDEX).sum()) for batch in batches]
+    losses = torch.stack([completion_loss(model, batch, prefixes).reshape(-1) for batch in batches], -1)
+    return ((losses * torch.tensor(tokens)).sum(-1) / sum(tokens)).tolist()
+
+
 def heldout_loss(model: Any, batches: list[Batch]) -> float:
-    """The mean loss of a completion token in nats, the end of the text included."""
-    total, count = 0.0, 0
-    for batch in batches:
-        tokens = int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())
-        total += completion_loss(model, batch).item() * tokens
-        count += tokens
-    return total / count
+    """That of the model as it is."""
+    (loss,) = heldout_losses(model, batches)
+    return loss
