@@ -158,8 +158,8 @@ EXPERIMENT = Experiment(
             lambda x: all(a < b + 0.15 for a, b in zip(x["prefix_loss"], x["lora_loss"], strict=True)),
         ),
         Statement(
-            "A prefix does at least as well as full tuning (Li and Liang).",
-            lambda x: mean(x, "prefix_loss") <= mean(x, "whole_loss"),
+            "A prefix is ahead of full tuning (Li and Liang), by 0.05 nats at least.",
+            lambda x: mean(x, "prefix_loss") < mean(x, "whole_loss") - 0.05,
         ),
         Statement(
             "A prefix saves the least for the backward pass, and full tuning's optimizer has over 900 times its state.",
@@ -170,7 +170,7 @@ EXPERIMENT = Experiment(
         ),
     ),
     differs=(
-        "In the paper a prefix is ahead of full tuning; here it is a little behind, in another task, another "
+        "In the paper a prefix is ahead of full tuning; here the two are level, in another task, another "
         "measure and after very few steps."
     ),
     against=(
