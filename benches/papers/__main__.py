@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 
@@ -77,4 +78,7 @@ def _draw(names: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    # The processes of the runs keep memory for their next tensors, which glibc would give back and ask for again.
+    for setting in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"):
+        os.environ.setdefault(setting, str(2**33))
     sys.exit(main())

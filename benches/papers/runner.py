@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import os
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
@@ -70,9 +69,6 @@ def run(chosen: Sequence[Experiment], full: bool, processes: int) -> Iterator[Fo
     waiting = sorted(((x, seed) for x in chosen for seed in x.seeds), key=lambda work: -work[0].minutes)
     done: dict[str, dict[int, tuple[Outcome, float]]] = {x.name: {} for x in chosen}
     machine = environment("cpu")
-    # The processes keep memory for their next tensors. glibc would give it back and ask for it again, 4% of the time.
-    for setting in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"):
-        os.environ.setdefault(setting, str(2**33))
     with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
         futures = {pool.submit(_one, x.name, seed, full): (x, seed) for x, seed in waiting}
         for future in as_completed(futures):

@@ -154,8 +154,8 @@ EXPERIMENT = Experiment(
             lambda x: len({*x["prompt_numbers"], *x["prefix_numbers"], *x["lora_numbers"]}) == 1,
         ),
         Statement(
-            "A prefix reaches the loss of LoRA with as many parameters: in no seed is it 0.15 nats behind.",
-            lambda x: all(a < b + 0.15 for a, b in zip(x["prefix_loss"], x["lora_loss"], strict=True)),
+            "A prefix has the loss of LoRA with as many parameters, to 0.15 nats in every seed.",
+            lambda x: all(abs(a - b) < 0.15 for a, b in zip(x["prefix_loss"], x["lora_loss"], strict=True)),
         ),
         Statement(
             "A prefix is ahead of full tuning (Li and Liang), by 0.05 nats at least.",
@@ -171,7 +171,8 @@ EXPERIMENT = Experiment(
     ),
     differs=(
         "In the paper a prefix is ahead of full tuning; here the two are level, in another task, another "
-        "measure and after very few steps."
+        "measure and after very few steps. The prefix is ahead of LoRA in every seed, in most by more than the "
+        "statement's 0.15 nats."
     ),
     against=(
         f"{STEPS} steps at one rate each say which method learns the form of a gloss fast, not which is best in the "

@@ -78,6 +78,6 @@ def heldout_losses(model: Any, batches: list[Batch], prefixes: Sequence[str] = (
 
 
 def heldout_loss(model: Any, batches: list[Batch]) -> float:
-    """That of the model as it is."""
+    """The mean loss of a completion token in nats, of the model as it is: with its active prefix, if it has one."""
     (loss,) = heldout_losses(model, batches)
     return loss
